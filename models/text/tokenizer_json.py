@@ -1,0 +1,116 @@
+"""Reading a `tokenizer.json`: the `tokenizers` library encodes, the vocabulary and the bytes of tokens come from it."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from tensorgraph.errors import FormatError, UnsupportedError
+from tensorgraph.models.text.byte_level import bytes_of_token
+from tensorgraph.models.text.sentencepiece import SPACE, byte_of_token
+from tensorgraph.models.text.vocabulary import Kind, Vocabulary, end_ids
+
+
+class _JSONCodec:
+    """Encodes with the `tokenizers` library as the file says."""
+
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, tokens: list[str], *, byte_level: bool, space_prefix: bool
+    ) -> None:
+        self._tokenizer, self._tokens, self._byte_level = tokenizer, tokens, byte_level
+        self.space_prefix = space_prefix
+        self._lock = threading.Lock()  # whether special tokens are parsed is a setting of the shared tokenizer
+
+    def encode(self, text: str, parse_special: bool) -> list[int]:
+        with self._lock:
+            self._tokenizer.encode_special_tokens = not parse_special
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def bytes_of(self, token_id: int) -> bytes:
+        token = self._tokens[token_id]
+        if self._byte_level:
+            return bytes_of_token(token)
+        byte = byte_of_token(token)
+        return token.replace(SPACE, " ").encode() if byte is None else bytes([byte])
+
+
+def read_tokenizer_json(path: Path) -> tuple[_JSONCodec, Vocabulary, list[int], list[int]]:
+    """Codec, vocabulary and the ids put before and after a text.
+
+    Raises: FormatError where the file is damaged; UnsupportedError for another kind of vocabulary.
+    """
+    content = path.read_text(encoding="utf-8", errors="replace")
+    described = _parsed(content, path)
+    kind = described["model"].get("type") if isinstance(described.get("model"), dict) else None
+    if kind != "BPE":
+        raise UnsupportedError(f"[tokenizer] the kinds that are there: BPE; {path} holds {kind!r}")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(content)
+    except BaseException as error:  # the library's panics are no Exception
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise FormatError(f"[tokenizer] wanted a tokenizer.json; {path} is damaged: {error}") from None
+    steps = [step for part in ("pre_tokenizer", "decoder") for step in _steps(described.get(part))]
+    byte_level = any(step.get("type") == "ByteLevel" for step in steps)
+    space_prefix = any(step.get("type") == "Strip" and step.get("start", 0) > 0 for step in steps)
+    vocabulary, prefix, suffix = _vocabulary(tokenizer, path)
+    codec = _JSONCodec(tokenizer, vocabulary.tokens, byte_level=byte_level, space_prefix=space_prefix)
+    return codec, vocabulary, prefix, suffix
+
+
+def _vocabulary(tokenizer: tokenizers.Tokenizer, path: Path) -> tuple[Vocabulary, list[int], list[int]]:
+    texts = {i: token for token, i in tokenizer.get_vocab(with_added_tokens=True).items()}
+    tokens = [texts.get(i, "") for i in range(max(texts, default=-1) + 1)]
+    kinds = [Kind.NORMAL.value if i in texts else Kind.UNUSED.value for i in range(len(tokens))]
+    for i, token in tokenizer.get_added_tokens_decoder().items():
+        kinds[i] = (Kind.CONTROL if token.special else Kind.USER_DEFINED).value
+
+    config, generation = (
+        _parsed(beside.read_text(encoding="utf-8", errors="replace"), beside) if beside.exists() else {}
+        for beside in (path.with_name("tokenizer_config.json"), path.with_name("generation_config.json"))
+    )
+    bos_id, eos_id = (_named_id(tokenizer, config.get(key)) for key in ("bos_token", "eos_token"))
+    ends = generation.get("eos_token_id", [])
+    named = {i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int) and 0 <= i < len(tokens)}
+    if eos_id is not None:
+        named.add(eos_id)
+
+    if tokenizer.post_processor is None:
+        prefix = [bos_id] if bos_id is not None and config.get("add_bos_token") is True else []
+        suffix = [eos_id] if eos_id is not None and config.get("add_eos_token") is True else []
+    else:
+        plain, full = (tokenizer.encode("a", add_special_tokens=add).ids for add in (False, True))
+        at = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
+        prefix, suffix = full[:at], full[at + len(plain) :]
+    eog_ids = end_ids(tokens, kinds, named)
+    return Vocabulary(tokens, kinds, bos_id, eos_id, None, eog_ids), prefix, suffix
+
+
+def _named_id(tokenizer: tokenizers.Tokenizer, token: Any) -> int | None:
+    text = token.get("content") if isinstance(token, dict) else token
+    return tokenizer.token_to_id(text) if isinstance(text, str) else None
+
+
+def _steps(described: Any) -> Iterator[dict[str, Any]]:
+    """A pre-tokenizer or decoder and the steps of its sequence."""
+    if isinstance(described, dict):
+        yield described
+        for key in ("pretokenizers", "decoders"):
+            for step in described.get(key) or ():
+                yield from _steps(step)
+
+
+def _parsed(content: str, path: Path) -> dict[str, Any]:
+    try:
+        parsed = json.loads(content)
+    except ValueError as error:
+        raise FormatError(f"[tokenizer] wanted JSON in {path}; {error}") from None
+    if not isinstance(parsed, dict):
+        raise FormatError(f"[tokenizer] wanted a JSON object in {path}; got {type(parsed).__name__}")
+    return parsed

@@ -1,0 +1,122 @@
+"""The vocabulary that a GGUF file carries: texts, kinds and special ids of its tokens, checked while they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from tensorgraph.errors import FormatError
+
+
+class Kind(IntEnum):
+    """What a token is, as `tokenizer.ggml.token_type` numbers it."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+# Texts by which models end a turn or a document, whatever the metadata names as end of sequence.
+_END_TEXTS = frozenset(
+    (
+        "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>", "<｜end▁of▁sentence｜>",
+        "<|eot|>", "<|eom|>", "<end_of_turn>", "<end_of_utterance>", "<|end|>", "<|return|>", "<|call|>",
+        "<EOT>", "<_EOT>", "< EOT >", "</s>",
+    )
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Texts and kinds of all tokens, and the ids that have a meaning of their own.
+
+    Attributes:
+        eog_ids: every id that ends a generation.
+    """
+
+    tokens: list[str]
+    kinds: list[int]
+    bos_id: int | None
+    eos_id: int | None
+    unknown_id: int | None
+    eog_ids: frozenset[int]
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any]) -> Vocabulary:
+        """Read the vocabulary from a GGUF file's metadata.
+
+        Raises: FormatError where an entry is missing, is of another type, or does not fit the others.
+        """
+        tokens = strings(metadata, "tokenizer.ggml.tokens")
+        named = {name: _token_id(metadata, name, len(tokens)) for name in ("bos", "eos", "eot", "eom", "unknown")}
+        kinds = [Kind.NORMAL.value] * len(tokens)
+        if "tokenizer.ggml.token_type" in metadata:
+            kinds = [int(kind) for kind in numbers(metadata, "tokenizer.ggml.token_type", len(tokens))]
+        else:
+            for token_id in named.values():
+                if token_id is not None:
+                    kinds[token_id] = Kind.CONTROL.value
+        ends = {i for name in ("eos", "eot", "eom") if (i := named[name]) is not None}
+        eog_ids = end_ids(tokens, kinds, ends)
+        return cls(tokens, kinds, named["bos"], named["eos"], named["unknown"], eog_ids)
+
+
+def end_ids(tokens: Sequence[str], kinds: Sequence[int], named: set[int]) -> frozenset[int]:
+    """Every id that ends a generation: those that the metadata names, and special tokens with a known text."""
+    known = {tokens[i]: i for i, kind in enumerate(kinds) if kind != Kind.NORMAL and tokens[i] in _END_TEXTS}
+    if "<|return|>" in known:  # gpt-oss ends each message with <|end|>, a turn only with the others
+        known.pop("<|end|>", None)
+    return frozenset(named | set(known.values()))
+
+
+def strings(metadata: Mapping[str, Any], key: str) -> list[str]:
+    """An array of strings.
+
+    Raises: FormatError where it is missing or not of strings.
+    """
+    values = list(_array(metadata, key))
+    wrong = [value for value in values if not isinstance(value, str)]
+    if wrong:
+        raise FormatError(f'[tokenizer] wanted strings in "{key}"; got {wrong[0]!r}')
+    return values
+
+
+def numbers(metadata: Mapping[str, Any], key: str, count: int) -> list[float]:
+    """An array of `count` numbers.
+
+    Raises: FormatError where it is missing, of another length or not of numbers.
+    """
+    values = _array(metadata, key)
+    values = values.tolist() if hasattr(values, "tolist") else list(values)
+    if len(values) != count or not all(type(value) in (int, float) for value in values):
+        raise FormatError(f'[tokenizer] wanted {count} numbers in "{key}", one per token; got {len(values)} values')
+    return values
+
+
+def flag(metadata: Mapping[str, Any], key: str, default: bool) -> bool:
+    """A yes or no."""
+    return bool(metadata.get(key, default))
+
+
+def _array(metadata: Mapping[str, Any], key: str) -> Any:
+    if key not in metadata:
+        raise FormatError(f'[tokenizer] wanted "{key}" in the metadata; it is not there')
+    values = metadata[key]
+    if isinstance(values, str | bytes) or not hasattr(values, "__len__"):
+        raise FormatError(f'[tokenizer] wanted an array in "{key}"; got {type(values).__name__}')
+    return values
+
+
+def _token_id(metadata: Mapping[str, Any], name: str, n_tokens: int) -> int | None:
+    key = f"tokenizer.ggml.{name}_token_id"
+    value = metadata.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, int) or not 0 <= value < n_tokens:
+        raise FormatError(f'[tokenizer] wanted an id below {n_tokens} in "{key}"; got {value!r}')
+    return value

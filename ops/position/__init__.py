@@ -1,0 +1,7 @@
+"""Positions: rotary embeddings in every variant that a model of this project has."""
+
+from __future__ import annotations
+
+from tensorgraph.ops.position.rope import llama3_freq_factors, rope
+
+__all__ = ["llama3_freq_factors", "rope"]

@@ -1,0 +1,8 @@
+"""Selection: the largest elements of a row, and its order."""
+
+from __future__ import annotations
+
+from tensorgraph.ops.select.argsort import argsort
+from tensorgraph.ops.select.top_k import top_k
+
+__all__ = ["argsort", "top_k"]

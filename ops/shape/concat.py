@@ -1,0 +1,71 @@
+"""Joining along an axis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tensorgraph.dims import Extent, Shape, shape_text
+from tensorgraph.dtypes import DType
+from tensorgraph.errors import DTypeError, GraphError, ShapeError
+from tensorgraph.graph import Node, source_line
+from tensorgraph.op import Attr, Op, Prepared, Slots
+
+Array = NDArray[Any]
+
+concat = Op("concat", attrs={"axis": Attr(int)}, source="ggml_concat")
+"""`concat(*xs, axis=-1)`: any number of values of one type, equal on every other axis, one after another."""
+
+
+@concat.prepare
+def numbered(*xs: Node, axis: int = -1) -> Prepared:
+    if not xs or not all(isinstance(x, Node) for x in xs):
+        raise GraphError(f"[concat] wanted values of a graph, at least one; got {xs} ({source_line()})")
+    if not -xs[0].ndim <= axis < xs[0].ndim:
+        raise ShapeError(f"[concat] axis must be one of {shape_text(xs[0].shape)}; got {axis} ({source_line()})")
+    return {f"x{i}": x for i, x in enumerate(xs)}, {"axis": axis % xs[0].ndim}
+
+
+@concat.shape
+def joined(slots: Slots, attrs: Mapping[str, Any]) -> tuple[Shape, DType]:
+    first, *others = slots.values()
+    shape, axis = list(first.shape), attrs["axis"]
+    for slot, x in slots.items():
+        if x.dtype != first.dtype:
+            raise DTypeError(f"[concat] {slot} must be {first.dtype}, as x0; got {x.dtype} ({source_line()})")
+        if x.ndim != first.ndim or _without(x.shape, axis) != _without(first.shape, axis):
+            wanted = f"{shape_text(first.shape)}, of any length on axis {axis}"
+            raise ShapeError(f"[concat] {slot} must be {wanted}; got {shape_text(x.shape)} ({source_line()})")
+    for x in others:
+        shape[axis] = shape[axis] + x.shape[axis]
+    return tuple(shape), first.dtype
+
+
+def _without(shape: Shape, axis: int) -> Shape:
+    return (*shape[:axis], *shape[axis + 1 :])
+
+
+@concat.reference
+def reference(slots: Mapping[str, Array], *, axis: int) -> Array:
+    return np.concatenate(list(slots.values()), axis=axis)
+
+
+@concat.flops
+def none(node: Node) -> Extent:
+    return 0
+
+
+@concat.cases
+def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
+    from hypothesis import strategies as st
+    from hypothesis.extra import numpy as arrays
+
+    shape = draw(st.lists(st.sampled_from((0, 1, 2, 5, 8)), min_size=1, max_size=3))
+    axis = draw(st.integers(0, len(shape) - 1))
+    dtype, values = draw(st.sampled_from(((np.float32, st.floats(-9, 9, width=16)), (np.int32, st.integers(-9, 9)))))
+    lengths = draw(st.lists(st.sampled_from((0, 1, 3, 7)), min_size=1, max_size=4))
+    shapes = [(*shape[:axis], n, *shape[axis + 1 :]) for n in lengths]
+    return {f"x{i}": draw(arrays.arrays(dtype, s, elements=values)) for i, s in enumerate(shapes)}, {"axis": axis}

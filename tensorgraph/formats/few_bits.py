@@ -1,0 +1,38 @@
+"""Signs and ternary digits with one f16 scale: q1_0, q2_0, tq1_0 (five digits a byte) and tq2_0."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tensorgraph.formats.block import F32, U8, declare, read_f16, unpack
+
+_POWERS_OF_3 = np.array([1, 3, 9, 27, 81], np.uint8)[:, None]
+
+
+def _digits(raw: U8, count: int) -> U8:
+    """`count` base-3 digits of each byte, most significant first; a byte holds them as a fraction of 256."""
+    shifted = raw[:, None, :] * _POWERS_OF_3[:count]  # modulo 256: the digits already read fall off the top
+    return (shifted.astype(np.uint16) * np.uint16(3) >> np.uint16(8)).astype(np.uint8).reshape(len(raw), -1)
+
+
+def _decode_q1_0(raw: U8) -> F32:
+    return (unpack(raw[:, 2:], 1, 1).view(np.int8) * np.int8(2) - np.int8(1)) * read_f16(raw, 0)
+
+
+def _decode_q2_0(raw: U8) -> F32:
+    return (unpack(raw[:, 2:], 2, 1).view(np.int8) - np.int8(1)) * read_f16(raw, 0)
+
+
+def _decode_tq1_0(raw: U8) -> F32:
+    q = np.concatenate([_digits(raw[:, :32], 5), _digits(raw[:, 32:48], 5), _digits(raw[:, 48:52], 4)], axis=1)
+    return (q.view(np.int8) - np.int8(1)) * read_f16(raw, 52)
+
+
+def _decode_tq2_0(raw: U8) -> F32:
+    return (unpack(raw[:, :64], 2, 32).view(np.int8) - np.int8(1)) * read_f16(raw, 64)
+
+
+q1_0 = declare("q1_0", 128, 18, _decode_q1_0)
+q2_0 = declare("q2_0", 64, 18, _decode_q2_0)
+tq1_0 = declare("tq1_0", 256, 54, _decode_tq1_0)
+tq2_0 = declare("tq2_0", 256, 66, _decode_tq2_0)

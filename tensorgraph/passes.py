@@ -1,0 +1,173 @@
+"""Passes: functions from one graph to the next. Nodes that nothing needs vanish by themselves: a graph is what its outputs reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from tensorgraph import registry
+from tensorgraph.dims import ALWAYS, Guard, maximum
+from tensorgraph.graph import STRUCTURAL, Graph, Node, choose, constant, structure_line, topological
+from tensorgraph.op import node_bytes
+
+Rewrite = Callable[[Node, Node], Node | None]
+Supports = Callable[[Node], bool]
+
+
+def rewrite(graph: Graph, replacement: Rewrite) -> Graph:
+    """Rebuild a graph from its inputs on; `replacement(node, original)` sees each node with its new inputs and may give another."""
+    new: dict[Node, Node] = {}
+    for node in graph.nodes:
+        inputs = tuple(new[i] for i in node.inputs)
+        if inputs != node.inputs:
+            node_now = _on_base(node, inputs[0]) if node.op == "view" else replace(node, inputs=inputs)
+        else:
+            node_now = node
+        new[node] = replacement(node_now, node) or node_now
+    outputs = {name: new[node] for name, node in graph.outputs.items()}
+    return Graph(outputs, effects=[new[node] for node in graph.effects])
+
+
+def _on_base(view: Node, base: Node) -> Node:
+    """The same view of another node of the same value."""
+    if base.op == "view":
+        index_map = base.index_map.reshape(view.index_map.shape) if view.index_map.is_dense else None
+        if index_map is not None:
+            return replace(view, inputs=(base.base,), attrs={"map": index_map})
+        base = registry.ops.get("cont")(base)
+    return replace(view, inputs=(base,))
+
+
+@dataclass(frozen=True)
+class EliminateCommon:
+    """Two nodes that compute the same -> one. Appends are effects and stay."""
+
+    def __call__(self, graph: Graph) -> Graph:
+        seen: dict[str, Node] = {}
+        identity: dict[Node, int] = {}
+
+        def merge(node: Node, _: Node) -> Node | None:
+            if node.op == "append" or node.data is not None:
+                return None
+            line = structure_line(node, [identity.setdefault(i, len(identity)) for i in node.inputs])
+            return seen.setdefault(line, node)
+
+        return rewrite(graph, merge)
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A graph whose constant parts are constants, and the prologue that computes those from the weights, once."""
+
+    graph: Graph
+    prologue: Graph | None
+
+
+@dataclass(frozen=True)
+class FoldConstants:
+    """op(constant, ...) -> constant `fold:N`, computed by the prologue when a plan is bound.
+
+    Views of constants stay views. A folded value of a block type becomes f32: folding never re-quantises.
+    """
+
+    def __call__(self, graph: Graph) -> Folded:
+        constant_nodes: set[Node] = set()
+        for node in graph.nodes:
+            static = node.op == "constant" or (node.op == "view" and node.base in constant_nodes)
+            computed = node.op not in STRUCTURAL and all(i in constant_nodes for i in node.inputs)
+            if static or (computed and len(_static(node)) == node.ndim):
+                constant_nodes.add(node)
+        needed = set(graph.outputs.values()) | set(graph.effects)
+        for node in graph.nodes:
+            if node not in constant_nodes:
+                needed.update(i.base for i in node.inputs)
+        folded = [n for n in graph.nodes if n in constant_nodes and n in needed and n.op not in ("constant", "view")]
+        if not folded:
+            return Folded(graph, None)
+        names = {node: f"fold:{i}" for i, node in enumerate(folded)}
+
+        def replacement(node: Node, original: Node) -> Node | None:
+            if original not in names:
+                return None
+            return constant(names[original], shape=_static(node), dtype="f32" if node.dtype.is_block else node.dtype)
+
+        return Folded(rewrite(graph, replacement), Graph({name: node for node, name in names.items()}))
+
+
+def _static(node: Node) -> list[int]:
+    return [e for e in node.shape if isinstance(e, int)]
+
+
+@dataclass(frozen=True)
+class ExpandFused:
+    """A fused op that a device cannot run -> its expansion into plain ops, again until every node can be run."""
+
+    supports: Supports
+
+    def __call__(self, graph: Graph) -> Graph:
+        def expand(node: Node, _: Node) -> Node | None:
+            if node.op in STRUCTURAL or self.supports(node):
+                return None
+            op = registry.ops.get(node.op)
+            return op.rebuild(op.expansion, node).named(node.name) if op.expansion is not None else None
+
+        while True:
+            expanded = rewrite(graph, expand)
+            if len(expanded) == len(graph) and all(a.op == b.op for a, b in zip(expanded, graph, strict=True)):
+                return graph
+            graph = expanded
+
+
+@dataclass(frozen=True)
+class LowerGuarded:
+    """A node of an op with lowerings -> `choose` between them (and itself, last); forms over the scratch limit are dropped.
+
+    Attributes:
+        scratch_bytes: the most that the intermediates of one form may take at the largest extents.
+        force: names of forms to take wherever they exist, whatever their guards.
+    """
+
+    scratch_bytes: int = 1 << 31
+    force: tuple[str, ...] = ()
+
+    def __call__(self, graph: Graph) -> Graph:
+        return rewrite(rewrite(graph, self._offer), self._prune)
+
+    def _offer(self, node: Node, _: Node) -> Node | None:
+        if node.op in STRUCTURAL:
+            return None
+        op = registry.ops.get(node.op)
+        if not op.lowerings:
+            return None
+        forms: dict[str, tuple[Node, Guard]] = {}
+        for lowering in op.lowerings:
+            forms[lowering.name] = (op.rebuild(lowering.build, node), lowering.guard(node))
+        forms[node.op] = (node, ALWAYS)
+        return choose(forms, node.name)
+
+    def _prune(self, node: Node, _: Node) -> Node | None:
+        if node.op != "choose":
+            return None
+        forms = dict(zip(node.slots, zip(node.inputs, node.attrs["guards"], strict=True), strict=True))
+        forced = [name for name in self.force if name in forms]
+        if forced:
+            return forms[forced[0]][0]
+        *guarded, last = forms
+        kept = [name for name in guarded if self._scratch(node, name) <= self.scratch_bytes]
+        if not kept:
+            return forms[last][0]
+        return choose({name: forms[name] for name in (*kept, last)}, node.name)
+
+    def _scratch(self, node: Node, form: str) -> int:
+        """Bytes, at the largest extents, of what only this form computes."""
+        root = node.at(form)
+        others = topological(i for i in node.inputs if i is not root)
+        shared = set(others)
+        mine = [n for n in topological([root]) if n not in shared]  # type: ignore[list-item]
+        stored = [n for n in mine if n.op not in STRUCTURAL]
+        return sum(maximum(node_bytes(n)) for n in stored)
+
+
+def default_passes(patterns: Sequence[Callable[[Graph], Graph]]) -> tuple[Callable[[Graph], Graph], ...]:
+    """What every graph goes through before it is placed on devices."""
+    return (EliminateCommon(), *patterns)

@@ -1,0 +1,309 @@
+"""Plans: a compiled graph that any weights, state and inputs of its topology can be bound to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from tensorgraph.device import Device, Part, Run, StateAccess, Values
+from tensorgraph.dims import Bindings, evaluate, maximum, shape_text, unify
+from tensorgraph.dtypes import DType
+from tensorgraph.errors import InputError, UnknownNameError
+from tensorgraph.graph import STRUCTURAL, Graph, Node
+from tensorgraph.memory import MemoryPlan
+from tensorgraph.op import node_bytes
+from tensorgraph.registry import ops
+from tensorgraph.schedule import Schedule, copy_bytes, schedule
+from tensorgraph.text import node_text
+
+WeightSource = Callable[[str], np.ndarray]
+Program = tuple[Device, Callable[[Values, Run], None], tuple[Node, ...]]
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What one step of given extents costs, without running it. Units: bytes, operations."""
+
+    nodes: int
+    kernels: int
+    splits: int
+    copies: int
+    copy_bytes: int
+    arena_bytes: Mapping[str, int]
+    weight_bytes: int
+    read_write_bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The result of compiling: a scheduled graph, an arena's layout per device, and a prologue for folded constants.
+
+    A plan holds no weights: `bind` attaches them. `print(plan)` shows it.
+    """
+
+    key: str
+    scheduled: Schedule
+    devices: tuple[Device, ...]
+    memory: Mapping[str, MemoryPlan]
+    prologue: Graph | None
+    literals: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> Graph:
+        return self.scheduled.graph
+
+    @cached_property
+    def choices(self) -> tuple[Node, ...]:
+        return tuple(n for n in self.graph.nodes if n.op == "choose")
+
+    def choose(self, dims: Bindings) -> tuple[int, ...]:
+        """Which form of each choice a step of these extents takes."""
+        return tuple(
+            next(i for i, guard in enumerate(node.attrs["guards"]) if guard.holds(dims)) for node in self.choices
+        )
+
+    def active(self, choice: Sequence[int]) -> frozenset[Node]:
+        """The nodes that a step computes when its choices fall so."""
+        taken = dict(zip(self.choices, choice, strict=True))
+        found: set[Node] = set()
+        stack = [*self.graph.effects, *self.graph.outputs.values()]
+        while stack:
+            node = stack.pop()
+            if node in found:
+                continue
+            found.add(node)
+            stack.extend((node.inputs[taken[node]],) if node.op == "choose" else node.inputs)
+        return frozenset(found)
+
+    def bind(
+        self,
+        weights: WeightSource | Mapping[str, np.ndarray] | None = None,
+        *,
+        uploaded: MutableMapping[tuple[str, str], Any] | None = None,
+    ) -> Executable:
+        """Attach weights by name (a mapping or a function); literals come with the graph.
+
+        `uploaded` holds the values on devices, by device and name: plans of one model that share it hold weights once.
+
+        Raises:
+            UnknownNameError: a weight is missing.
+            InputError: one has another shape.
+        """
+        return Executable(self, weights, {} if uploaded is None else uploaded)
+
+    def run(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        """Run once with literals only; `bind` first where a plan is run often."""
+        return self.bind().run(inputs)
+
+    def report(self, dims: Bindings) -> PlanReport:
+        """Cost of a step of the given extents."""
+        active = [n for n in self.graph.nodes if n in self.active(self.choose(dims))]
+        kernels = [n for n in active if n.op not in STRUCTURAL]
+        costs = [ops.get(n.op).cost(n) for n in kernels]
+        return PlanReport(
+            nodes=len(active),
+            kernels=len(kernels),
+            splits=len(self.scheduled.splits),
+            copies=len(self.scheduled.copies),
+            copy_bytes=copy_bytes(self.scheduled.copies),
+            arena_bytes={device: memory.peak_bytes for device, memory in self.memory.items()},
+            weight_bytes=sum(maximum(node_bytes(n)) for n in active if n.op == "constant"),
+            read_write_bytes=sum(evaluate(c.size_bytes, dims) for c in costs),
+            flops=sum(evaluate(c.flops, dims) for c in costs),
+        )
+
+    def __str__(self) -> str:
+        number = self.graph.number
+        lines = [f"plan {self.key}"]
+        for i, split in enumerate(self.scheduled.splits):
+            lines.append(f"split {i} on {split.device}")
+            for node in split.nodes:
+                buffer = self.memory[split.device].buffers.get(node)
+                at = f" @{buffer.offset}+{buffer.size_bytes}" if buffer else ""
+                guards = ""
+                if node.op == "choose":
+                    forms = zip(node.slots, node.attrs["guards"], strict=True)
+                    guards = "  " + ", ".join(f"{form} if {guard}" for form, guard in forms)
+                lines.append(f"  {node_text(node, number) if node.op != 'choose' else _choose_text(node, number)}{at}{guards}")
+        for device, memory in self.memory.items():
+            lines.append(f"arena {device}: {memory.peak_bytes} bytes ({memory.total_bytes} without sharing)")
+        for node, wanted, got in self.scheduled.moved:
+            lines.append(f"moved %{number.get(node, '?')} {node.op}: {wanted} does not support it, runs on {got}")
+        return "\n".join(lines)
+
+
+def _choose_text(node: Node, number: Mapping[Node, int]) -> str:
+    inputs = ", ".join(f"{slot}=%{number[i]}" for slot, i in zip(node.slots, node.inputs, strict=True))
+    return f"%{number[node]} {node.dtype}{shape_text(node.shape)} = choose({inputs})"
+
+
+class Executable:
+    """A plan with its weights: `run` computes the outputs of one step."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        weights: WeightSource | Mapping[str, np.ndarray] | None,
+        uploaded: MutableMapping[tuple[str, str], Any],
+    ) -> None:
+        self.plan, self._uploaded = plan, uploaded
+        self._devices = {d.name: d for d in plan.devices}
+        self._programs: dict[tuple[int, ...], list[Program]] = {}
+        self._constants: dict[str, dict[Node, Any]] = {name: {} for name in self._devices}
+        self._attach(weights)
+        self.last_run_s = 0.0
+
+    def _attach(self, weights: WeightSource | Mapping[str, np.ndarray] | None) -> None:
+        plan = self.plan
+        source = weights if callable(weights) else _from_mapping(weights or {})
+        wanted: dict[Node, set[str]] = {}
+        for split in plan.scheduled.splits:
+            for node in (i for n in split.nodes for i in n.inputs if i.op == "constant"):
+                wanted.setdefault(node, set()).add(split.device)
+        for node in plan.graph.outputs.values():
+            if node.op == "constant":
+                wanted.setdefault(node, set()).add(plan.devices[0].name)
+        folded = self._fold(weights) if any(n.attrs["name"].startswith("fold:") for n in wanted) else {}
+        for node, devices in wanted.items():
+            name = node.attrs["name"]
+            local = name in folded or name in plan.literals
+            for device in devices:
+                key = (device, f"{plan.key}/{name}" if local else name)
+                if key not in self._uploaded:
+                    array = folded[name] if name in folded else plan.literals[name] if name in plan.literals else source(name)
+                    _check_array("weight", name, node, array)
+                    self._uploaded[key] = self._devices[device].upload(array, node.dtype, constant=True)
+                self._constants[device][node] = self._uploaded[key]
+
+    def _fold(self, weights: WeightSource | Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
+        """The constants that are computed from others, by the first device."""
+        plan, first = self.plan, self.plan.devices[:1]
+        assert plan.prologue is not None
+        prologue = Plan(plan.key, schedule(plan.prologue, first), first, {}, None, plan.literals)
+        return Executable(prologue, weights, {}).run({})
+
+    def run(
+        self, inputs: Mapping[str, np.ndarray], *, state: StateAccess | None = None, dims: Bindings | None = None
+    ) -> dict[str, np.ndarray]:
+        """Compute the outputs from inputs by name.
+
+        Dims take their values from the arrays' shapes; `dims` gives those that no input has.
+
+        Raises:
+            InputError: an input is missing, unknown, or does not fit its shape or dtype.
+        """
+        began = time.perf_counter()
+        bound = self._bind_dims(inputs, dims or {})
+        choice = self.plan.choose(bound)
+        values: Values = {}
+        for device, program, needs in self._program(choice):
+            held = self._constants[device.name]
+            for node in needs:
+                if node.op == "input":
+                    values[node] = device.upload(np.asarray(inputs[node.attrs["name"]]), node.dtype)
+                else:
+                    values[node] = held[node]
+            program(values, Run(bound, state))
+        results = {name: self._result(node, values, inputs) for name, node in self.plan.graph.outputs.items()}
+        self.last_run_s = time.perf_counter() - began
+        return results
+
+    def _result(self, node: Node, values: Values, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        device = self._devices[self.plan.scheduled.device.get(node, self.plan.devices[0].name)]
+        if node not in values and node.op == "input":
+            values[node] = device.upload(np.asarray(inputs[node.attrs["name"]]), node.dtype)
+        elif node not in values:
+            values[node] = self._constants[device.name][node]
+        return device.download(values[node], node.dtype)
+
+    def _bind_dims(self, inputs: Mapping[str, np.ndarray], given: Bindings) -> dict[str, int]:
+        wanted = self.plan.graph.inputs
+        unknown = [name for name in inputs if name not in wanted]
+        missing = [name for name in wanted if name not in inputs]
+        if unknown or missing:
+            raise InputError(
+                f"[run] wanted the inputs {', '.join(wanted) or 'none'}; missing: {', '.join(missing) or 'none'}, "
+                f"unknown: {', '.join(unknown) or 'none'}"
+            )
+        bound = dict(given)
+        for _ in range(2):  # an expression can be checked once its Dims are bound
+            for name, node in wanted.items():
+                shape = np.shape(inputs[name])
+                fits = len(shape) == node.ndim and all(unify(bound, e, n) for e, n in zip(node.shape, shape, strict=True))
+                if not fits:
+                    limits = "".join(f", {d} <= {d.max}" for e in node.shape if not isinstance(e, int) for d in e.dims())
+                    raise InputError(f"[run] {name} must be {shape_text(node.shape)}{limits}; got {list(shape)}")
+        unbound = [name for name in self.plan.graph.dims if name not in bound]
+        if unbound:
+            raise InputError(f"[run] no input gives the extents {', '.join(unbound)}; pass them as dims")
+        return bound
+
+    def _program(self, choice: tuple[int, ...]) -> list[Program]:
+        if choice not in self._programs:
+            self._programs[choice] = [*self._compile(choice)]
+        return self._programs[choice]
+
+    def _compile(self, choice: tuple[int, ...]) -> Iterator[Program]:
+        active = self.plan.active(choice)
+        taken = dict(zip(self.plan.choices, choice, strict=True))
+        outputs = set(self.plan.graph.outputs.values())
+        used_by: dict[Node, set[int]] = {}
+        for i, split in enumerate(self.plan.scheduled.splits):
+            for node in split.nodes:
+                for source in node.inputs:
+                    used_by.setdefault(source, set()).add(i)
+        for i, split in enumerate(self.plan.scheduled.splits):
+            nodes = tuple(n for n in split.nodes if n in active)
+            if not nodes:
+                continue
+            needs = tuple({s: None for n in nodes for s in n.inputs if s.op in ("input", "constant")})
+            keep = frozenset(n for n in nodes if n in outputs or any(u > i for u in used_by.get(n, ())))
+            device = self._devices[split.device]
+            copies = [(n, self._devices[self.plan.scheduled.device[n.inputs[0]]]) for n in nodes if n.op == "copy"]
+            part = Part(tuple(n for n in nodes if n.op != "copy"), keep, taken)
+            yield device, _after_copies(device, copies, device.compile(part)), needs
+
+
+def _after_copies(
+    device: Device,
+    copies: Sequence[tuple[Node, Device]],
+    compute: Callable[[Values, Run], None],
+) -> Callable[[Values, Run], None]:
+    """A split's program: bring what other devices computed, then compute."""
+    if not copies:
+        return compute
+
+    def run(values: Values, step: Run) -> None:
+        for node, source in copies:
+            array = source.download(values[node.inputs[0]], node.dtype)
+            device.traffic.copies += 1
+            device.traffic.size_bytes += array.nbytes
+            values[node] = device.upload(array, node.dtype)
+        compute(values, step)
+
+    return run
+
+
+def _from_mapping(weights: Mapping[str, np.ndarray]) -> WeightSource:
+    def find(name: str) -> np.ndarray:
+        if name not in weights:
+            raise UnknownNameError(f"[bind] the weight {name!r} is missing; given: {', '.join(list(weights)[:20]) or 'none'}")
+        return weights[name]
+
+    return find
+
+
+def _check_array(kind: str, name: str, node: Node, array: np.ndarray) -> None:
+    dtype: DType = node.dtype
+    wanted = list(node.shape)
+    if dtype.is_block:
+        wanted[-1] = dtype.size_bytes(int(wanted[-1]))  # type: ignore[arg-type]
+    if list(array.shape) != wanted or (not dtype.is_block and array.dtype != dtype.numpy):
+        raise InputError(f"[bind] the {kind} {name!r} must be {dtype}{wanted}; got {array.dtype}{list(array.shape)}")
+

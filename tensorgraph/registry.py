@@ -1,0 +1,65 @@
+"""What is registered by import or by plugin: ops, backends, architectures."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
+from typing import Any, Generic, TypeVar
+
+from tensorgraph.errors import GraphError, UnknownNameError
+
+T = TypeVar("T")
+
+_loaded_plugins = False
+
+
+def load_plugins() -> None:
+    """Import every entry point of the group `tensorgraph.plugins`, once; importing is what registers."""
+    global _loaded_plugins
+    if not _loaded_plugins:
+        _loaded_plugins = True
+        for point in entry_points(group="tensorgraph.plugins"):
+            point.load()
+
+
+class Registry(Generic[T]):
+    """Names to things of one kind. A name that is missing loads `home` and the plugins before it is an error."""
+
+    def __init__(self, kind: str, home: str) -> None:
+        self.kind, self.home = kind, home
+        self._items: dict[str, T] = {}
+
+    def add(self, name: str, item: T) -> T:
+        if self._items.setdefault(name, item) is not item:
+            raise GraphError(f"[{self.kind}] {name!r} is registered already")
+        return item
+
+    def remove(self, name: str) -> None:
+        self._items.pop(name, None)
+
+    def get(self, name: str) -> T:
+        if name not in self._items:
+            self._load()
+        if name not in self._items:
+            close = difflib.get_close_matches(name, self._items, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise UnknownNameError(f"[{self.kind}] there is no {name!r}{hint} Known: {', '.join(sorted(self._items))}")
+        return self._items[name]
+
+    def __iter__(self) -> Iterator[str]:
+        self._load()
+        return iter(sorted(self._items))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._items
+
+    def _load(self) -> None:
+        importlib.import_module(self.home)
+        load_plugins()
+
+
+ops: Registry[Any] = Registry("op", "tensorgraph.ops")
+backends: Registry[Callable[[str], Any]] = Registry("backend", "tensorgraph.backends")
+architectures: Registry[Any] = Registry("architecture", "tensorgraph.models")

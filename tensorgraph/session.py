@@ -1,0 +1,321 @@
+"""Sessions: sequences that are fed tokens, over a model's graph and a store of its state."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import numpy as np
+
+from tensorgraph.compiler import CompileOptions, PlanCache
+from tensorgraph.device import Device, get_devices
+from tensorgraph.dims import Dim
+from tensorgraph.dtypes import DType, as_dtype
+from tensorgraph.errors import FormatError, InputError, StateError
+from tensorgraph.extents import Extents, pick, step_inputs
+from tensorgraph.graph import Graph
+from tensorgraph.plan import Executable
+from tensorgraph.state import StateSpec
+from tensorgraph.state_store import Snapshot, StateStore
+
+LOGITS = "logits"
+
+
+class GraphModel(Protocol):
+    """What a session needs of a model."""
+
+    vocab_size: int
+    context: int
+
+    def states(self) -> Mapping[str, StateSpec]: ...
+
+    def graph(self, extents: Extents, kv_dtype: DType) -> Graph:
+        """One step: inputs as `extents.step_inputs` gives them, the output `logits` [O, V]."""
+
+    def weight(self, name: str) -> np.ndarray: ...
+
+
+@dataclass
+class Stats:
+    """Counted since an engine was made."""
+
+    steps: int = 0
+    tokens: int = 0
+    run_s: float = 0.0
+
+
+class Engine:
+    """A model on devices: its plans, its weights there, and counters; shared by the model's sessions.
+
+    Not thread safe: one step at a time.
+    """
+
+    def __init__(
+        self,
+        model: GraphModel,
+        backend: str | Device | Sequence[str | Device] = "reference",
+        *,
+        kv_dtype: DType | str = "f16",
+        options: CompileOptions | None = None,
+        cache: PlanCache | None = None,
+    ) -> None:
+        self.model, self.devices, self.options = model, get_devices(backend), options or CompileOptions()
+        self.kv_dtype = as_dtype(kv_dtype)
+        self.cache = cache if cache is not None else PlanCache()
+        self.stats = Stats()
+        self._graphs: dict[tuple[Extents, tuple[str, ...]], Graph] = {}
+        self._bound: dict[str, Executable] = {}
+        self._uploaded: dict[tuple[str, str], Any] = {}
+
+    def graph(self, extents: Extents, outputs: tuple[str, ...] = (LOGITS,)) -> Graph:
+        """The model's graph with the wanted outputs: `logits` or the names of nodes.
+
+        Raises:
+            UnknownNameError: no node has a wanted name.
+        """
+        key = (extents, outputs)
+        if key not in self._graphs:
+            whole = self._graphs.get((extents, (LOGITS,))) or self.model.graph(extents, self.kv_dtype)
+            self._graphs[extents, (LOGITS,)] = whole
+            self._graphs[key] = whole.with_outputs({name: whole.find(name) for name in outputs})
+        return self._graphs[key]
+
+    def executable(self, extents: Extents, outputs: tuple[str, ...] = (LOGITS,)) -> Executable:
+        """The plan of a step, compiled or found, with the model's weights attached."""
+        plan = self.cache.get(self.graph(extents, outputs), self.devices, self.options)
+        if plan.key not in self._bound:
+            self._bound[plan.key] = plan.bind(self.model.weight, uploaded=self._uploaded)
+        return self._bound[plan.key]
+
+
+@dataclass(frozen=True)
+class SessionSnapshot:
+    """A session at one length; `release` gives its pages back."""
+
+    state: Snapshot
+    ids: tuple[int, ...]
+
+    def release(self) -> None:
+        self.state.release()
+
+
+@dataclass
+class _Job:
+    """What is left to feed to one session of a batch, and what has come back."""
+
+    session: Session
+    ids: np.ndarray
+    logits: list[np.ndarray] = field(default_factory=list)
+
+
+class Session:
+    """One sequence of tokens and its state.
+
+    Args:
+        engine: the model on its devices.
+        context: most tokens of the sequence; the model's own limit where None.
+        step_tokens: most tokens evaluated at once; longer inputs are fed in chunks.
+        store, seq: a sequence of a store that other sessions share; a new store where None.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        context: int | None = None,
+        step_tokens: int = 512,
+        store: StateStore | None = None,
+        seq: int | None = None,
+        ids: Iterable[int] = (),
+    ) -> None:
+        self.engine, self.context = engine, context or engine.model.context
+        self.step_tokens = step_tokens
+        if self.context < 1 or step_tokens < 1:
+            raise InputError(f"[session] wanted context and step_tokens >= 1; got {self.context}, {step_tokens}")
+        self._store = store or StateStore(engine.model.states(), kv_dtype=engine.kv_dtype)
+        self._seq: int | None = self._store.new() if seq is None else seq
+        self.ids: list[int] = list(ids)
+
+    @property
+    def length(self) -> int:
+        """Tokens evaluated so far."""
+        return len(self.ids)
+
+    def eval(self, ids: Iterable[int], *, outputs: Sequence[str] | None = None, all_logits: bool = False) -> Any:
+        """Append tokens and evaluate them.
+
+        Returns the logits of the last token [V], or with `all_logits` of every new one [T, V], f32. With `outputs` (names of
+        nodes, `logits` among them if wanted) a mapping of those instead; their first axis covers all new tokens.
+
+        Raises:
+            InputError: no tokens, one outside the vocabulary, or more than the context holds; the session is unchanged.
+        """
+        wanted = tuple(outputs) if outputs is not None else (LOGITS,)
+        results = _feed([_Job(self, self._check(ids))], wanted, all_logits)[0]
+        if outputs is not None:
+            return results
+        return results[LOGITS] if all_logits else results[LOGITS][-1]
+
+    @staticmethod
+    def batch(
+        work: Sequence[tuple[Session, Iterable[int]]], *, outputs: Sequence[str] | None = None, all_logits: bool = False
+    ) -> list[Any]:
+        """Evaluate several sessions of one store together, as one ragged batch a step; results as `eval` gives them."""
+        jobs = [_Job(session, session._check(ids)) for session, ids in work]
+        if any(job.session._store is not jobs[0].session._store for job in jobs):
+            raise StateError("[batch] wanted sessions of one store (made by `fork` or `sibling`); got several stores")
+        wanted = tuple(outputs) if outputs is not None else (LOGITS,)
+        results = _feed(jobs, wanted, all_logits)
+        if outputs is not None:
+            return results
+        return [r[LOGITS] if all_logits else r[LOGITS][-1] for r in results]
+
+    def sibling(self) -> Session:
+        """An empty session of the same store, for `batch`."""
+        return self._another(self._store.new(), ())
+
+    def fork(self) -> Session:
+        """Another session with the same tokens; pages are shared until one of the two writes to them."""
+        return self._another(self._store.fork(self._open()), self.ids)
+
+    def trim(self, length: int) -> None:
+        """Go back to the first `length` tokens. Where the state retained does not reach, the nearest snapshot is taken and the
+        tokens from there to `length` are evaluated again.
+
+        Raises:
+            CannotTrim: neither state nor a snapshot reaches back that far.
+        """
+        reached = self._store.trim(self._open(), length)
+        gap, self.ids = self.ids[reached:length], self.ids[:reached]
+        if gap:
+            self.eval(gap)
+
+    def snapshot(self) -> SessionSnapshot:
+        """The session as it is now; cheap, pages are shared."""
+        return SessionSnapshot(self._store.snapshot(self._open()), tuple(self.ids))
+
+    def restore(self, snapshot: SessionSnapshot) -> None:
+        """Go to a snapshot of this session or of another one of its store."""
+        self._store.restore(self._open(), snapshot.state)
+        self.ids = list(snapshot.ids)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write tokens and state to a file that `load` of the same model reads, in another process too."""
+        self._store.save(self._open(), path, {"ids": json.dumps(self.ids)})
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Become what was saved.
+
+        Raises:
+            FormatError: the file is damaged. StateError: it is of another model or kv type. The session is unchanged.
+        """
+        seq, extra = self._store.load(path)
+        try:
+            ids = [int(i) for i in json.loads(extra["ids"])]
+            if len(ids) != self._store.length(seq) or len(ids) > self.context:
+                raise ValueError
+        except (KeyError, TypeError, ValueError) as error:
+            self._store.free(seq)
+            raise FormatError(f"[load] {os.fspath(path)}: the token ids do not fit the state or the context") from error
+        self._store.free(self._open())
+        self._seq, self.ids = seq, ids
+
+    def close(self) -> None:
+        """Give the sequence's pages back; the session cannot be used afterwards."""
+        if self._seq is not None:
+            self._store.free(self._seq)
+            self._seq = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _another(self, seq: int, ids: Iterable[int]) -> Self:
+        return type(self)(self.engine, context=self.context, step_tokens=self.step_tokens, store=self._store, seq=seq, ids=ids)
+
+    def _open(self) -> int:
+        if self._seq is None:
+            raise StateError("[session] wanted an open session; this one was closed")
+        return self._seq
+
+    def _check(self, ids: Iterable[int]) -> np.ndarray:
+        self._open()
+        array = np.asarray(list(ids) if not isinstance(ids, np.ndarray) else ids)
+        if array.ndim != 1 or not len(array) or array.dtype.kind not in "iu":
+            raise InputError(f"[eval] wanted at least one token id; got {array.dtype}{list(array.shape)}")
+        vocab_size = self.engine.model.vocab_size
+        bad = np.flatnonzero((array < 0) | (array >= vocab_size))
+        if len(bad):
+            raise InputError(f"[eval] token id {array[bad[0]]} (number {bad[0]}) is outside the vocabulary of {vocab_size}")
+        if self.length + len(array) > self.context:
+            have = f"{self.length} tokens are there and {len(array)} are new"
+            raise InputError(f"[eval] the context holds {self.context} tokens; {have}")
+        return array
+
+
+def _feed(jobs: Sequence[_Job], outputs: tuple[str, ...], all_logits: bool) -> list[dict[str, np.ndarray]]:
+    """Feed all jobs, in steps of at most `step_tokens`; results of each, joined over its steps."""
+    engine, limit = jobs[0].session.engine, jobs[0].session.step_tokens
+    parts: list[dict[str, list[np.ndarray]]] = [{name: [] for name in outputs} for _ in jobs]
+    at = [0] * len(jobs)
+    while any(at[i] < len(job.ids) for i, job in enumerate(jobs)):
+        room = limit
+        counts = []
+        for i, job in enumerate(jobs):
+            counts.append(min(room, len(job.ids) - at[i]))
+            room -= counts[-1]
+        taking = [(i, n) for i, n in enumerate(counts) if n]
+        last = {i for i, n in taking if at[i] + n == len(jobs[i].ids)}
+        chunks = [(jobs[i].session, jobs[i].ids[at[i] : at[i] + n]) for i, n in taking]
+        wanted_logits = [all_logits or i in last for i, _ in taking]
+        for (i, n), values in zip(taking, _step(engine, chunks, outputs, all_logits, wanted_logits), strict=True):
+            for name, value in values.items():
+                parts[i][name].append(value)
+            at[i] += n
+    return [{name: np.concatenate(values) for name, values in part.items()} for part in parts]
+
+
+def _step(
+    engine: Engine, chunks: Sequence[tuple[Session, np.ndarray]], outputs: tuple[str, ...], all_logits: bool, wanted: Sequence[bool]
+) -> list[dict[str, np.ndarray]]:
+    """One ragged batch: all of it becomes part of the sequences, or nothing."""
+    first = chunks[0][0]
+    store = first._store
+    counts = [len(ids) for _, ids in chunks]
+    ends = np.cumsum(counts)
+    starts = ends - counts
+    out_ids = np.arange(ends[-1]) if all_logits else np.array([e - 1 for e, w in zip(ends, wanted, strict=True) if w], np.int64)
+    extents = Extents(first.step_tokens, first.context, 1 << (len(chunks) - 1).bit_length())
+    executable = engine.executable(extents, outputs)
+    began = time.perf_counter()
+    with store.begin([(s._open(), n) for (s, _), n in zip(chunks, counts, strict=True)]) as step:
+        inputs, dims = step_inputs(step, np.concatenate([ids for _, ids in chunks]), out_ids)
+        results = executable.run(pick(inputs, executable.plan.graph.inputs), state=step, dims=dims)
+        step.commit()
+    for session, ids in chunks:
+        session.ids.extend(int(i) for i in ids)
+    engine.stats.steps += 1
+    engine.stats.tokens += int(ends[-1])
+    engine.stats.run_s += time.perf_counter() - began
+    graph = engine.graph(extents, outputs)
+    split = []
+    out_at = 0
+    for start, end, want in zip(starts, ends, wanted, strict=True):
+        n_out = int(end - start) if all_logits else int(want)
+        rows = {"T": slice(int(start), int(end)), "O": slice(out_at, out_at + n_out)}
+        out_at += n_out
+        split.append({name: _rows_of(graph, name, value, rows) for name, value in results.items()})
+    return split
+
+
+def _rows_of(graph: Graph, name: str, value: np.ndarray, rows: Mapping[str, slice]) -> np.ndarray:
+    """The rows of one sequence's tokens, of an output whose first axis is T or O; others are given whole."""
+    axis = graph.outputs[name].shape[0] if value.ndim else None
+    return value[rows[axis.name]] if isinstance(axis, Dim) and axis.name in rows else value[None]

@@ -1,0 +1,66 @@
+"""Hypothesis profiles, and which of the tests marked `deep` run."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+import zlib
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("tensorgraph", deadline=None, database=None)
+settings.register_profile("ci", settings.get_profile("tensorgraph"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") == "true" else "tensorgraph")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--deep-shard",
+        metavar="K/N",
+        help="also run part K (0 to N-1) of N of the tests marked deep; N alone: the part of today; without it, none",
+    )
+
+
+def shard(text: str, day_of_year: int) -> tuple[int, int]:
+    """`K/N`, or `N` with K taken from the day, as (K, N).
+
+    Raises: pytest.UsageError where it is neither.
+    """
+    found = re.fullmatch(r"(?:(\d+)/)?(\d+)", text)
+    if found is None or int(found[2]) == 0 or int(found[1] or 0) >= int(found[2]):
+        raise pytest.UsageError(f"--deep-shard wants K/N with 0 <= K < N, or N; got {text!r}")
+    count = int(found[2])
+    return (day_of_year % count if found[1] is None else int(found[1])), count
+
+
+def in_shard(node_id: str, part: int, count: int) -> bool:
+    """Whether a test belongs to part `part`: its name decides, so that other tests coming or going move none."""
+    return zlib.crc32(node_id.encode()) % count == part
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    wanted: str | None = config.option.deep_shard
+    if wanted is not None:  # resolved once, before workers start: all see the same day
+        part, count = shard(wanted, time.localtime().tm_yday)
+        config.option.deep_shard = f"{part}/{count}"
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    wanted: str | None = config.option.deep_shard
+    return f"deep tests: {'none' if wanted is None else f'part {wanted}'}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted: str | None = config.option.deep_shard
+    part, count = (0, 0) if wanted is None else shard(wanted, 0)
+    chosen: list[pytest.Item] = []
+    left: list[pytest.Item] = []
+    for item in items:
+        deep = item.get_closest_marker("deep") is not None
+        runs = not deep or (count > 0 and in_shard(item.nodeid, part, count))
+        (chosen if runs else left).append(item)
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = chosen

@@ -1,0 +1,163 @@
+"""Block formats against the `gguf` package's own NumPy code, and against ggml's output where that package has none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import quants as peer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from tensorgraph.dtypes import as_dtype, f16
+from tensorgraph.errors import DTypeError, ShapeError
+from tensorgraph.formats import FORMATS, block_format, decode, encode
+
+AFFINE = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]
+ENCODABLE = [*AFFINE, "mxfp4"]
+BOTH = [name for name in FORMATS if name not in ("q1_0", "q2_0")]  # gguf.quants has these two not
+
+
+def peer_type(name: str) -> GGMLQuantizationType:
+    return next(each for each in GGMLQuantizationType if each.name.lower() == name)
+
+
+def assert_same_bits(got: np.ndarray[Any, Any], want: np.ndarray[Any, Any]) -> None:
+    """Equal to the last bit, the sign of zero included; every NaN equals every other."""
+    assert got.shape == want.shape and got.dtype == want.dtype == np.float32
+    differs = (got.view(np.uint32) != want.view(np.uint32)) & ~(np.isnan(got) & np.isnan(want))
+    assert not differs.any()
+
+
+def test_every_format_has_the_layout_that_files_use() -> None:
+    sizes = {each.name.lower(): size for each, size in GGML_QUANT_SIZES.items()}
+    sizes["q2_0"] = (64, 18)
+    for name, form in FORMATS.items():
+        assert (form.dtype.block_size, form.dtype.block_bytes) == sizes[name]
+        assert as_dtype(name.upper()) is form.dtype and form.dtype.is_block
+    assert [name for name, form in FORMATS.items() if form.encode] == ENCODABLE
+
+
+@pytest.mark.parametrize("name", BOTH)
+@settings(deadline=None, max_examples=25)
+@given(data=st.data())
+def test_decode_equals_the_peer_bit_for_bit(name: str, data: st.DataObject) -> None:
+    n_blocks, rows = data.draw(st.integers(0, 9)), data.draw(st.integers(1, 3))
+    seed = data.draw(st.integers(0, 2**32 - 1))
+    block_bytes = block_format(name).dtype.block_bytes
+    raw = np.random.default_rng(seed).integers(0, 256, (rows, n_blocks * block_bytes), np.uint8)
+    got = decode(raw, name)
+    assert got.shape == (rows, n_blocks * block_format(name).dtype.block_size)
+    if n_blocks:
+        with np.errstate(all="ignore"):
+            assert_same_bits(got, peer.dequantize(raw, peer_type(name)))
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
+def test_every_scale_byte_decodes_as_the_peer_does(name: str) -> None:
+    form = block_format(name).dtype
+    raw = np.full((256, form.block_bytes), 0x71, np.uint8)
+    raw[:, : 1 if name == "mxfp4" else 4] = np.arange(256)[:, None]
+    with np.errstate(all="ignore"):
+        assert_same_bits(decode(raw, name), peer.dequantize(raw, peer_type(name)))
+
+
+def test_many_blocks_decode_as_few_do() -> None:
+    raw = np.random.default_rng(5).integers(0, 60, (2, 5001 * 18), np.uint8)
+    assert_same_bits(decode(raw, "q4_0"), peer.dequantize(raw, GGMLQuantizationType.Q4_0))
+    assert_same_bits(decode(raw[:, 18:], "q4_0"), decode(raw, "q4_0")[:, 32:])
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "codes"),
+    [
+        (
+            "q1_0",
+            "4d37a20846b3f8042f964cdf0d616d543e2c",
+            "-+---+-+---+-----++---+-++--++-+---+++++--+-----++++-+---++-+--+"
+            "--++--+-+++++-+++-++----+----++-+-++-++---+-+-+--+++++----++-+--",
+        ),
+        (
+            "q2_0",
+            "ff3b6a18a441159a8648512865661a212591",
+            "+++0-+0--0++0--0000-++0++0-+-+-00-00-++-00+0+0+0++0-0-+-00+-0-0+",
+        ),
+    ],
+)
+def test_sign_and_ternary_blocks_decode_as_ggml_does(name: str, block: str, codes: str) -> None:
+    raw = np.frombuffer(bytes.fromhex(block), np.uint8)  # one block that ggml wrote, and what its get_rows read from it
+    scale = raw[:2].view(np.float16).astype(np.float32)
+    assert_same_bits(decode(raw, name), np.array(["-0+".index(code) - 1 for code in codes], np.float32) * scale)
+
+
+def finite(limit: float) -> st.SearchStrategy[float]:
+    """Zero and numbers of ordinary magnitude: where 1 / scale overflows, the peer's result is undefined."""
+    sizes = st.floats(2.0**-60, limit, width=32)
+    ties = st.sampled_from([0.0, 0.5, 1.5, 2.5, -3.5, 5.0, 7.0, -10.0])
+    return st.one_of(ties, sizes, sizes.map(lambda x: -x))
+
+
+@pytest.mark.parametrize("name", ENCODABLE)
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_encode_equals_the_peer_byte_for_byte(name: str, data: st.DataObject) -> None:
+    shape = (data.draw(st.integers(1, 3)), 32 * data.draw(st.integers(1, 5)))
+    limit = data.draw(st.sampled_from([2.0**-20, 8.0, 2.0**16]))
+    x = data.draw(hnp.arrays(np.float32, shape, elements=finite(limit), fill=finite(limit)))
+    got = encode(x, name)
+    assert got.dtype == np.uint8
+    with np.errstate(all="ignore"):
+        assert np.array_equal(got, peer.quantize(x, peer_type(name)))
+
+
+@pytest.mark.parametrize("name", ENCODABLE)
+def test_encode_of_normal_numbers_equals_the_peer(name: str) -> None:
+    rng = np.random.default_rng(11)
+    x = rng.standard_normal((4099, 32), np.float32) * 10 ** rng.uniform(-4, 4, (4099, 1)).astype(np.float32)
+    assert np.array_equal(encode(x, name), peer.quantize(x, peer_type(name)))
+
+
+# Largest error as a part of the block's largest magnitude: half a step, a whole one where the far end is clipped
+# (q4_0, q5_0), and 8 -> 6 in mxfp4.
+BOUNDS = {"q4_0": 1 / 8, "q4_1": 1 / 15, "q5_0": 1 / 16, "q5_1": 1 / 31, "q8_0": 0.5 / 127, "mxfp4": 1 / 4}
+
+
+@pytest.mark.parametrize("name", ENCODABLE)
+def test_a_round_trip_stays_within_the_step_of_the_format(name: str) -> None:
+    x = np.random.default_rng(3).standard_normal((7, 5 * 32), np.float32)
+    error = np.abs(decode(encode(x, name), name) - x).reshape(7, 5, 32)
+    largest = np.abs(x).reshape(7, 5, 32).max(axis=2, keepdims=True)
+    assert np.all(error <= largest * (BOUNDS[name] + 2.0**-10))  # the scale itself is rounded to f16
+    for wider in (np.float64, np.float16, ml_dtypes.bfloat16):
+        values = x.astype(wider)
+        assert np.array_equal(encode(values, name), encode(values.astype(np.float32), name))
+
+
+@pytest.mark.parametrize("name", ENCODABLE)
+def test_zeros_and_numbers_too_small_for_the_scale_become_zero(name: str) -> None:
+    assert not decode(encode(np.zeros((3, 64), np.float32), name), name).any()
+    tiny = decode(encode(np.linspace(-1e-40, 1e-40, 64, dtype=np.float32)[None], name), name)
+    assert np.all(np.abs(tiny) <= 2e-38)
+
+
+@pytest.mark.parametrize("name", ENCODABLE)
+def test_empty_arrays(name: str) -> None:
+    assert decode(np.zeros((0, 2 * block_format(name).dtype.block_bytes), np.uint8), name).shape == (0, 64)
+    assert encode(np.zeros((3, 0), np.float32), name).shape == (3, 0)
+
+
+def test_errors_name_the_format_and_what_was_given() -> None:
+    with pytest.raises(DTypeError, match="wanted a block type.*q4_0.*got f16"):
+        block_format(f16)
+    with pytest.raises(DTypeError, match="q4_k can only be decoded.*q4_0, q4_1, q5_0, q5_1, q8_0, mxfp4"):
+        encode(np.zeros(256, np.float32), "Q4_K")
+    with pytest.raises(ShapeError, match=r"\[decode q4_0\] wanted rows of a multiple of 18 bytes; got \(2, 17\)"):
+        decode(np.zeros((2, 17), np.uint8), "q4_0")
+    with pytest.raises(ShapeError, match=r"\[encode q4_0\] wanted rows of a multiple of 32 elements; got \(33,\)"):
+        encode(np.zeros(33, np.float32), "q4_0")
+    with pytest.raises(DTypeError, match=r"\[decode q8_0\] wanted uint8; got float32"):
+        decode(np.zeros(34, np.float32), "q8_0")
