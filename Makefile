@@ -9,7 +9,7 @@ PYTHON := .venv/bin/python
 export PROMPT ?= Tell me in two sentences why the sky is blue.
 # Which part of the deep tests `make test` runs: K/N, or N for today's K.
 SHARD ?= 12
-PYTEST := OPENBLAS_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal -q
+PYTEST := OPENBLAS_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal
 
 # A .venv whose interpreter is gone, or that was made in another folder, is stale too.
 ifneq ($(shell cat $(STAMP) 2>/dev/null && $(PYTHON) -c 'print("runs")' 2>/dev/null),$(CURDIR) runs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -20,10 +20,14 @@ from tensorgraph.state import StateSpec
 hide_source(__file__)
 
 
+Wanted = Literal["matrix", "table", "optional"]
+"""Why a weight is looked for: a float that must be there, integers that must be there, or one that may be absent."""
+
+
 class WeightCatalog(Protocol):
     """Which weights there are, and how they are stored."""
 
-    def find(self, name: str, shape: tuple[int, ...], optional: bool) -> tuple[tuple[int, ...], DType] | None:
+    def find(self, name: str, shape: tuple[int, ...], wanted: Wanted) -> tuple[tuple[int, ...], DType] | None:
         """Shape and dtype of a weight, None where there is none."""
 
 
@@ -33,8 +37,10 @@ class AssumedWeights:
 
     dtype: DType
 
-    def find(self, name: str, shape: tuple[int, ...], optional: bool) -> tuple[tuple[int, ...], DType] | None:
-        return None if optional else (shape, self.dtype if len(shape) > 1 else f32)
+    def find(self, name: str, shape: tuple[int, ...], wanted: Wanted) -> tuple[tuple[int, ...], DType] | None:
+        if wanted == "optional":
+            return None
+        return shape, i32 if wanted == "table" else self.dtype if len(shape) > 1 else f32
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class FileWeights:
 
     tensors: Mapping[str, tuple[tuple[int, ...], DType]]
 
-    def find(self, name: str, shape: tuple[int, ...], optional: bool) -> tuple[tuple[int, ...], DType] | None:
+    def find(self, name: str, shape: tuple[int, ...], wanted: Wanted) -> tuple[tuple[int, ...], DType] | None:
         return self.tensors.get(name)
 
 
@@ -114,17 +120,26 @@ class Builder:
         Raises:
             UnknownNameError: it is missing. ShapeError: it has another shape.
         """
-        node = self.optional(name, *shape, _required=True)
+        return self._present(name, shape, "matrix")
+
+    def table(self, name: str, *shape: int) -> Node:
+        """A weight of whole numbers (i32), such as experts by token."""
+        return self._present(name, shape, "table")
+
+    def optional(self, name: str, *shape: int) -> Node | None:
+        """As `weight`, None where the model has none."""
+        return self._find(name, shape, "optional")
+
+    def _present(self, name: str, shape: tuple[int, ...], wanted: Wanted) -> Node:
+        node = self._find(name, shape, wanted)
         if node is None:
             raise UnknownNameError(f"[weight] {self.prefix}{name} is missing; wanted {shape_text(shape)} ({source_line()})")
         return node
 
-    def optional(self, name: str, *shape: int, _required: bool = False) -> Node | None:
-        """As `weight`, None where the model has none."""
-        full = self.prefix + name
-        weights = self._shared.weights
+    def _find(self, name: str, shape: tuple[int, ...], wanted: Wanted) -> Node | None:
+        full, weights = self.prefix + name, self._shared.weights
         if full not in weights:
-            found = self._shared.catalog.find(full, shape, not _required)
+            found = self._shared.catalog.find(full, shape, wanted)
             if found is None:
                 return None
             weights[full] = constant(full, shape=found[0], dtype=found[1])
@@ -132,6 +147,11 @@ class Builder:
             given = shape_text(weights[full].shape)
             raise ShapeError(f"[weight] {full} must be {shape_text(shape)}; the file has {given} ({source_line()})")
         return weights[full]
+
+    @property
+    def root(self) -> Builder:
+        """The scope without a prefix."""
+        return Builder(self._shared)
 
     def literal(self, name: str, value: np.ndarray) -> Node:
         """A constant that the model computes from its configuration; one of a name in a graph."""
@@ -170,6 +190,10 @@ class Builder:
     def new_rows(self, stream: str) -> Node:
         """The index in its sequence of each row that the step completes [N]."""
         return self._rows(stream, "new")
+
+    def new_row_positions(self, stream: str) -> Node:
+        """The position of the first token of each row that the step completes [N]."""
+        return self._rows(stream, "new_first")
 
     def new_row_seqs(self, stream: str) -> Node:
         """The sequence of each row that the step completes [N]."""

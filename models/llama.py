@@ -71,7 +71,7 @@ def attention(g: Builder, x: Node, c: Config) -> Node:
 def rotate(g: Builder, x: Node, c: Config) -> Node:
     """Rotary positions; GGUF files hold q and k so that neighbouring channels are pairs."""
     n_dims, scaling = c.rope_dim or c.head_size, c.rope_scaling
-    factors = Builder(g._shared).optional("rope_freqs.weight", n_dims // 2)
+    factors = g.root.optional("rope_freqs.weight", n_dims // 2)
     if factors is None and scaling.rope_type == "llama3":
         original = scaling.original_max_position_embeddings
         low, high = scaling.low_freq_factor, scaling.high_freq_factor

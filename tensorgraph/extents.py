@@ -55,7 +55,7 @@ def step_inputs(step: Step, tokens: np.ndarray, out_ids: np.ndarray) -> tuple[di
     """A step's inputs by the names that graphs declare them under, and its extents.
 
     Inputs: `tokens`, `positions`, `seqs` [T]; `out_ids` [O]; and for each stream class c `rows.c.pos`, `rows.c.seq` [S],
-    `rows.c.new`, `rows.c.new_seq` [N], all i32.
+    `rows.c.new` (row), `rows.c.new_first` (position of the row's first token), `rows.c.new_seq` [N], all i32.
     """
     inputs = {
         "tokens": tokens.astype(np.int32),
@@ -70,6 +70,7 @@ def step_inputs(step: Step, tokens: np.ndarray, out_ids: np.ndarray) -> tuple[di
             f"rows.{name}.pos": rows.row_pos,
             f"rows.{name}.seq": rows.row_seqs,
             f"rows.{name}.new": rows.new_rows,
+            f"rows.{name}.new_first": rows.new_rows * stream.every,
             f"rows.{name}.new_seq": rows.new_seqs,
         }
         dims["S" if name == "1" else f"S{name}"] = len(rows.row_pos)

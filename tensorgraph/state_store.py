@@ -277,7 +277,7 @@ class StateStore:
 
         Raises: CannotTrim, with the smallest length above 0 that works; StateError if the sequence is shorter.
         """
-        entry = self._idle(seq, "trim")
+        entry, length = self._idle(seq, "trim"), int(length)
         now = entry.state
         if not 0 <= length <= now.length:
             raise StateError(f"[trim] wanted a length from 0 to {now.length} for sequence {seq}; got {length}")
@@ -311,7 +311,7 @@ class StateStore:
             if not 0 <= count <= MAX_LENGTH - state.length:
                 wanted = f"0 to {MAX_LENGTH - state.length} new tokens"
                 raise StateError(f"[begin] wanted {wanted} for sequence {seq}; got {count}")
-        self._open = Step(self, [seq for seq, _ in batch], states, [count for _, count in batch])
+        self._open = Step(self, [seq for seq, _ in batch], states, [int(count) for _, count in batch])
         return self._open
 
     def save(self, seq: int, path: str | os.PathLike[str], extra: Mapping[str, str] | None = None) -> None:

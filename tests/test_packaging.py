@@ -30,9 +30,9 @@ print(tensorgraph.__version__)
 """
 
 
-def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+def run(*command: str | Path, cwd: Path) -> str:
     """Output of a command that must succeed."""
-    env = {"PATH": os.environ["PATH"], "HOME": str(cwd), **environment}
+    env = {"PATH": os.environ["PATH"], "HOME": str(cwd)}
     done = subprocess.run([str(part) for part in command], cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -60,15 +60,17 @@ def build(source: Path, target: Path) -> Path:
     return wheel
 
 
-def bare_environment(folder: Path) -> tuple[Path, str]:
-    """A new virtual environment without pip, and the PYTHONPATH that lends it this one's packages."""
+def bare_environment(folder: Path) -> Path:
+    """The programs of a new virtual environment that finds this one's packages after its own."""
     venv.create(folder, symlinks=True)
-    return folder / "bin", sysconfig.get_path("purelib")
+    (site,) = folder.glob("lib/python*/site-packages")
+    (site / "lent.pth").write_text(sysconfig.get_path("purelib"))
+    return folder / "bin"
 
 
-def install(binaries: Path, packages: str, *what: str | Path) -> None:
+def install(binaries: Path, *what: str | Path) -> None:
     options = ("-q", "--no-deps", "--no-build-isolation", "--no-index", "--ignore-installed")
-    run(binaries / "python", "-m", "pip", "install", *options, *what, cwd=binaries, PYTHONPATH=packages)
+    run(binaries / "python", "-m", "pip", "install", *options, *what, cwd=binaries)
 
 
 def declared() -> dict[str, Any]:
@@ -101,12 +103,12 @@ def test_a_wheel_holds_every_module_and_nothing_deleted(tmp_path: Path) -> None:
     assert {name for name in names if name.endswith(".py")} == installed
     assert {name.split("/")[0] for name in names} == {"tensorgraph"} and "tensorgraph/py.typed" in names
 
-    binaries, packages = bare_environment(tmp_path / "env")
-    install(binaries, packages, wheel)
-    printed = run(binaries / "python", "-c", USE, cwd=tmp_path, PYTHONPATH=packages).split()
+    binaries = bare_environment(tmp_path / "env")
+    install(binaries, wheel)
+    printed = run(binaries / "python", "-c", USE, cwd=tmp_path).split()
     site = (binaries.parent / "lib").resolve()
     assert all(Path(line).is_relative_to(site) for line in printed[:4]) and printed[4:] == ["0.1.0"]
-    assert "Usage" in run(binaries / "tensorgraph", "--help", cwd=tmp_path, PYTHONPATH=packages)
+    assert "Usage" in run(binaries / "tensorgraph", "--help", cwd=tmp_path)
 
 
 def test_an_sdist_holds_the_tests_and_builds_the_same_wheel(tmp_path: Path) -> None:
@@ -127,12 +129,12 @@ def test_an_sdist_holds_the_tests_and_builds_the_same_wheel(tmp_path: Path) -> N
 @pytest.mark.parametrize("changed", [False, True])
 def test_an_editable_install_reads_the_checkout(tmp_path: Path, changed: bool) -> None:
     checkout = copy_of_checkout(tmp_path / "checkout")
-    binaries, packages = bare_environment(tmp_path / "env")
-    install(binaries, packages, "-e", checkout)
+    binaries = bare_environment(tmp_path / "env")
+    install(binaries, "-e", checkout)
     if changed:  # an edit counts at once
         facade = checkout / "tensorgraph/__init__.py"
         facade.write_text(facade.read_text().replace('"0.1.0"', '"0.1.0+edited"'))
-    printed = run(binaries / "python", "-c", USE, cwd=tmp_path, PYTHONPATH=packages).split()
+    printed = run(binaries / "python", "-c", USE, cwd=tmp_path).split()
     assert printed[:4] == [str(checkout / part / "__init__.py") for part in PARTS]
     assert printed[4:] == ["0.1.0+edited" if changed else "0.1.0"]
-    assert "Usage" in run(binaries / "tensorgraph", "--help", cwd=tmp_path, PYTHONPATH=packages)
+    assert "Usage" in run(binaries / "tensorgraph", "--help", cwd=tmp_path)

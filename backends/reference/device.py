@@ -6,6 +6,7 @@ rounded to that after every op, block types are held decoded, and constants are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -56,8 +57,9 @@ class ReferenceDevice(Device):
                 steps.append(_release(tuple(dead[i])))
 
         def run(values: Values, step: Run) -> None:
-            for compute in steps:
-                compute(values, step)
+            with np.errstate(all="ignore"):
+                for compute in steps:
+                    compute(values, step)
 
         return run
 
@@ -98,23 +100,23 @@ def _op_step(node: Node) -> Step:
         attrs = dict(node.attrs)
         if "shape" in attrs:
             attrs["shape"] = evaluate_shape(attrs["shape"], step.dims)
-        with np.errstate(all="ignore"):
-            result = np.asarray(op.compute(arrays, attrs))
-            values[node] = result if rounded is None or result.dtype == rounded else result.astype(rounded)
+        result = np.asarray(op.compute(arrays, attrs))
+        values[node] = result if rounded is None or result.dtype == rounded else result.astype(rounded)
 
     return compute
 
 
 def _view_step(node: Node) -> Step:
     index_map, base = node.index_map, node.base
+    is_dense = index_map.is_dense
     static = all(isinstance(e, int) for e in (*index_map.shape, *index_map.strides, index_map.offset))
     resolved = index_map.resolve({}) if static else None
 
     def view(values: Values, step: Run) -> None:
         shape, strides, offset = resolved or index_map.resolve(step.dims)
         flat = np.ascontiguousarray(values[base]).reshape(-1)
-        if index_map.is_dense:
-            values[node] = flat.reshape(shape)
+        if is_dense:
+            values[node] = flat[: math.prod(shape)].reshape(shape)
             return
         item = flat.itemsize
         window = flat[offset:] if offset < flat.size else flat[:0]

@@ -13,7 +13,7 @@ from tensorgraph.errors import FormatError
 _ITEM = 16  # an item of a list counts as this many characters
 _WORK_PER_OUTPUT = 64
 _BITS = 4096
-_WIDE_FORMAT = re.compile(r"\d{4,}|:[^}]*\{|%[^a-zA-Z%]*\*")
+_WIDE_FORMAT = re.compile(r"\d{4,}|\{[^{}]*:[^}]*\{|%[^a-zA-Z%]*\*")
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Budget:
 
     def formatted(self, template: str, arguments: Any) -> None:
         """Account for `template % arguments` or `template.format(...)`."""
-        if _WIDE_FORMAT.search(template):
+        if _WIDE_FORMAT.search(template.replace("%%", "")):
             raise FormatError(f"[chat template] wanted formats of at most 999 columns; got {template[:80]!r}")
         n_fields = template.count("%") + template.count("{")
         self.reserve(len(template) + n_fields * (1000 + self.weigh(arguments)))

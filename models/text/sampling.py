@@ -92,22 +92,23 @@ class Sampler:
             return np.array([np.argmax(scores)], np.int64), np.ones(1)
         with np.errstate(over="ignore"):
             weights = np.exp((scores - scores.max()) / self.temperature)  # [V], the largest is 1
-        candidates = self._candidates(weights)
+        top_k = self.top_k if self.top_k < len(weights) else 0
+        candidates = self._candidates(weights, top_k)
         ids = candidates[np.argsort(-weights[candidates], kind="stable")]
-        if self.top_k:
-            ids = ids[: self.top_k]
+        if top_k:
+            ids = ids[:top_k]
         kept = weights[ids]
         if self.top_p < 1:
-            total = kept.sum() if self.top_k else weights.sum()
+            total = kept.sum() if top_k else weights.sum()
             kept = kept[: int(np.searchsorted(np.cumsum(kept), self.top_p * total)) + 1]
         kept = kept[kept >= self.min_p * kept[0]]
         return ids[: len(kept)], kept / kept.sum()
 
-    def _candidates(self, weights: Floats) -> Ids:
+    def _candidates(self, weights: Floats, top_k: int) -> Ids:
         """Ids, ascending, of a superset of the tokens that stay: sorting all of a large vocabulary takes longest."""
         n_tokens = len(weights)
-        if 0 < self.top_k < n_tokens:
-            lowest = np.partition(weights, n_tokens - self.top_k)[n_tokens - self.top_k]
+        if top_k:
+            lowest = np.partition(weights, n_tokens - top_k)[n_tokens - top_k]
         elif self.top_p < 1:
             # All tokens below this together have half of what top-p may leave out, so none of them is needed.
             lowest = weights.sum() * (1 - self.top_p) / (2 * n_tokens)

@@ -53,8 +53,8 @@ def _attend(
         seen = _seen(slots, i, rule, tokens)
         if mask is not None:
             mask = mask[..., tokens, :]
-            allowed = mask > -np.inf if mask.ndim == 2 else (mask > -np.inf).any(0)
-            seen = allowed if seen is None else seen & allowed
+            shown = (mask if mask.ndim == 2 else mask.max(0, initial=-np.inf)) > -np.inf
+            seen = shown if seen is None else seen & shown
         if seen is not None:
             used = seen.any(0)
             if not used.all():  # rows that none of these queries sees take no part, whatever they hold
@@ -66,7 +66,7 @@ def _attend(
         logits.append(s)
         values.append(v)
     y = _weigh(logits, values, sinks)
-    if n_tokens > 1 and np.isnan(y).any():  # a row that only some queries see may hold inf or NaN: 0 * inf must not count
+    if n_tokens > 1 and np.isnan(y).any():  # a row that only some queries see may hold inf: 0 * inf must not count
         one_by_one = (slice(t, t + 1) for t in range(*tokens.indices(len(slots["q"]))))
         return np.concatenate([_attend(slots, t, scale, softcap, d_v, rules) for t in one_by_one])
     return y

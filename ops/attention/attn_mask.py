@@ -27,6 +27,7 @@ Shapes: q_pos, q_seq [T], k_pos, k_seq [S] -> [T, S].
 @attn_mask.reference
 def reference(q_pos: Array, q_seq: Array, k_pos: Array, k_seq: Array, *, every: int, window: int | None) -> Array:
     seen = visible(q_pos, q_seq, k_pos, k_seq, every=every, window=window)
+    assert seen is not None
     return np.where(seen, 0.0, -np.inf)
 
 

@@ -17,8 +17,8 @@ from tensorgraph.signature import Signature
 Array = np.ndarray[Any, Any]
 
 _SIGNATURE = (
-    "c[S, W]: real, z[S, W]: real, bias[every, W]?: f32, row_pos[S]: int, row_seq[S]: int, blocks[N]: int, block_seq[N]: int"
-    " -> y[N, W]: f32"
+    "c[S, W]: real, z[S, W]: real, bias[every, W]?: f32, row_pos[S]: int, row_seq[S]: int, "
+    "blocks[N]: int, block_seq[N]: int -> y[N, W]: f32"
 )
 _BOUND = Signature.parse(_SIGNATURE)
 
@@ -30,8 +30,9 @@ block_pool = Op(
 )
 """For block b of a sequence, `sum(soft_max(z + bias[pos mod every]) * c)` per channel over the block's rows.
 
-A block's rows are those of its sequence at positions `b * every .. (b + 1) * every - 1`, wherever they stand. With overlap,
-channels `[: W / 2]` of the previous block's rows and channels `[W / 2 :]` of its own pool together; block 0 has no previous.
+A block's rows are those of its sequence at positions `b * every .. (b + 1) * every - 1`, wherever they stand. With
+overlap, channels `[: W / 2]` of the previous block's rows and channels `[W / 2 :]` of its own pool together; block 0
+has no previous rows.
 
 Shapes: c, z [S, W], bias [every, W], row_pos, row_seq [S], blocks, block_seq [N] -> [N, W], with overlap [N, W / 2].
 Dtypes: c, z f32, f16, bf16 -> f32; sums in f32.
@@ -82,7 +83,8 @@ def reference(
         values = np.concatenate([shown, values[..., half:]], 1)
         logits = np.concatenate([gates, logits[..., half:]], 1)
     weights = np.exp(logits - logits.max(1, keepdims=True))
-    return (weights * values).sum(1) / weights.sum(1)
+    pooled: Array = (weights * values).sum(1) / weights.sum(1)
+    return pooled
 
 
 def _finder(row_pos: Array, row_seq: Array, last: int) -> Callable[[Array, Array], Array]:
@@ -99,25 +101,34 @@ def _finder(row_pos: Array, row_seq: Array, last: int) -> Callable[[Array, Array
         there[there] = keys[at[there]] == asked[there]
         if not there.all():
             n, i = np.argwhere(~there)[0]
-            raise StateError(f"[block_pool] wanted the row at position {pos[n, i]} of sequence {seq[n]}; it is not there")
-        return order[at]  # type: ignore[no-any-return]
+            wanted = f"the row at position {pos[n, i]} of sequence {seq[n]}"
+            raise StateError(f"[block_pool] wanted {wanted}; the stream has {len(keys)} rows, not that one")
+        return order[at]
 
     return find
 
 
 @block_pool.flops
 def flops(node: Node) -> Extent:
-    return node.size * node.attrs["every"] * (8 if node.attrs["overlap"] else 4)
+    rows: int = node.attrs["every"] * (2 if node.attrs["overlap"] else 1)
+    return node.size * rows * 4
 
 
 @block_pool.law
 def order_is_free(
-    run: Callable[..., Array], c: Array, z: Array, bias: Array | None, row_pos: Array, row_seq: Array, *rest: Array, **attrs: Any
+    run: Callable[..., Array],
+    c: Array,
+    z: Array,
+    bias: Array | None,
+    pos: Array,
+    seq: Array,
+    *rest: Array,
+    **attrs: Any,
 ) -> None:
     """Rows are found by sequence and position: their order in the stream changes nothing."""
     back = slice(None, None, -1)
-    turned = run(c[back], z[back], bias, row_pos[back], row_seq[back], *rest, **attrs)
-    np.testing.assert_array_equal(turned, run(c, z, bias, row_pos, row_seq, *rest, **attrs))
+    turned = run(c[back], z[back], bias, pos[back], seq[back], *rest, **attrs)
+    np.testing.assert_array_equal(turned, run(c, z, bias, pos, seq, *rest, **attrs))
 
 
 @block_pool.cases

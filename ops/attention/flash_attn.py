@@ -20,8 +20,8 @@ Array = np.ndarray[Any, Any]
 class Segment(NamedTuple):
     """One stream that queries attend to, and which of its rows they see.
 
-    Row s is visible to query t iff all that is given holds: `seq[s] == seq[t]`; `(pos[s] + 1) * every - 1 <= pos[t]` where
-    causal; `pos[s] > pos[t] - window`; s is in `ids[t]` (-1 is none). `mask` is added to the scaled product.
+    Row s is visible to query t iff all that is given holds: `seq[s] == seq[t]`; `(pos[s] + 1) * every - 1 <= pos[t]`
+    where causal; `pos[s] > pos[t] - window`; s is in `ids[t]` (-1 is none). `mask` is added to the scaled product.
 
     Shapes: k [S, Hkv, Dk], v [S, Hkv, Dv] (None: the first d_v channels of k), pos, seq [S], ids [T, K], mask [T, S] or
     [H, T, S]. S may be 0.
@@ -51,8 +51,8 @@ flash_attn = Op(
 """`soft_max(cap(scale * q k^T) + mask) v`: one soft-max over the visible rows of all segments together.
 
 Call: `flash_attn(q, *segments, scale, softcap=0.0, sinks=None, pos=None, seq=None, d_v=None)`, `segments` of `Segment`.
-Head h reads kv head `h // (H / Hkv)`. `cap(x)` is `softcap * tanh(x / softcap)` where softcap is not 0. A sink is one more
-logit of its head, in the maximum and the denominator only. A query that sees no row gives 0.
+Head h reads kv head `h // (H / Hkv)`. `cap(x)` is `softcap * tanh(x / softcap)` where softcap is not 0. A sink is one
+more logit of its head, in the maximum and the denominator only. A query that sees no row gives 0.
 
 Shapes: q [T, H, Dk], sinks [H], pos, seq [T] -> [T, H, Dv].
 Dtypes: any float -> f32; sums in f32.
@@ -94,16 +94,16 @@ def shape(slots: Mapping[str, Node], attrs: Mapping[str, Any]) -> tuple[Shape, D
     for i, (every, window, causal) in enumerate(attrs["segments"]):
         k = slots.get(f"k{i}")
         n_kv = slots["k0"].shape[1] if i and len(slots["k0"].shape) == 3 else None
-        fits = k is not None and len(k.shape) == 3 and k.shape[2] == d_k and divide_exact(n_heads, k.shape[1]) is not None
-        if k is None or not fits or n_kv not in (None, k.shape[1]):
-            kv = f"a divisor of {n_heads}" if n_kv is None else n_kv
-            wanted, got = f"[S, {kv}, {d_k}]", "none" if k is None else shape_text(k.shape)
-            raise ShapeError(f"[flash_attn] k{i} must be {wanted} for q {shape_text(q.shape)}; got {got} ({source_line()})")
+        fits = k is not None and len(k.shape) == 3 and k.shape[2] == d_k
+        if k is None or not fits or divide_exact(n_heads, k.shape[1]) is None or n_kv not in (None, k.shape[1]):
+            wanted = f"[S, {f'a divisor of {n_heads}' if n_kv is None else n_kv}, {d_k}]"
+            got = "none" if k is None else shape_text(k.shape)
+            raise ShapeError(f"[flash_attn] k{i} must be {wanted}; got {got} ({source_line()})")
         v = slots.get(f"v{i}")
         d_v: Extent = v.shape[-1] if v is not None else d_k if attrs["d_v"] is None else attrs["d_v"]
         if attrs["d_v"] not in (None, d_v) or width not in (None, d_v):
-            wanted = attrs["d_v"] if width is None else width
-            raise ShapeError(f"[flash_attn] values must be {wanted} wide; segment {i}'s are {d_v} ({source_line()})")
+            wide = attrs["d_v"] if width is None else width
+            raise ShapeError(f"[flash_attn] values must be {wide} wide; segment {i}'s are {d_v} ({source_line()})")
         if v is None and isinstance(d_v, int) and isinstance(d_k, int) and d_v > d_k:
             raise ShapeError(f"[flash_attn] d_v must be at most k{i}'s width {d_k}; got {d_v} ({source_line()})")
         width = d_v
@@ -141,11 +141,12 @@ def _check_predicates(slots: Mapping[str, Node], i: int, every: Any, window: Any
         given = f"every={every}, window={window}"
         raise GraphError(f"[flash_attn] segment {i} wanted every >= 1 and window >= 1; got {given} ({source_line()})")
     if ("seq" in slots) != (f"seq{i}" in slots):
-        raise GraphError(f"[flash_attn] seq of the queries and of segment {i} must be given both or neither ({source_line()})")
-    given = ("pos" in slots) + (f"pos{i}" in slots)
-    if (window is not None and given < 2) or (causal and given == 1):
-        wanted = "pos of the queries and of the segment"
-        raise GraphError(f"[flash_attn] a causal or windowed segment {i} wanted {wanted} ({source_line()})")
+        wanted = f"seq of the queries and of segment {i}, or neither"
+        raise GraphError(f"[flash_attn] wanted {wanted}; got one of them ({source_line()})")
+    sides = ("pos" in slots) + (f"pos{i}" in slots)
+    if (window is not None and sides < 2) or (causal and sides == 1):
+        wanted = f"pos of the queries and of segment {i}, which is causal or has a window"
+        raise GraphError(f"[flash_attn] wanted {wanted}; got {('neither', 'one of them')[sides]} ({source_line()})")
 
 
 @flash_attn.reference

@@ -65,6 +65,7 @@ def reference(
             product *= w[at, :, None].astype(np.float32)
             scores[:, s : s + columns] = product.sum(1, dtype=np.float64).astype(np.float32)
         seen = visible(q_pos[at], q_seq[at], k_pos, k_seq, every=every)
+        assert seen is not None
         ids[at] = select.compute({"x": np.where(seen, scores, -np.inf)}, {"k": top_k})
     return ids
 

@@ -21,8 +21,10 @@ def visible(
 ) -> Array | None:
     """Whether row s is visible to token t; None where nothing restricts it.
 
-    Row s stands for `every` tokens from position `k_pos[s] * every` on and is visible once the last of them has come. With
-    a window, rows whose position is more than `window - 1` before the token's are gone. Rows of other sequences never are.
+    Row s stands for `every` tokens from position `k_pos[s] * every` on and is visible once the last of them has come.
+    With a window, rows whose position is more than `window - 1` before the token's are gone. Rows of other sequences
+    are never visible.
+
     Shapes: q_pos, q_seq [T], k_pos, k_seq [S] -> bool [T, S].
     """
     seen: Array | None = None

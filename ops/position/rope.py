@@ -42,8 +42,8 @@ rope = Op(
 )
 """Rotates pairs of channels by an angle that grows with the position: `(a, b) -> (a cos - b sin, a sin + b cos)`.
 
-The channels `offset .. offset + n_dims` are rotated (n_dims 0: all from `offset` on), the others copied. Pair i is channels
-(2i, 2i + 1) for the interleaved layout, (i, i + n_dims / 2) for the half-split one, and turns by
+The channels `offset .. offset + n_dims` are rotated (n_dims 0: all from `offset` on), the others copied. Pair i is
+channels (2i, 2i + 1) for the interleaved layout, (i, i + n_dims / 2) for the half-split one, and turns by
 `pos * base**(-2i / n_dims) / freq_factors[i]`, scaled by `freq_scale` and mixed by YaRN where `ext_factor` is not 0.
 cos and sin are multiplied by `magnitude` and nothing else; `inverse` rotates back (-sin).
 
@@ -57,7 +57,8 @@ def shape(slots: Mapping[str, Node], attrs: Mapping[str, Any]) -> tuple[Shape, D
     found = _BOUND.infer("rope", slots, attrs)
     width, n_dims, offset = slots["x"].shape[-1], attrs["n_dims"], attrs["offset"]
     if len(slots["x"].shape) < 2 or not isinstance(width, int):
-        raise ShapeError(f"[rope] x must be [T, ..., D], D a number; got {shape_text(slots['x'].shape)} ({source_line()})")
+        got = shape_text(slots["x"].shape)
+        raise ShapeError(f"[rope] x must be [T, ..., D], D a number; got {got} ({source_line()})")
     n_dims = n_dims or width - offset
     if n_dims % 2 or n_dims < 0 or offset + n_dims > width:
         wanted = f"an even number of channels within {width}"
@@ -136,15 +137,14 @@ def _per_position(
 def llama3_freq_factors(
     n_dims: int, base: float, factor: float, low_freq_factor: float, high_freq_factor: float, original_context: int
 ) -> Array:
-    """Divisors of the angles as Llama 3.1 stretches its context: 1 for short waves, `factor` for long ones, smooth between.
+    """Divisors of the angles by which Llama 3.1 stretches its context: 1 for short waves, `factor` for long ones.
 
     Shapes: -> f32 [n_dims / 2], for `rope`'s freq_factors.
     Source: Llama 3.1's published configuration, rope_type "llama3".
     """
     wavelength = 2 * math.pi * base ** (2.0 * np.arange(n_dims // 2) / n_dims)
-    waves = original_context / wavelength  # how many of its waves the original context holds
-    unstretched = (waves - low_freq_factor) / (high_freq_factor - low_freq_factor)
-    unstretched = np.clip(unstretched, 0, 1)
+    waves = original_context / wavelength  # how many waves the original context holds
+    unstretched = np.clip((waves - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1)
     return (1 / ((1 - unstretched) / factor + unstretched)).astype(np.float32)
 
 
@@ -154,13 +154,14 @@ def flops(node: Node) -> Extent:
 
 
 @rope.law
-def inverse_restores(run: Callable[..., Array], x: Array, pos: Array, freq_factors: Array | None = None, **attrs: Any) -> None:
+def inverse_restores(run: Callable[..., Array], x: Array, pos: Array, freq_factors: Array | None, **attrs: Any) -> None:
     """Rotating back restores x where the magnitude is 1."""
     attrs["magnitude"] = 1.0
     y = run(x, pos, freq_factors, **attrs)
     back = run(y, pos, freq_factors, **{**attrs, "inverse": not attrs["inverse"]})
     unit = {2: 2**-7, 4: 2**-19}[x.dtype.itemsize]
-    np.testing.assert_allclose(np.float64(back), np.float64(x), rtol=0, atol=unit * np.abs(np.float64(x)).max(initial=0.0))
+    top = np.abs(np.float64(x)).max(initial=0.0)
+    np.testing.assert_allclose(np.float64(back), np.float64(x), rtol=0, atol=unit * top)
 
 
 @rope.cases

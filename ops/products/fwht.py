@@ -62,8 +62,8 @@ def own_inverse(run: Callable[..., Array], x: Array) -> None:
     unit = {2: 2**-6, 4: 2**-18, 8: 2**-40}[x.dtype.itemsize]
     top = np.abs(np.float64(x)).max(initial=0.0) * math.sqrt(x.shape[-1])
     np.testing.assert_allclose(np.float64(run(y.astype(x.dtype))), np.float64(x), rtol=0, atol=unit * top)
-    lengths = (np.sqrt(np.sum(np.square(np.float64(v)), -1)) for v in (y, x))
-    np.testing.assert_allclose(*lengths, rtol=0, atol=unit * top)
+    before, after = (np.sqrt(np.sum(np.square(np.float64(v)), -1)) for v in (x, y))
+    np.testing.assert_allclose(after, before, rtol=0, atol=unit * top)
 
 
 @fwht.cases

@@ -23,8 +23,8 @@ _BOUND = Signature.parse(_SIGNATURE)
 mul_mat = Op("mul_mat", _SIGNATURE, source="ggml_mul_mat")
 """`b @ a.T`, with a the weights.
 
-Shapes: a [*A, M, K], b [*B, N, K] -> [*B, N, M]. Batch axes are matched from the right; each of b's is a multiple of a's,
-and a repeats blockwise: neighbouring batches of b share one a (grouped heads).
+Shapes: a [*A, M, K], b [*B, N, K] -> [*B, N, M]. Batch axes are matched from the right; each of b's is a multiple of
+a's, and a repeats blockwise: neighbouring batches of b share one a (grouped heads).
 Dtypes: any float -> f32; sums in f32.
 """
 
@@ -49,7 +49,7 @@ def reference(a: Array, b: Array) -> Array:
     a, b = blas_ready(a), blas_ready(b)
     if a.ndim == 2:
         if b.ndim == 2:
-            return b @ a.T  # type: ignore[no-any-return]
+            return b @ a.T
         rows = math.prod(b.shape[:-1])
         return (b.reshape(rows, b.shape[-1]) @ a.T).reshape(*b.shape[:-1], a.shape[0])
     batch = b.shape[:-2]
@@ -62,7 +62,7 @@ def reference(a: Array, b: Array) -> Array:
 
 
 def blas_ready(x: Array) -> Array:
-    """Matrices whose rows or columns are adjacent in memory, as BLAS reads them; NumPy has only a slow loop for others."""
+    """Matrices whose rows or columns are adjacent in memory, as BLAS reads them; NumPy's loop for others is slow."""
     row, column, item = x.strides[-2], x.strides[-1], x.itemsize
     by_rows = column == item and row >= x.shape[-1] * item
     by_columns = row == item and column >= x.shape[-2] * item

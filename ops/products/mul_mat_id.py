@@ -34,8 +34,8 @@ def shape(slots: Mapping[str, Node], attrs: Mapping[str, Any]) -> tuple[Shape, D
     found = _BOUND.infer("mul_mat_id", slots, attrs)
     b, ids = slots["b"].shape, slots["ids"].shape
     if b[1] != 1 and b[1] != ids[1]:
-        wanted = f"[{b[0]}, {ids[1]} or 1, {b[2]}]"
-        raise ShapeError(f"[mul_mat_id] b must be {wanted} for ids {shape_text(ids)}; got {shape_text(b)} ({source_line()})")
+        wanted = f"[{b[0]}, {ids[1]} or 1, {b[2]}], as ids is {shape_text(ids)}"
+        raise ShapeError(f"[mul_mat_id] b must be {wanted}; got {shape_text(b)} ({source_line()})")
     return found
 
 
@@ -51,7 +51,7 @@ def reference(a: Array, b: Array, ids: Array) -> Array:
     if experts.size and (experts[0] < -1 or experts[-1] >= len(a)):
         given = experts[0] if experts[0] < -1 else experts[-1]
         raise InputError(f"[mul_mat_id] ids must be below {len(a)}, or -1 for none; got {given}")
-    for expert, rows in zip(experts.tolist(), np.split(order, starts[1:]), strict=True):
+    for expert, rows in zip(experts.tolist(), np.split(order, starts)[1:], strict=True):
         if expert >= 0:
             tokens, used = np.divmod(rows, n_used)
             y[rows] = b[tokens, used if b.shape[1] != 1 else 0] @ blas_ready(a[expert]).T

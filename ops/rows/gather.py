@@ -37,12 +37,18 @@ def _fits(op: str, x: Node, ids: Node, axis: int) -> None:
 
 def _at(x: Array, ids: Array, axis: int) -> tuple[Array, ...]:
     """Index of every element that `ids` names, by axis."""
-    at = list(np.indices(ids.shape, sparse=True))
+    at: list[Array] = list(np.indices(ids.shape, sparse=True))
     at[axis] = ids
     return tuple(at)
 
 
-gather = Op("gather", "x[*X]: any, ids[*I]: int -> y[*I]: x", attrs={"axis": Attr(int, -1)}, tolerance=0.0, source="torch.gather")
+gather = Op(
+    "gather",
+    "x[*X]: any, ids[*I]: int -> y[*I]: x",
+    attrs={"axis": Attr(int, -1)},
+    tolerance=0.0,
+    source="torch.gather",
+)
 """`y[i, j, k] = x[i, ids[i, j, k], k]` for axis 1, and so on; the index -1 gives zero.
 
 Shapes: ids has x's number of axes, each at most as long as x's but for `axis` -> ids'.

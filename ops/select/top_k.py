@@ -56,7 +56,8 @@ def flops(node: Node) -> Extent:
 def selects(run: Callable[..., Array], x: Array, *, k: int) -> None:
     """Nothing left out ranks above anything selected, and the selected stand in order."""
     ids = run(x, k=k)
-    for row, chosen in zip(x.reshape(-1, x.shape[-1]), ids.reshape(-1, k), strict=True):
+    chosen_rows = ids.reshape(-1, k)
+    for row, chosen in zip(x.reshape(len(chosen_rows), x.shape[-1]), chosen_rows, strict=True):
         able = [int(i) for i in np.flatnonzero(~np.isnan(row) & (row > -np.inf))]
         ranked = sorted(able, key=lambda i, row=row: (-float(row[i]), i))[:k]  # type: ignore[misc]
         assert chosen.tolist() == ranked + [-1] * (k - len(ranked))

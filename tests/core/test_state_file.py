@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,11 @@ def test_hostile_descriptions_are_refused(saved: tuple[StateStore, dict[str, np.
     save_file(rows, path)
     with pytest.raises(FormatError):
         store.load(path)
+    fewer = rows["w"][1:]  # a row that the next token looks back at is not there
+    about |= {"first": {"1w8": 10**9 - 6}, "crc32": {"w": zlib.crc32(fewer.tobytes())}}
+    save_file({"w": fewer}, path, {"tensorgraph.state": json.dumps(about)})
+    with pytest.raises(FormatError, match="wanted a first row from 0 to 999999993"):
+        store.load(path)
     save_file({"x": rows["w"]}, path, {"tensorgraph.state": json.dumps(about)})
     with pytest.raises(FormatError, match="wanted the streams w; got x"):
         store.load(path)
@@ -122,6 +128,15 @@ def test_the_state_of_another_model_is_refused(saved: tuple[StateStore, dict[str
             StateStore(specs, kv_dtype=f16).load(path)
     with pytest.raises(StateError, match='"k" 2x3:f16:1 \\(wanted 2x3:f32:1\\)'):
         StateStore(SPECS, kv_dtype=f32).load(path)
+
+
+def test_lengths_may_be_numpy_integers(tmp_path: Path) -> None:
+    store = StateStore(SPECS, kv_dtype=f16)
+    seq = store.new()
+    store.begin([(seq, np.int32(9))]).commit()  # type: ignore[list-item]
+    assert store.trim(seq, np.int64(7)) == 7  # type: ignore[arg-type]
+    store.save(seq, tmp_path / "saved")
+    assert store.length(store.load(tmp_path / "saved")[0]) == 7
 
 
 def test_an_interrupted_save_leaves_the_older_file(

@@ -223,6 +223,23 @@ def test_trim_falls_back_on_the_nearest_snapshot_of_the_same_history() -> None:
         store.restore(seq, early)
 
 
+def test_snapshots_of_a_snapshot_serve_as_well() -> None:
+    rng = np.random.default_rng(0)
+    store = StateStore({"w": StateSpec((1,), keep=8)}, kv_dtype=f16, page_rows=4, slack=0)
+    seq, other = store.new(), store.new()
+    rows = extend(store, seq, 20, rng)["w"]
+    store.snapshot(seq)
+    extend(store, seq, 30, rng)
+    store.restore(other, store.snapshot(seq))
+    extend(store, other, 50, rng)
+    with pytest.raises(CannotTrim) as caught:
+        store.trim(other, 18)
+    assert caught.value.earliest == 19  # the first snapshot holds rows 12..19, and the reader at 19 looks at these
+    assert store.trim(other, 30) == 20
+    assert store.trim(other, 19) == 19
+    assert_same(visible(store, other)["w"], rows[12:19])
+
+
 def compress(rows: np.ndarray, low: int, block: int) -> np.ndarray:
     """A pooled row like those of V4's overlapping compressor: eight rows, those before the text are absent."""
     start = max(0, 4 * block - 4)

@@ -99,6 +99,6 @@ def view_of(x: Array, kind: str, draw: Draw) -> Array:
         return np.broadcast_to(x.take([0], axis), x.shape)
     between = np.nan if as_dtype(x.dtype).is_float else True  # what an op must not read
     parent = np.full([2 * n + 1 for n in x.shape], between, x.dtype)
-    view: Array = parent[tuple(slice(1, 2 * n + 1, 2) for n in x.shape)]
+    view: Array = parent[(..., *(slice(1, 2 * n + 1, 2) for n in x.shape))]
     view[...] = x
     return view

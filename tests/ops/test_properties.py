@@ -15,7 +15,7 @@ from tests.ops.evaluate import evaluate, node_of, runner
 from tests.ops.strategies import VIEWS, draw_case, view_of
 
 OPS = list(registry.ops)
-few = settings(deadline=None, max_examples=12)
+few = settings(deadline=None, max_examples=25)
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -63,4 +63,4 @@ def test_expansion_is_the_op(name: str, data: st.DataObject) -> None:
     np.testing.assert_array_equal(got[~finite], want[~finite])
     error, size = (np.sum(np.square(x[finite].astype(np.float64))) for x in (got.astype(np.float64) - want, want))
     unit = float(ml_dtypes.finfo(as_dtype(node.dtype).numpy).eps)  # type: ignore[no-untyped-call]
-    assert error <= (4 * unit) ** 2 * size
+    assert error <= (16 * unit) ** 2 * size  # what is rounded on the way is rounded again by the next op

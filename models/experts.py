@@ -1,0 +1,65 @@
+"""Mixtures of experts: routers in plain ops, and the experts themselves."""
+
+from __future__ import annotations
+
+import math
+
+from tensorgraph.graph import Node, hide_source
+from tensorgraph.models.builder import Builder
+from tensorgraph.ops import fill, gather, mul_mat_id, scatter, sum_rows, swiglu, swiglu_clamp, top_k
+
+hide_source(__file__)
+
+
+def route(
+    scores: Node,
+    bias: Node | None,
+    k: int,
+    *,
+    n_group: int = 1,
+    topk_group: int = 1,
+    group_top: int = 2,
+) -> Node:
+    """The experts of each token: the `k` largest of `scores + bias` within its `topk_group` best groups.
+
+    A group's score is the sum of its `group_top` largest. The bias selects and does not weigh.
+
+    Shapes: scores [T, E], bias [E] -> ids [T, k].
+    """
+    chosen = scores if bias is None else scores + bias
+    if n_group > 1:
+        n_tokens, n_experts = chosen.shape
+        grouped = chosen.reshape(n_tokens, n_group, -1)  # [T, G, E / G]
+        best = gather(grouped, top_k(grouped, k=group_top))
+        kept = top_k(sum_rows(best).reshape(n_tokens, n_group), k=topk_group)  # [T, topk_group]
+        closed = fill(shape=(n_tokens, n_group), value=-math.inf)
+        mask = scatter(closed, kept, fill(shape=(n_tokens, topk_group), value=0.0))
+        chosen = (grouped + mask.reshape(n_tokens, n_group, 1)).reshape(n_tokens, n_experts)
+    return top_k(chosen, k=k)
+
+
+def weigh(scores: Node, ids: Node, *, normalise: bool, scale: float) -> Node:
+    """The weights of the chosen experts, from the scores without bias. Shapes: [T, E], [T, K] -> [T, K]."""
+    w = gather(scores, ids)
+    if normalise:
+        w = w / (sum_rows(w) + 1e-20)
+    return w * scale
+
+
+def expert_sum(
+    g: Builder, x: Node, ids: Node, w: Node, *, n_experts: int, size: int, limit: float | None = None
+) -> Node:
+    """`Σ_k w_k · down_k(act(gate_k x, up_k x))`; with `limit` the gate and up are clamped first.
+
+    Shapes: x [T, D], ids, w [T, K] -> [T, D].
+    """
+    n_tokens, width = x.shape
+    assert isinstance(width, int)
+    shape = (n_experts, size, width)
+    rows = x.reshape(n_tokens, 1, width)
+    gate = mul_mat_id(g.weight("ffn_gate_exps.weight", *shape), rows, ids)  # [T, K, F]
+    up = mul_mat_id(g.weight("ffn_up_exps.weight", *shape), rows, ids)
+    hidden = swiglu(gate, up) if limit is None else swiglu_clamp(gate, up, limit=limit)
+    down = mul_mat_id(g.weight("ffn_down_exps.weight", n_experts, width, size), hidden, ids)  # [T, K, D]
+    weighed = down * w.reshape(n_tokens, -1, 1)
+    return sum_rows(weighed.permute(0, 2, 1)).reshape(n_tokens, width)

@@ -1,0 +1,1 @@
+"""Weights files, tokenizers, chat templates, sampling and generation."""
