@@ -1,0 +1,182 @@
+"""Packs the reference data that the tests need: `python tests/data/make.py REFERENCE_FOLDER` fills this folder.
+
+Each file is compressed as it is, or kept as a recipe where another file already holds the same weights (the quantised
+GGUFs) or where most of it follows from the rest (lists of BPE merges). Every result is unpacked again and compared.
+"""
+
+from __future__ import annotations
+
+import bz2
+import hashlib
+import io
+import json
+import lzma
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+from tests import reference  # noqa: E402  (it unpacks; packing shares its reader of strings)
+
+PLAIN_BYTES = 8192  # smaller texts stay readable
+ARCHITECTURES = ("llama", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "deepseek_v4")
+QUANTISED = {
+    "llama": ("f16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"),
+    "deepseek_v3": ("q8_0",),
+    "deepseek_v4": ("mxfp4",),
+}
+VOCABULARIES = ("gpt-2", "llama-bpe", "deepseek-llm", "qwen2", "llama-spm")
+OP_FAMILIES = (
+    "unary glu binary norm soft_max rope flash_attn_ext mul_mat mul_mat_id get_rows set_rows sort reduce cpy shape dsv4"
+).split()
+OP_DTYPES = set("f32 f16 bf16 i32 i64 q8_0 q4_0 q4_1 q5_0 q5_1 mxfp4".split())
+
+
+def plain_names(root: Path) -> Iterator[str]:
+    """Files kept as they are, or compressed as they are."""
+    for arch in ARCHITECTURES:
+        for name in (f"{arch}-f32.gguf", "reference.npz", "config.json", "config.transformers.json",
+                     "tokenizer_ref.json", "report.json"):  # fmt: skip
+            yield f"{arch}/{name}"
+        if arch in QUANTISED:
+            yield f"{arch}/quant_refs.npz"
+    for folder in ("real_smollm2", "templates"):
+        yield from sorted(path.relative_to(root).as_posix() for path in (root / folder).iterdir())
+    for name in VOCABULARIES:
+        yield f"vocab/ggml-vocab-{name}.gguf.inp"
+        yield f"vocab/ggml-vocab-{name}.gguf.out"
+    yield "vocab/ggml-vocab-llama-spm.gguf"
+
+
+def stored_npz(arrays: reference.Arrays) -> bytes:
+    """An .npz without compression: xz then sees equal arrays as equal."""
+    stream = io.BytesIO()
+    np.savez(stream, **arrays)  # type: ignore[arg-type]
+    return stream.getvalue()
+
+
+def smallest(content: bytes) -> tuple[str, bytes]:
+    """The shortest of bz2 and xz with the settings that suit 4-byte numbers and texts."""
+    tries = [(".bz2", bz2.compress(content))]
+    for lc, lp, pb in ((0, 2, 2), (1, 3, 3), (3, 0, 2)):
+        lzma2 = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": lc, "lp": lp, "pb": pb}
+        tries.append((".xz", lzma.compress(content, format=lzma.FORMAT_XZ, filters=[lzma2])))
+    return min(tries, key=lambda option: len(option[1]))
+
+
+def quantised_recipe(root: Path, source: str, name: str) -> reference.Arrays:
+    """How to make GGUF `name` from GGUF `source`, which holds the same tensors in F32."""
+    from gguf import GGUFReader
+
+    starts = {tensor.name: tensor.data_offset for tensor in GGUFReader(root / source).tensors}
+    reader = GGUFReader(root / name)
+    tensors = []
+    for tensor in reader.tensors:
+        columns = int(tensor.shape[0])
+        rows = int(tensor.n_elements) // columns
+        tensors.append((tensor.data_offset, int(tensor.tensor_type), starts[tensor.name], rows, columns))
+    content = (root / name).read_bytes()
+    head = np.frombuffer(content[: reader.data_offset], np.uint8)
+    numbers = np.array(tensors, np.int64)
+    return {"head": head, "tensors": numbers, "source": np.array(source), "size": np.array(len(content))}
+
+
+def merges_recipe(path: Path) -> reference.Arrays:
+    """A BPE vocabulary with each merge as the step to the token that it spells and the length of its left half."""
+    from gguf import GGUFReader
+
+    content, fields = path.read_bytes(), GGUFReader(path).fields
+
+    def array(key: str) -> tuple[int, list[bytes]]:
+        field = fields[key]
+        start = field.offset + 8 + len(key) + 4 + 4 + 8  # the key's string, two types, the count
+        (count,) = struct.unpack_from("<Q", content, start - 8)
+        return start, reference.strings(content, start, count)
+
+    tokens_at, tokens = array("tokenizer.ggml.tokens")
+    merges_at, merges = array("tokenizer.ggml.merges")
+    index = {token: i for i, token in enumerate(tokens)}
+    pairs = [merge.split(b" ") for merge in merges]
+    ids = np.array([index[left + right] for left, right in pairs])
+    end = merges_at + sum(8 + len(merge) for merge in merges)
+    return {
+        "head": np.frombuffer(content[:merges_at], np.uint8),
+        "tail": np.frombuffer(content[end:], np.uint8),
+        "tokens_at": np.array(tokens_at),
+        "n_tokens": np.array(len(tokens)),
+        "steps": np.diff(ids, prepend=0).astype(np.int32),
+        "splits": np.array([len(left) for left, _ in pairs], np.uint16),
+    }
+
+
+def op_cases(root: Path) -> dict[str, bytes]:
+    """`ops/` without the families and element types that nothing here computes."""
+    index: dict[str, Any] = json.loads((root / "ops/index.json").read_text())
+    wanted = [
+        case
+        for case in index["cases"]
+        if case["family"] == "get_rows"  # the exact decode of every block type
+        or case["family"] in OP_FAMILIES
+        and {part["dtype"] for part in (*case["srcs"], case["out"])} <= OP_DTYPES
+    ]
+    index["cases"], index["n_cases"] = wanted, len(wanted)
+    files = {"ops/index.json": json.dumps(index, indent=1).encode()}
+    for family in OP_FAMILIES:
+        with np.load(root / f"ops/{family}.npz") as stored:
+            prefixes = tuple(f"{case['id']}." for case in wanted if case["family"] == family)
+            files[f"ops/{family}.npz"] = stored_npz({key: stored[key] for key in stored if key.startswith(prefixes)})
+    return files
+
+
+def main(root: Path) -> None:
+    """Packs everything, writes `manifest.json`, unpacks everything again."""
+    entries: dict[str, dict[str, Any]] = {}
+
+    def keep(name: str, content: bytes, recipe: reference.Arrays | None = None) -> None:
+        target = HERE / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if recipe is None and len(content) < PLAIN_BYTES and not name.endswith((".npz", ".gguf")):
+            target.write_bytes(content)
+            return
+        suffix, packed = smallest(content if recipe is None else stored_npz(recipe))
+        holder = f"{name}{'' if recipe is None else '.recipe'}{suffix}"
+        (HERE / holder).write_bytes(packed)
+        digest = hashlib.sha256(content).hexdigest()
+        entries[name] = {"packed": holder, "size_bytes": len(content), "sha256": digest}
+
+    for old in HERE.rglob("*"):
+        if old.is_file() and old.parent != HERE:
+            old.unlink()
+    for name in plain_names(root):
+        content = (root / name).read_bytes()
+        if name.endswith(".npz"):
+            with np.load(root / name) as stored:
+                content = stored_npz(dict(stored))
+        keep(name, content)
+    for name, content in op_cases(root).items():
+        keep(name, content)
+    for arch, kinds in QUANTISED.items():
+        for kind in kinds:
+            name = f"{arch}/{arch}-{kind}.gguf"
+            keep(name, (root / name).read_bytes(), quantised_recipe(root, f"{arch}/{arch}-f32.gguf", name))
+    for vocabulary in VOCABULARIES[:-1]:
+        name = f"vocab/ggml-vocab-{vocabulary}.gguf"
+        keep(name, (root / name).read_bytes(), merges_recipe(root / name))
+
+    (HERE / "manifest.json").write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n")
+    for name in entries:
+        reference.reference_path(name)
+    total = sum(path.stat().st_size for path in HERE.rglob("*") if path.is_file())
+    print(f"{len(entries)} packed files, {total / 1e6:.1f} MB in all")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python tests/data/make.py REFERENCE_FOLDER")
+    main(Path(sys.argv[1]))
