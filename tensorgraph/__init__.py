@@ -12,7 +12,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _ROOT = Path(__file__).resolve().parent.parent
-if (_ROOT / "ops" / "__init__.py").is_file():  # an uninstalled checkout: the sibling folders are sub-packages
+if (_ROOT / "pyproject.toml").is_file() and (_ROOT / "ops" / "__init__.py").is_file():  # an uninstalled checkout: the sibling folders are sub-packages
     __path__.append(str(_ROOT))
 
 _EXPORTS = {

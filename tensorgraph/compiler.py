@@ -13,7 +13,7 @@ from tensorgraph.memory import plan_memory
 from tensorgraph.passes import EliminateCommon, ExpandFused, FoldConstants, LowerGuarded
 from tensorgraph.patterns import fuse_declared
 from tensorgraph.plan import Plan
-from tensorgraph.schedule import Placement, schedule
+from tensorgraph.schedule import schedule
 from tensorgraph.verify import verify
 
 

@@ -49,6 +49,9 @@ class Symbol:
         return _sum((other, self * -1))
 
     def __mul__(self, other: Extent) -> Extent:
+        if isinstance(other, int):  # the order of terms stays: no need to sort
+            terms = self._terms().items()
+            return self if other == 1 else Poly(tuple((k, c * other) for k, c in terms)) if other else 0
         product: dict[tuple[Symbol, ...], int] = {}
         for a, ca in _terms_of(self).items():
             for b, cb in _terms_of(other).items():
@@ -265,10 +268,13 @@ def maximum(extent: Extent) -> int:
 
 
 def product(extents: Iterable[Extent]) -> Extent:
-    total: Extent = 1
+    number, total = 1, None
     for extent in extents:
-        total = total * extent
-    return total
+        if isinstance(extent, int):
+            number *= extent
+        else:
+            total = extent if total is None else total * extent
+    return number if total is None else total * number
 
 
 def shape_text(shape: Sequence[Extent]) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tensorgraph import registry
-from tensorgraph.dims import maximum
 from tensorgraph.graph import STRUCTURAL, Node
 from tensorgraph.op import node_bytes
 
@@ -65,7 +64,7 @@ def plan_memory(order: Sequence[Node], kept: Sequence[Node] = ()) -> MemoryPlan:
     total = 0
     for position, node in enumerate(order):
         if needs_storage(node):
-            size_bytes = -(-maximum(node_bytes(node)) // ALIGNMENT) * ALIGNMENT
+            size_bytes = -(-node_bytes(node) // ALIGNMENT) * ALIGNMENT
             total += size_bytes
             end = last.get(node, position)
             taken = _inplace_input(node, position, last, buffers, size_bytes)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tensorgraph import registry
-from tensorgraph.dims import ALWAYS, Extent, Guard, Shape
+from tensorgraph.dims import ALWAYS, Bindings, Extent, Guard, Shape, evaluate
 from tensorgraph.dtypes import DType, as_dtype
 from tensorgraph.errors import AttributeValueError, GraphError
 from tensorgraph.graph import Node, source_line
@@ -66,10 +66,10 @@ class Lowering:
 
 @dataclass(frozen=True)
 class Cost:
-    """Work of one node, as extents: floating point operations and bytes read and written."""
+    """Work of one node: floating point operations, and bytes read and written."""
 
-    flops: Extent
-    size_bytes: Extent
+    flops: int
+    size_bytes: int
 
 
 class Op:
@@ -232,21 +232,21 @@ class Op:
         """An expansion or lowering of this op applied to a node's own inputs and attributes."""
         return fn(*self.arguments(dict(zip(node.slots, node.inputs, strict=True))), **node.attrs)
 
-    def cost(self, node: Node) -> Cost:
-        """Work of one node: declared flops, and every input and the result touched once."""
-        touched: Extent = 0
-        for value in (node, *node.inputs):
-            touched = touched + node_bytes(value)
-        return Cost(self._flops(node) if self._flops else node.size, touched)
+    def cost(self, node: Node, dims: Bindings) -> Cost:
+        """Work of one node in a step: declared flops, and every input and the result touched once."""
+        flops = self._flops(node) if self._flops else node.size
+        return Cost(evaluate(flops, dims), sum(node_bytes(value, dims) for value in (node, *node.inputs)))
 
     def __repr__(self) -> str:
         return f"<op {self.name}({self.signature or '...'})>"
 
 
-def node_bytes(node: Node) -> Extent:
-    """Bytes of a node's own elements, dense."""
-    size = node.size * node.dtype.block_bytes
-    return size // node.dtype.block_size
+def node_bytes(node: Node, dims: Bindings | None = None) -> int:
+    """Bytes of a node's own elements, dense; at the largest extents where `dims` is None."""
+    n = 1
+    for extent in node.shape:
+        n *= extent if isinstance(extent, int) else extent.max if dims is None else extent.evaluate(dims)
+    return n * node.dtype.block_bytes // node.dtype.block_size
 
 
 def all_ops() -> Iterator[Op]:

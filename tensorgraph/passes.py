@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from tensorgraph import registry
-from tensorgraph.dims import ALWAYS, Guard, maximum
+from tensorgraph.dims import ALWAYS, Guard
 from tensorgraph.graph import STRUCTURAL, Graph, Node, choose, constant, structure_line, topological
 from tensorgraph.op import node_bytes
 
@@ -24,6 +24,8 @@ def rewrite(graph: Graph, replacement: Rewrite) -> Graph:
         else:
             node_now = node
         new[node] = replacement(node_now, node) or node_now
+    if all(node is now for node, now in new.items()):
+        return graph
     outputs = {name: new[node] for name, node in graph.outputs.items()}
     return Graph(outputs, effects=[new[node] for node in graph.effects])
 
@@ -106,16 +108,14 @@ class ExpandFused:
 
     def __call__(self, graph: Graph) -> Graph:
         def expand(node: Node, _: Node) -> Node | None:
-            if node.op in STRUCTURAL or self.supports(node):
+            if self.supports(node):
                 return None
             op = registry.ops.get(node.op)
             return op.rebuild(op.expansion, node).named(node.name) if op.expansion is not None else None
 
-        while True:
-            expanded = rewrite(graph, expand)
-            if len(expanded) == len(graph) and all(a.op == b.op for a, b in zip(expanded, graph, strict=True)):
-                return graph
+        while (expanded := rewrite(graph, expand)) is not graph:
             graph = expanded
+        return graph
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,8 @@ class LowerGuarded:
     force: tuple[str, ...] = ()
 
     def __call__(self, graph: Graph) -> Graph:
-        return rewrite(rewrite(graph, self._offer), self._prune)
+        offered = rewrite(graph, self._offer)
+        return rewrite(offered, self._prune) if any(n.op == "choose" for n in offered) else offered
 
     def _offer(self, node: Node, _: Node) -> Node | None:
         if node.op in STRUCTURAL:
@@ -165,9 +166,4 @@ class LowerGuarded:
         shared = set(others)
         mine = [n for n in topological([root]) if n not in shared]  # type: ignore[list-item]
         stored = [n for n in mine if n.op not in STRUCTURAL]
-        return sum(maximum(node_bytes(n)) for n in stored)
-
-
-def default_passes(patterns: Sequence[Callable[[Graph], Graph]]) -> tuple[Callable[[Graph], Graph], ...]:
-    """What every graph goes through before it is placed on devices."""
-    return (EliminateCommon(), *patterns)
+        return sum(node_bytes(n) for n in stored)

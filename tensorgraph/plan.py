@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tensorgraph.device import Device, Part, Run, StateAccess, Values
-from tensorgraph.dims import Bindings, evaluate, maximum, shape_text, unify
+from tensorgraph.dims import Bindings, shape_text, unify
 from tensorgraph.dtypes import DType
 from tensorgraph.errors import InputError, UnknownNameError
 from tensorgraph.graph import STRUCTURAL, Graph, Node
@@ -103,9 +103,10 @@ class Plan:
 
     def report(self, dims: Bindings) -> PlanReport:
         """Cost of a step of the given extents."""
-        active = [n for n in self.graph.nodes if n in self.active(self.choose(dims))]
+        computed = self.active(self.choose(dims))
+        active = [n for n in self.graph.nodes if n in computed]
         kernels = [n for n in active if n.op not in STRUCTURAL]
-        costs = [ops.get(n.op).cost(n) for n in kernels]
+        costs = [ops.get(n.op).cost(n, dims) for n in kernels]
         return PlanReport(
             nodes=len(active),
             kernels=len(kernels),
@@ -113,9 +114,9 @@ class Plan:
             copies=len(self.scheduled.copies),
             copy_bytes=copy_bytes(self.scheduled.copies),
             arena_bytes={device: memory.peak_bytes for device, memory in self.memory.items()},
-            weight_bytes=sum(maximum(node_bytes(n)) for n in active if n.op == "constant"),
-            read_write_bytes=sum(evaluate(c.size_bytes, dims) for c in costs),
-            flops=sum(evaluate(c.flops, dims) for c in costs),
+            weight_bytes=sum(node_bytes(n) for n in active if n.op == "constant"),
+            read_write_bytes=sum(c.size_bytes for c in costs),
+            flops=sum(c.flops for c in costs),
         )
 
     def __str__(self) -> str:

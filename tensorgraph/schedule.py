@@ -9,7 +9,6 @@ from fnmatch import fnmatchcase
 import networkx as nx
 
 from tensorgraph.device import Device
-from tensorgraph.dims import maximum
 from tensorgraph.errors import UnsupportedError
 from tensorgraph.graph import STRUCTURAL, Graph, Node
 from tensorgraph.op import node_bytes
@@ -153,4 +152,4 @@ def _cut(graph: Graph, device: Mapping[Node, str]) -> tuple[Split, ...]:
 
 def copy_bytes(copies: Sequence[Node]) -> int:
     """Bytes that copies move at the largest extents."""
-    return sum(maximum(node_bytes(n)) for n in copies)
+    return sum(node_bytes(n) for n in copies)

@@ -17,7 +17,7 @@ from tensorgraph.signature import Signature
 Array = np.ndarray[Any, Any]
 
 _SIGNATURE = (
-    "c[S, W]: real, z[S, W]: real, bias[every, W]?: f32, row_pos[S]: int, row_seq[S]: int, "
+    "c[S, W]: real, z[S, W]: real, bias[every, W]?: float, row_pos[S]: int, row_seq[S]: int, "
     "blocks[N]: int, block_seq[N]: int -> y[N, W]: f32"
 )
 _BOUND = Signature.parse(_SIGNATURE)

@@ -9,8 +9,8 @@ import numpy as np
 
 from tensorgraph.dims import Extent, Shape, divide_exact, shape_text
 from tensorgraph.dtypes import DType
-from tensorgraph.errors import ShapeError
-from tensorgraph.formats import decode, encode
+from tensorgraph.errors import DTypeError, ShapeError
+from tensorgraph.formats import block_format, decode, encode
 from tensorgraph.graph import Node, source_line
 from tensorgraph.op import Attr, Op
 from tensorgraph.ops.rows.index import none_of
@@ -40,6 +40,9 @@ def prepare(a: Node, b: Node, ids: Node) -> tuple[dict[str, Node | None], dict[s
 @set_rows.shape
 def shape(slots: Mapping[str, Node], attrs: Mapping[str, Any]) -> tuple[Shape, DType]:
     found = _BOUND.infer("set_rows", slots, attrs)
+    dtype = slots["a"].dtype
+    if dtype.is_block and block_format(dtype).encode is None:
+        raise DTypeError(f"[set_rows] a must be of a type that can be written; {dtype} is only read ({source_line()})")
     batch, mine = slots["a"].shape[:-2], slots["ids"].shape[:-1]
     fits = len(mine) <= len(batch)
     for few, many in zip(reversed(mine), reversed(batch), strict=False):

@@ -22,8 +22,9 @@ def node_of(op: Op, slots: Mapping[str, Array], attrs: Mapping[str, Any]) -> Nod
 
 def evaluate(node: Node, arrays: Mapping[str, Array], backend: str = "reference") -> Array:
     """A node's value for inputs and constants by name; inputs that it does not need are left out."""
-    plan = compile(Graph(y=node), backend, CompileOptions(fuse=False, verify_passes=True))
-    constants = {k: v for k, v in arrays.items() if k in plan.graph.constants}
+    graph = Graph(y=node)
+    plan = compile(graph, backend, CompileOptions(fuse=False, verify_passes=True))
+    constants = {k: v for k, v in arrays.items() if k in graph.constants}
     inputs = {k: v for k, v in arrays.items() if k in plan.graph.inputs}
     result: Array = plan.bind(constants).run(inputs)["y"]
     return result

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from tensorgraph import ops
+from tensorgraph import ops, registry
 from tensorgraph.graph import Node, constant
+from tensorgraph.ops.attention import Segment
 
 Case = dict[str, Any]
 Operands = Mapping[str, Node]
@@ -44,7 +45,7 @@ def _over(x: Node, axis: int) -> Node:
 )
 def same_name(case: Case, x: Operands) -> Node:
     attrs = _attrs(case, "negative_slope", "min", "max", "scale", "bias", "eps")
-    return ops.__getattr__(case["op"])(x["x"], **attrs)
+    return registry.ops.get(case["op"])(x["x"], **attrs)
 
 
 @adapter("sum")
@@ -55,13 +56,13 @@ def total(case: Case, x: Operands) -> Node:
 @adapter("add", "sub", "mul", "div")
 def binary(case: Case, x: Operands) -> Node:
     a = ops.cast(x["a"], dtype="f32") if x["a"].dtype.is_block else x["a"]
-    return ops.__getattr__(case["op"])(a, x["b"])
+    return registry.ops.get(case["op"])(a, x["b"])
 
 
 @adapter("reglu", "geglu", "swiglu", "geglu_erf", "geglu_quick", "swiglu_oai", "swiglu_clamp")
 def gated(case: Case, x: Operands) -> Node:
     swapped = bool(case["params"]["swapped"])
-    return ops.__getattr__(case["op"])(x["a"], x.get("b"), swapped=swapped, **_attrs(case, "alpha", "limit"))
+    return registry.ops.get(case["op"])(x["a"], x.get("b"), swapped=swapped, **_attrs(case, "alpha", "limit"))
 
 
 @adapter("argsort")
@@ -97,8 +98,7 @@ def get_rows(case: Case, x: Operands) -> Node:
 
 @adapter("set_rows")
 def set_rows(case: Case, x: Operands) -> Node:
-    rows = ops.repeat(x["rows"][0], shape=x["src"].shape[:-1])
-    return ops.set_rows(x["dst"], x["src"], rows)
+    return ops.set_rows(x["dst"], x["src"], x["rows"][0])
 
 
 @adapter("cpy")
@@ -178,8 +178,7 @@ def flash_attn_ext(case: Case, x: Operands) -> Node:
             mask = ops.repeat(given, shape=(n_head, *given.shape[1:]))
             if p["max_bias"] > 0:
                 mask = ops.mul(mask, constant(f"slopes{i}", _slopes(n_head, p["max_bias"]).reshape(-1, 1, 1)))
-        segment = ops.flash_attn_segment(k, v, causal=False, mask=mask)
-        results.append(ops.flash_attn(q, segment, scale=p["scale"], softcap=p["logit_softcap"], sinks=sinks))
+        results.append(ops.flash_attn(q, Segment(k, v, causal=False, mask=mask), scale=p["scale"], softcap=p["logit_softcap"], sinks=sinks))
     return ops.concat(*(y.reshape(1, *y.shape) for y in results), axis=0)
 
 
