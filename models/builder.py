@@ -199,7 +199,9 @@ class Builder:
         """The sequence of each row that the step completes [N]."""
         return self._rows(stream, "new_seq")
 
-    def segment(self, stream: str, k: Node, v: Node | None = None, *, window: int | None = None, ids: Node | None = None) -> Segment:
+    def segment(
+        self, stream: str, k: Node, v: Node | None = None, *, window: int | None = None, ids: Node | None = None
+    ) -> Segment:
         """What `flash_attn` reads of a stream: rows of this sequence, complete at the query's position."""
         every = self._spec(stream).every
         return Segment(k, v, self.row_pos(stream), self.row_seq(stream), window=window, every=every, ids=ids)

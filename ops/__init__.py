@@ -5,15 +5,15 @@ if __name__ == "ops":
 
 import importlib
 import pkgutil
-from typing import Any
 
 from tensorgraph import registry
+from tensorgraph.op import Op
 
 for _family in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_family.name}")
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> Op:
     """`tensorgraph.ops.mul_mat`: any registered op, plugins' too."""
     if name.startswith("_"):
         raise AttributeError(name)

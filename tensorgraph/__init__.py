@@ -1,6 +1,6 @@
 """tensorgraph: a ggml-style graph compiler and backend runtime.
 
-This module is a lazy facade: `tensorgraph.compile`, `tensorgraph.load`, `tensorgraph.ops` and the rest are imported at first use.
+This module is a lazy facade: `tensorgraph.compile`, `tensorgraph.load`, `tensorgraph.ops` ... are imported at first use.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _ROOT = Path(__file__).resolve().parent.parent
-if (_ROOT / "pyproject.toml").is_file() and (_ROOT / "ops" / "__init__.py").is_file():  # an uninstalled checkout: the sibling folders are sub-packages
+if (_ROOT / "pyproject.toml").is_file() and (_ROOT / "ops" / "__init__.py").is_file():
+    # An uninstalled checkout: the sibling folders are sub-packages.
     __path__.append(str(_ROOT))
 
 _EXPORTS = {

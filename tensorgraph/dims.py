@@ -22,8 +22,9 @@ class Symbol:
     """Base of everything that stands for an extent known at run time; arithmetic gives canonical extents."""
 
     __slots__ = ()
+    min: int
     max: int
-    """An upper bound of the value; memory is planned for it."""
+    """Bounds of the value; memory is planned for the upper one."""
 
     def _terms(self) -> dict[tuple[Symbol, ...], int]:
         return {(self,): 1}
@@ -101,6 +102,10 @@ class Dim(Symbol):
         if not self.name or self.max < 0:
             raise ShapeError(f"[dim] wanted a name and a maximum >= 0; got Dim({self.name!r}, {self.max})")
 
+    @property
+    def min(self) -> int:  # type: ignore[override]
+        return 0
+
     def evaluate(self, bindings: Bindings) -> int:
         if self.name not in bindings:
             raise GraphError(f"[dim] {self.name} has no value in this step; given: {', '.join(bindings) or 'none'}")
@@ -122,6 +127,10 @@ class FloorDiv(Symbol):
 
     def evaluate(self, bindings: Bindings) -> int:
         return self.dividend.evaluate(bindings) // self.divisor
+
+    @property
+    def min(self) -> int:  # type: ignore[override]
+        return self.dividend.min // self.divisor
 
     @property
     def max(self) -> int:  # type: ignore[override]
@@ -152,17 +161,25 @@ class Poly(Symbol):
             total += factor
         return total
 
+    @cached_property
+    def _bounds(self) -> tuple[int, int]:
+        """Each term between the smallest and largest product of its factors' bounds."""
+        least = most = 0
+        for symbols, factor in self.terms:
+            ends = [factor]
+            for symbol in symbols:
+                products = [end * bound for end in ends for bound in (symbol.min, symbol.max)]
+                ends = [min(products), max(products)]
+            least, most = least + ends[0], most + ends[-1]
+        return least, most
+
+    @property
+    def min(self) -> int:  # type: ignore[override]
+        return self._bounds[0]
+
     @property
     def max(self) -> int:  # type: ignore[override]
-        """An upper bound: positive terms at their largest, negative ones at zero."""
-        total = 0
-        for symbols, factor in self.terms:
-            if symbols and factor < 0:
-                continue
-            for symbol in symbols:
-                factor *= symbol.max
-            total += factor
-        return total
+        return self._bounds[1]
 
     def dims(self) -> frozenset[Dim]:
         return frozenset(d for symbols, _ in self.terms for s in symbols for d in s.dims())
@@ -268,7 +285,8 @@ def maximum(extent: Extent) -> int:
 
 
 def product(extents: Iterable[Extent]) -> Extent:
-    number, total = 1, None
+    number = 1
+    total: Extent | None = None
     for extent in extents:
         if isinstance(extent, int):
             number *= extent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -76,10 +77,13 @@ def as_dtype(value: DType | str | np.dtype | type) -> DType:
     """The element type that a name, a NumPy type or a DType means."""
     if isinstance(value, DType):
         return value
-    if isinstance(value, str) and value.lower() in _BY_NAME:
-        return _BY_NAME[value.lower()]
+    if isinstance(value, str):
+        if value.lower() not in _BY_NAME:
+            importlib.import_module("tensorgraph.ops.formats")  # block types are declared there
+        if value.lower() in _BY_NAME:
+            return _BY_NAME[value.lower()]
     try:
-        wanted = np.dtype(value)  # type: ignore[arg-type]
+        wanted = np.dtype(value)
     except TypeError:
         wanted = None
     for dtype in _BY_NAME.values():

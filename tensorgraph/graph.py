@@ -8,13 +8,14 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NoReturn
 
 import networkx as nx
 import numpy as np
 
 from tensorgraph import registry
-from tensorgraph.dims import Dim, Extent, Guard, Shape, as_extent, product, shape_text
+from tensorgraph.dims import Dim, Extent, Guard, Shape, Symbol, as_extent, product, shape_text
 from tensorgraph.dtypes import DType, as_dtype, f32
 from tensorgraph.errors import GraphError, ShapeError, UnknownNameError
 from tensorgraph.views import IndexMap, infer_reshape
@@ -72,6 +73,9 @@ class Node:
     where: str = field(default_factory=source_line)
     data: np.ndarray | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "attrs", MappingProxyType(dict(self.attrs)))
+
     @property
     def ndim(self) -> int:
         return len(self.shape)
@@ -109,18 +113,24 @@ class Node:
 
     def reshape(self, *shape: Extent) -> Node:
         """The same elements under another shape; one axis may be -1. Copies (`cont`) where strides cannot say it."""
-        wanted = infer_reshape(self.shape, shape)
+        try:
+            wanted = infer_reshape(self.shape, [e if e == -1 else as_extent(e) for e in shape])
+        except ShapeError as error:
+            raise ShapeError(f"{error} ({source_line()})") from None
         index_map = self.index_map.reshape(wanted)
         return self._view(index_map) if index_map is not None else registry.ops.get("cont")(self).reshape(*wanted)
 
     def permute(self, *axes: int) -> Node:
         """Axes in another order, as `numpy.transpose`."""
-        if sorted(a % max(self.ndim, 1) for a in axes) != list(range(self.ndim)):
+        counted = [a + self.ndim if a < 0 else a for a in axes]
+        if sorted(counted) != list(range(self.ndim)):
             raise ShapeError(f"[permute] wanted each axis of {shape_text(self.shape)} once; got {axes} ({source_line()})")
-        return self._view(self.index_map.permute([a % self.ndim for a in axes]))
+        return self._view(self.index_map.permute(counted))
 
     def slice(self, axis: int, start: Extent, stop: Extent, step: int = 1) -> Node:
         """Elements `start`, `start + step`, ... below `stop` along an axis."""
+        if not -self.ndim <= axis < self.ndim:
+            raise ShapeError(f"[slice] {shape_text(self.shape)} has no axis {axis} ({source_line()})")
         length = self.shape[axis]
         known = isinstance(length, int) and isinstance(start, int) and isinstance(stop, int)
         if step < 1 or (known and not 0 <= start <= stop <= length):  # type: ignore[operator]
@@ -130,16 +140,20 @@ class Node:
 
     def broadcast(self, *shape: Extent) -> Node:
         """Repeated along axes of length 1 and new leading axes, without copying."""
-        return self._view(self.index_map.broadcast(tuple(map(as_extent, shape))))
+        try:
+            return self._view(self.index_map.broadcast(tuple(map(as_extent, shape))))
+        except ShapeError as error:
+            raise ShapeError(f"{error} ({source_line()})") from None
 
     def __getitem__(self, key: Any) -> Node:
         """Basic indexing: ints, slices with static or runtime bounds, `...` and None."""
-        keys = list(key) if isinstance(key, tuple) else [key]
+        keys = [_index(k) for k in (key if isinstance(key, tuple) else (key,))]
         if Ellipsis in keys:
             at = keys.index(Ellipsis)
             fill = self.ndim - sum(k is not None and k is not Ellipsis for k in keys)
             keys[at : at + 1] = [slice(None)] * fill
-        view, axis, shape = self, 0, []
+        view, axis = self, 0
+        shape: list[Extent] = []
         for k in keys:
             if k is None:
                 shape.append(1)
@@ -148,7 +162,7 @@ class Node:
                 raise ShapeError(f"[slice] too many indices for {shape_text(self.shape)} ({source_line()})")
             n = self.shape[axis]
             if isinstance(k, slice):
-                view = view.slice(axis, *_bounds(k, n), k.step or 1)
+                view = view.slice(axis, *_bounds(k, n), 1 if k.step is None else k.step)
                 shape.append(view.shape[axis])
             else:
                 start = k + n if isinstance(k, int) and k < 0 else k
@@ -188,6 +202,17 @@ def _binary(op: str, a: Node, b: Node | float) -> Node:
     return registry.ops.get("scale")(a, scale=float(scale), bias=float(bias))
 
 
+def _index(key: Any) -> Any:
+    """A key of `x[...]`, NumPy's numbers made ints."""
+    if isinstance(key, slice):
+        return slice(*(None if e is None else _index(e) for e in (key.start, key.stop, key.step)))
+    if key is None or key is Ellipsis or isinstance(key, Symbol):
+        return key
+    if isinstance(key, bool) or not hasattr(key, "__index__"):
+        raise ShapeError(f"[slice] wanted ints, Dims, slices, ... or None as indices; got {key!r} ({source_line()})")
+    return int(key.__index__())
+
+
 def _bounds(key: slice, length: Extent) -> tuple[Extent, Extent]:
     start = 0 if key.start is None else key.start
     stop = length if key.stop is None else key.stop
@@ -211,7 +236,8 @@ def constant(name: str, value: np.ndarray | None = None, *, shape: Sequence[int]
     Dtypes: any; a block type's `shape` counts elements, and its array is `uint8 [..., row_bytes]`.
     """
     if value is not None:
-        value = np.asarray(value)
+        value = np.array(value)
+        value.flags.writeable = False
         shape, dtype = value.shape, as_dtype(value.dtype)
     return Node("constant", (), tuple(map(as_extent, shape)), as_dtype(dtype), {"name": name}, (), name, data=value)
 
@@ -273,10 +299,14 @@ class Graph:
     """
 
     def __init__(self, outputs: Mapping[str, Node] | None = None, *, effects: Sequence[Node] = (), **more: Node) -> None:
-        self.outputs: Mapping[str, Node] = {**(outputs or {}), **more}
-        self.effects = tuple(effects)
+        self.outputs: Mapping[str, Node]
+        self.effects: tuple[Node, ...]
+        self.__dict__.update(outputs=MappingProxyType({**(outputs or {}), **more}), effects=tuple(effects))
         if not self.outputs:
             raise GraphError("[graph] wanted at least one output")
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"a graph is immutable; wanted to set {name!r}")
 
     @cached_property
     def nodes(self) -> tuple[Node, ...]:
@@ -307,7 +337,7 @@ class Graph:
     @cached_property
     def dims(self) -> Mapping[str, Dim]:
         found: dict[str, Dim] = {}
-        for dim in (d for n in self.nodes for e in n.shape if not isinstance(e, int) for d in e.dims()):
+        for dim in (d for n in self.nodes for e in _extents(n) if isinstance(e, Symbol) for d in e.dims()):
             if found.setdefault(dim.name, dim) != dim:
                 raise GraphError(f"[graph] the dim {dim.name} has two maxima: {found[dim.name].max} and {dim.max}")
         return found
@@ -368,6 +398,17 @@ def structure_line(node: Node, inputs: Sequence[int]) -> str:
     attrs = ",".join(f"{k}={node.attrs[k]}" for k in sorted(node.attrs))
     slots = ",".join(node.slots)
     return f"{node.op}({slots}:{','.join(map(str, inputs))}){{{attrs}}}{node.dtype}{shape_text(node.shape)}\n"
+
+
+def _extents(node: Node) -> Iterator[Any]:
+    """Whatever in a node may be an extent: its shape, where a view lies, guards, and attributes."""
+    yield from node.shape
+    for value in node.attrs.values():
+        if isinstance(value, IndexMap):
+            yield from (*value.strides, value.offset)
+        elif isinstance(value, tuple):
+            yield from (b[0] for guard in value if isinstance(guard, Guard) for b in guard.bounds)
+            yield from value
 
 
 def _unique(kind: str, nodes: Iterable[Node], attr: str) -> Mapping[str, Node]:

@@ -206,7 +206,8 @@ class Op:
     def _bind(self, inputs: Sequence[Any], given: Mapping[str, Any]) -> Prepared:
         names = [a.name for a in self.signature.inputs] if self.signature else []
         if len(inputs) > len(names):
-            raise GraphError(f"[{self.name}] wanted {len(names)} inputs ({', '.join(names)}); got {len(inputs)} ({source_line()})")
+            wanted = f"wanted {len(names)} inputs ({', '.join(names)})"
+            raise GraphError(f"[{self.name}] {wanted}; got {len(inputs)} ({source_line()})")
         slots = dict(zip(names, inputs, strict=False))
         slots.update({n: given[n] for n in names if n in given})
         for argument in self.signature.inputs if self.signature else ():

@@ -1,4 +1,4 @@
-"""Passes: functions from one graph to the next. Nodes that nothing needs vanish by themselves: a graph is what its outputs reach."""
+"""Passes: functions from one graph to the next. Dead nodes vanish by themselves: a graph is what its outputs reach."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Supports = Callable[[Node], bool]
 
 
 def rewrite(graph: Graph, replacement: Rewrite) -> Graph:
-    """Rebuild a graph from its inputs on; `replacement(node, original)` sees each node with its new inputs and may give another."""
+    """Rebuild a graph; `replacement(node, original)` sees each node with its new inputs and may give another for it."""
     new: dict[Node, Node] = {}
     for node in graph.nodes:
         inputs = tuple(new[i] for i in node.inputs)

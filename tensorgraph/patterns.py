@@ -41,7 +41,7 @@ class Pattern:
         if not self._unify(self.root, node, slots, attrs) or self.op.expansion is None:
             return None
         try:
-            fused = self.op(**slots, **attrs, name=node.name)
+            fused = self.op.apply({s: slots[s] for s in self.slots.values()}, attrs, name=node.name)
             rebuilt = self.op.rebuild(self.op.expansion, fused)
         except TensorGraphError:
             return None
@@ -134,7 +134,7 @@ def _sample_attr(attr: Attr, position: int) -> Any:
 
 
 def _sample_input(argument: Argument, axes: dict[str, Extent]) -> Node:
-    shape = []
+    shape: list[Extent] = []
     for axis in argument.axes:
         if axis.isdigit():
             shape.append(int(axis))

@@ -6,9 +6,13 @@ import difflib
 import importlib
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from tensorgraph.errors import GraphError, UnknownNameError
+
+if TYPE_CHECKING:
+    from tensorgraph.device import Device
+    from tensorgraph.op import Op
 
 T = TypeVar("T")
 
@@ -60,6 +64,6 @@ class Registry(Generic[T]):
         load_plugins()
 
 
-ops: Registry[Any] = Registry("op", "tensorgraph.ops")
-backends: Registry[Callable[[str], Any]] = Registry("backend", "tensorgraph.backends")
+ops: Registry[Op] = Registry("op", "tensorgraph.ops")
+backends: Registry[Callable[[str], Device]] = Registry("backend", "tensorgraph.backends")
 architectures: Registry[Any] = Registry("architecture", "tensorgraph.models")

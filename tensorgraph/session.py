@@ -283,7 +283,11 @@ def _feed(jobs: Sequence[_Job], outputs: tuple[str, ...], all_logits: bool) -> l
 
 
 def _step(
-    engine: Engine, chunks: Sequence[tuple[Session, np.ndarray]], outputs: tuple[str, ...], all_logits: bool, wanted: Sequence[bool]
+    engine: Engine,
+    chunks: Sequence[tuple[Session, np.ndarray]],
+    outputs: tuple[str, ...],
+    all_logits: bool,
+    wanted: Sequence[bool],
 ) -> list[dict[str, np.ndarray]]:
     """One ragged batch: all of it becomes part of the sequences, or nothing."""
     first = chunks[0][0]

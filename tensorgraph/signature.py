@@ -8,7 +8,7 @@ result, the name of an attribute. `?` marks an input that may be absent. A type 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _ARGUMENT = re.compile(r"\s*(\w+)\[([^\]]*)\](\?)?\s*:\s*(\w+)\s*(?:,|$)")
 
-_KINDS = {
+_KINDS: dict[str, Callable[[DType], bool]] = {
     "any": lambda d: True,
     "float": lambda d: d.is_float,
     "real": lambda d: d.kind == "float",

@@ -125,6 +125,10 @@ def test_queries_that_see_nothing_give_zero() -> None:
     assert np.array_equal(flash_attn.compute({"q": q, "k0": k[:0], "sinks": sinks}, one(k)), empty)
     assert np.array_equal(flash_attn.compute({"q": q, "k0": k, "ids0": np.full((3, 2), -1)}, one(k)), empty)
     assert flash_attn.compute({"q": q[:0], "k0": k}, one(k, d_v=3)).shape == (0, 4, 3)
+    blind_head = np.zeros((4, 3, 5))
+    blind_head[2] = -np.inf
+    y = flash_attn.compute({"q": q, "k0": k, "mask0": blind_head}, one(k))
+    assert not y[:, 2].any() and np.all(y[:, [0, 1, 3]] != 0)
     early = {"q": q, "k0": k, "pos": np.array([2, 3, 4]), "pos0": np.arange(5)}
     y = flash_attn.compute(early, one(k, segments=((4, None, True),)))
     assert not y[0].any() and y[1].any()  # the first block of four ends at position 3
@@ -200,7 +204,7 @@ def test_flash_attn_shapes() -> None:
     assert y.slots == ("q", "pos", "seq", "k0", "v0", "pos0", "seq0")
     y = query(stream(S, heads=1, window=128), stream(B, heads=1, name="b", every=4), sinks=input("s", (8,)), d_v=24)
     assert y.shape == (T, 8, 24) and y.attrs["segments"] == ((1, 128, True), (4, None, True))
-    assert flash_attn.cost(y).flops == T * 8 * (S + B) * (32 + 24) * 2
+    assert flash_attn.cost(y, {"T": 3, "S": 100, "B": 20}).flops == 3 * 8 * 120 * (32 + 24) * 2
     assert query(stream(S, ids=input("ids", (T, 64), "i32"), mask=input("m", (T, S), "f16"))).shape == (T, 8, 32)
     assert query(stream(0)).shape == (T, 8, 32)
 

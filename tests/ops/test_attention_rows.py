@@ -148,6 +148,12 @@ def test_block_pool_wants_every_row_of_a_block() -> None:
 
     assert pool(1).tolist() == [[1.0, 1.0]] and pool(1, overlap=True).tolist() == [[1.0]]
     assert pool(1, keep=slice(4, None)).tolist() == [[1.0, 1.0]]
+    ones["row_seq"][4:] = 1
+    ones["row_pos"] = np.array([0, 1, 2, 3, 0, 1, 2, 3])
+    with pytest.raises(StateError, match="position 4 of sequence 0"):
+        pool(1)  # the next rows in order are sequence 1's
+    ones["row_seq"][4:] = 0
+    ones["row_pos"] = pos
     cases: list[tuple[str, dict[str, Any]]] = [
         ("position 8 of sequence 0", {"block": 2}),
         ("position 0 of sequence 1", {"block": 0, "seq": 1}),

@@ -18,8 +18,8 @@ import pytest
 
 import tensorgraph.ops  # noqa: F401  (importing registers)
 from tensorgraph.dtypes import as_dtype
-from tensorgraph.formats import FORMATS
 from tensorgraph.graph import Node, constant, input
+from tensorgraph.ops.formats import FORMATS
 from tensorgraph.views import IndexMap
 from tests.ops.evaluate import evaluate
 from tests.ops.ggml_adapters import ADAPTERS
@@ -30,33 +30,26 @@ Case = dict[str, Any]
 
 CASES: list[Case] = json.loads(reference_path("ops/index.json").read_text())["cases"]
 
-NOT_HERE = {
-    "unary": ("xielu",),
-    "binary": ("acc", "add_id", "set"),
-    "norm": ("group_norm", "l2_norm"),
-    "sort": ("argmax", "count_equal"),
-    "mul_mat": ("out_prod",),
-    "shape": (
-        *("arange", "diag", "diag_mask_inf", "diag_mask_zero", "pad", "pad_reflect_1d", "repeat_back", "roll"),
-        *("solve_tri", "timestep_embedding", "tri"),
-    ),
-    "conv": ("col2im_1d", "conv_2d", "conv_2d_dw", "conv_3d", "conv_transpose_1d", "conv_transpose_2d", "im2col"),
-    "conv, pooling and images": ("im2col_3d", "pool_1d", "pool_2d", "upscale"),
-    "recurrent": ("gated_delta_net", "gated_linear_attn", "rwkv_wkv6", "rwkv_wkv7", "ssm_conv", "ssm_scan"),
-}
-"""ggml's ops that are not ops here."""
+NOT_HERE = frozenset(
+    (
+        *("xielu", "acc", "add_id", "set", "group_norm", "l2_norm", "argmax", "count_equal", "out_prod", "arange", "diag"),
+        *("diag_mask_inf", "diag_mask_zero", "pad", "pad_reflect_1d", "repeat_back", "roll", "solve_tri"),
+        *("timestep_embedding", "tri"),
+    )
+)
+"""ggml's ops that are not ops here; `tests/data` leaves out convolutions, images and recurrent ops, as whole families."""
 
 
 def why_not(case: Case) -> str | None:
     """The reason why a case is outside, None where it is covered."""
-    if case["op"] in {op for ops in NOT_HERE.values() for op in ops}:
+    if case["op"] in NOT_HERE:
         return "op"
     if case["params"].get("mode") in ("mrope", "imrope", "vision"):
         return "rope of images"
     if not all(s["dtype"].lower() in FORMATS for s in case["srcs"] if _is_block(s["dtype"])):
         return "block type"
-    if _is_block(case["out"]["dtype"]) and case["compare"]["kind"] == "quantised":
-        return None if FORMATS[case["out"]["dtype"].lower()].encode else "block type, encoding"
+    if case["compare"]["kind"] == "quantised" and FORMATS[case["out"]["dtype"].lower()].encode is None:
+        return "encoding"
     return None
 
 
@@ -68,9 +61,10 @@ COVERED = [case for case in CASES if why_not(case) is None]
 
 
 def test_nothing_is_dropped_silently() -> None:
-    assert len(CASES) == 549
-    assert Counter(map(why_not, CASES)) == {None: 0}
+    assert Counter(map(why_not, CASES)) == {None: 352, "op": 49, "rope of images": 10, "block type": 7}
     assert {case["op"] for case in COVERED} == set(ADAPTERS)
+    missing = {s["dtype"] for case in CASES if why_not(case) == "block type" for s in case["srcs"]} - {"i32"}
+    assert missing == {"iq1_m", "iq1_s", "iq2_s", "iq2_xs", "iq2_xxs", "iq3_s", "iq3_xxs"}
 
 
 @cache

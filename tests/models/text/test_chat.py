@@ -114,8 +114,8 @@ def test_template_special_tokens_and_chatml_come_from_the_metadata() -> None:
     ("source", "text"),
     [
         ("  {% if true %}\n  a\n  {% endif %}\nb", "  a\nb"),
-        ("{% for i in range(9) %}{% if i == 1 %}{% continue %}{% elif i == 4 %}{% break %}{% endif %}{{ i }}{% endfor %}",
-         "023"),
+        ("{% for i in range(9) %}{% if i == 1 %}{% continue %}{% endif %}{% if i == 4 %}{% break %}{% endif %}{{ i }}"
+         "{% endfor %}", "023"),
         ("{{ {'b': '<&ü>', 'a': 1}|tojson }}", '{"b": "<&ü>", "a": 1}'),
         ("{{ [1]|tojson(indent=2) }}", "[\n  1\n]"),
         ("{% for x in [5, 6, 7] %}{{ loop.index }}/{{ loop.length }}{{ loop.last }}{{ loop.revindex0 }} {% endfor %}",

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from tensorgraph.errors import FormatError, InputError, UnknownNameError
-from tensorgraph.formats import FORMATS, decode
+from tensorgraph.formats import decode
 from tensorgraph.models.text.gguf import GGML_TYPES, GGUF
+from tensorgraph.ops.formats import FORMATS
 
 Q = peer.GGMLQuantizationType
 

@@ -1,39 +1,11 @@
-"""What a block format is, and the few ways in which all of them lay bits out."""
+"""The few ways in which block formats lay bits out."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorgraph.dtypes import DType, register_dtype
-
-U8 = NDArray[np.uint8]
-F32 = NDArray[np.float32]
-
-FORMATS: dict[str, BlockFormat] = {}
-
-
-@dataclass(frozen=True)
-class BlockFormat:
-    """One block type: `decode` is exact; `encode` rounds as ggml does, and is None where nothing here encodes the type.
-
-    Shapes: raw [n, block_bytes] <-> x [n, block_size], both contiguous.
-    """
-
-    dtype: DType
-    decode: Callable[[U8], F32]
-    encode: Callable[[F32], U8] | None = None
-
-
-def declare(
-    name: str, block_size: int, block_bytes: int, decode: Callable[[U8], F32], encode: Callable[[F32], U8] | None = None
-) -> BlockFormat:
-    """Register a block type under `name`, both as an element type and as a format."""
-    dtype = register_dtype(DType(name, "block", block_bytes, block_size))
-    return FORMATS.setdefault(name, BlockFormat(dtype, decode, encode))
+from tensorgraph.formats import F32, U8
 
 
 def unpack(raw: U8, bits: int, run: int) -> U8:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from tensorgraph.formats.block import F32, U8, BlockFormat, as_f16, declare, pack, read_f16, reciprocal, unpack
+from tensorgraph.formats import F32, U8, BlockFormat, declare
+from tensorgraph.ops.formats.bits import as_f16, pack, read_f16, reciprocal, unpack
 
 
 def _declare_affine(name: str, bits: int, has_min: bool) -> BlockFormat:

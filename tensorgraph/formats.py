@@ -1,16 +1,42 @@
-"""Block layouts of quantised weights: how each is decoded to f32, and encoded where that is a rounding."""
+"""Block formats: what one is, and decoding and encoding by any of them. `tensorgraph.ops.formats` declares them."""
 
 from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorgraph.dtypes import DType, as_dtype
+from tensorgraph.dtypes import DType, register_dtype
 from tensorgraph.errors import DTypeError, ShapeError
-from tensorgraph.formats import affine, few_bits, super_blocks, tabled  # noqa: F401  (importing them declares formats)
-from tensorgraph.formats.block import F32, FORMATS, U8, BlockFormat
 
-__all__ = ["FORMATS", "BlockFormat", "block_format", "decode", "encode"]
+U8 = NDArray[np.uint8]
+F32 = NDArray[np.float32]
+
+FORMATS: dict[str, BlockFormat] = {}
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """One block type: `decode` is exact; `encode` rounds as ggml does, and is None where nothing here encodes the type.
+
+    Shapes: raw [n, block_bytes] <-> x [n, block_size], both contiguous.
+    """
+
+    dtype: DType
+    decode: Callable[[U8], F32]
+    encode: Callable[[F32], U8] | None = None
+
+
+def declare(
+    name: str, block_size: int, block_bytes: int, decode: Callable[[U8], F32], encode: Callable[[F32], U8] | None = None
+) -> BlockFormat:
+    """Register a block type under `name`, both as an element type and as a format."""
+    dtype = register_dtype(DType(name, "block", block_bytes, block_size))
+    return FORMATS.setdefault(name, BlockFormat(dtype, decode, encode))
+
 
 _CHUNK = 1 << 17  # elements handled at once, so that all intermediates stay in the cache
 
@@ -20,7 +46,9 @@ def block_format(dtype: DType | str) -> BlockFormat:
 
     Raises: DTypeError for element types that have none.
     """
-    name = as_dtype(dtype).name
+    name = dtype.name if isinstance(dtype, DType) else dtype.lower()
+    if name not in FORMATS:
+        importlib.import_module("tensorgraph.ops.formats")
     if name not in FORMATS:
         raise DTypeError(f"[format] wanted a block type, one of {', '.join(FORMATS)}; got {name}")
     return FORMATS[name]

