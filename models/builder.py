@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from tensorgraph import registry
-from tensorgraph.dims import Dim, Extent, shape_text
+from tensorgraph.dims import Dim, Extent, Shape, shape_text
 from tensorgraph.dtypes import DType, f32, i32
 from tensorgraph.errors import ShapeError, UnknownNameError
 from tensorgraph.extents import Extents
@@ -171,7 +171,7 @@ class Builder:
         """Append the rows that this step completes and read all visible ones. Shapes: rows [N, *row] -> [S, *row]."""
         spec = self._spec(stream)
         seen = self._shared.extents.seen_rows(spec.stream_class)
-        wanted = (self._shared.extents.new_rows(spec.stream_class), *spec.row_shape)
+        wanted: Shape = (self._shared.extents.new_rows(spec.stream_class), *spec.row_shape)
         if rows.shape != wanted:
             given = shape_text(rows.shape)
             raise ShapeError(f"[append] {self.prefix}{stream} takes {shape_text(wanted)}; got {given} ({source_line()})")

@@ -67,9 +67,10 @@ def compile(
     folded = FoldConstants()(lowered)
     scheduled = schedule(folded.graph, devices, options.placement)
     outputs = list(scheduled.graph.outputs.values())
+    order = [n for s in scheduled.splits for n in s.nodes]
     memory = {
-        split: plan_memory([n for s in scheduled.splits if s.device == split for n in s.nodes], outputs)
-        for split in dict.fromkeys(s.device for s in scheduled.splits)
+        device: plan_memory(order, outputs, {n for n in order if scheduled.device[n] == device})
+        for device in dict.fromkeys(s.device for s in scheduled.splits)
     }
     literals = {n.attrs["name"]: n.data for n in graph.constants.values() if n.data is not None}
     return Plan(plan_key(graph, devices, options), scheduled, devices, memory, folded.prologue, literals)

@@ -114,7 +114,7 @@ class Node:
     def reshape(self, *shape: Extent) -> Node:
         """The same elements under another shape; one axis may be -1. Copies (`cont`) where strides cannot say it."""
         try:
-            wanted = infer_reshape(self.shape, [e if e == -1 else as_extent(e) for e in shape])
+            wanted = infer_reshape(self.shape, [-1 if e == -1 else as_extent(e) for e in shape])
         except ShapeError as error:
             raise ShapeError(f"{error} ({source_line()})") from None
         index_map = self.index_map.reshape(wanted)
@@ -131,7 +131,7 @@ class Node:
         """Elements `start`, `start + step`, ... below `stop` along an axis."""
         if not -self.ndim <= axis < self.ndim:
             raise ShapeError(f"[slice] {shape_text(self.shape)} has no axis {axis} ({source_line()})")
-        length = self.shape[axis]
+        length, start, stop = self.shape[axis], _index(start), _index(stop)
         known = isinstance(length, int) and isinstance(start, int) and isinstance(stop, int)
         if step < 1 or (known and not 0 <= start <= stop <= length):  # type: ignore[operator]
             given = f"{start}:{stop}:{step} on axis {axis} of {shape_text(self.shape)}"
@@ -148,6 +148,8 @@ class Node:
     def __getitem__(self, key: Any) -> Node:
         """Basic indexing: ints, slices with static or runtime bounds, `...` and None."""
         keys = [_index(k) for k in (key if isinstance(key, tuple) else (key,))]
+        if keys.count(Ellipsis) > 1:
+            raise ShapeError(f"[slice] wanted one ... at most; got {key} ({source_line()})")
         if Ellipsis in keys:
             at = keys.index(Ellipsis)
             fill = self.ndim - sum(k is not None and k is not Ellipsis for k in keys)

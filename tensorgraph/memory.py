@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from tensorgraph import registry
@@ -52,8 +52,10 @@ def storage_roots(node: Node) -> list[Node]:
     return [node]
 
 
-def plan_memory(order: Sequence[Node], kept: Sequence[Node] = ()) -> MemoryPlan:
+def plan_memory(order: Sequence[Node], kept: Sequence[Node] = (), held: Collection[Node] | None = None) -> MemoryPlan:
     """Offsets for the nodes of `order` that need storage; `kept` nodes stay readable to the end.
+
+    Of several devices, `order` is what all of them do and `held` what lies on one: a copy to another is a use here.
 
     First position to last use, best fit among the free ranges, neighbours joined again when they fall free.
     """
@@ -63,7 +65,7 @@ def plan_memory(order: Sequence[Node], kept: Sequence[Node] = ()) -> MemoryPlan:
     dying: dict[int, list[Node]] = {}
     total = 0
     for position, node in enumerate(order):
-        if needs_storage(node):
+        if needs_storage(node) and (held is None or node in held):
             size_bytes = -(-node_bytes(node) // ALIGNMENT) * ALIGNMENT
             total += size_bytes
             end = last.get(node, position)

@@ -29,6 +29,10 @@ class Attr:
     high: float | None = None
     choices: tuple[Any, ...] | None = None
 
+    @property
+    def required(self) -> bool:
+        return self.default is _MISSING
+
     def check(self, op: str, name: str, value: Any) -> Any:
         if value is None and self.default is None:
             return None
@@ -198,7 +202,7 @@ class Op:
             checked[name] = self.attrs[name].check(self.name, name, value)
         for name, attr in self.attrs.items():
             if name not in checked:
-                if attr.default is _MISSING:
+                if attr.required:
                     raise AttributeValueError(f"[{self.name}] {name} is missing ({source_line()})")
                 checked[name] = attr.default
         return checked

@@ -26,7 +26,7 @@ class Pattern:
 
     Attributes:
         slots: sample input to the slot it stands for.
-        holes: sample attribute value to the attribute it stands for.
+        holes: sample attribute value, with its type (0.0 is not False), to the attribute it stands for.
     """
 
     op: Op
@@ -55,7 +55,7 @@ class Pattern:
         if (mine.op, mine.slots) != (node.op, node.slots):
             return False
         for name, value in mine.attrs.items():
-            hole = self.holes.get(value)
+            hole = self.holes.get((type(value), value))
             if hole is not None and attrs.setdefault(hole, node.attrs[name]) != node.attrs[name]:
                 return False
         return all(self._unify(m, n, slots, attrs) for m, n in zip(mine.inputs, node.inputs, strict=True))
@@ -69,10 +69,15 @@ def patterns_of(op: Op) -> Iterator[Pattern]:
     optional = any(a.optional for a in op.signature.inputs)
     for full in (True, False) if optional else (True,):
         axes: dict[str, Extent] = {}
-        samples = {a.name: _sample_input(a, axes) for a in op.signature.inputs if full or not a.optional}
-        fused = op(**samples, **values)
+        samples: dict[str, Node] = {}
+        for argument in (a for a in op.signature.inputs if full or not a.optional):
+            kind = argument.type
+            same = samples[kind].dtype if kind in samples else values.get(kind)
+            dtype = same or _KINDS.get(kind) or as_dtype(kind)
+            samples[argument.name] = _sample_input(argument, axes, dtype)
+        fused = op.apply(samples, values)
         slots = {node: name for name, node in samples.items()}
-        yield Pattern(op, op.rebuild(op.expansion, fused), slots, {v: k for k, v in values.items()})
+        yield Pattern(op, op.rebuild(op.expansion, fused), slots, {(type(v), v): k for k, v in values.items()})
 
 
 def fuse_declared(supports: Supports) -> Callable[[Graph], Graph]:
@@ -82,7 +87,7 @@ def fuse_declared(supports: Supports) -> Callable[[Graph], Graph]:
         patterns: dict[str, list[Pattern]] = {}
         for op in all_ops():
             for pattern in patterns_of(op):
-                patterns.setdefault(pattern.root.base.op, []).append(pattern)
+                patterns.setdefault(pattern.root.op, []).append(pattern)
 
         def replacement(node: Node, _: Node) -> Node | None:
             for pattern in patterns.get(node.op, ()):
@@ -98,25 +103,27 @@ def fuse_declared(supports: Supports) -> Callable[[Graph], Graph]:
 
 def same_structure(a: Node, b: Node, leaves: frozenset[Node]) -> bool:
     """Whether two nodes compute the same from the same leaves, which are not looked behind."""
-    return _lines(a, leaves) == _lines(b, leaves)
+    known: dict[str, int] = {}
+    return _number(a, leaves, known) == _number(b, leaves, known)
 
 
-def _lines(root: Node, leaves: frozenset[Node]) -> list[str]:
+def _number(root: Node, leaves: frozenset[Node], known: dict[str, int]) -> int:
+    """The number of the value that a node computes; nodes that compute the same have the same, however often it is written."""
     number: dict[Node, int] = {}
-    lines: list[str] = []
 
     def visit(node: Node) -> None:
         if node in number:
             return
         for source in () if node in leaves else node.inputs:
             visit(source)
-        number[node] = len(number)
-        lines.append(f"leaf {id(node)}" if node in leaves else structure_line(node, [number[i] for i in node.inputs]))
+        line = f"leaf {id(node)}" if node in leaves else structure_line(node, [number[i] for i in node.inputs])
+        number[node] = known.setdefault(line, len(known))
 
     visit(root)
-    return lines
+    return number[root]
 
 
+_KINDS = {"int": i32, "float": f32, "real": f32, "any": f32}
 _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
 
 
@@ -125,15 +132,18 @@ def _sample_attr(attr: Attr, position: int) -> Any:
     if attr.choices is not None:
         return attr.choices[position % len(attr.choices)]
     if attr.type is float:
-        low = attr.low if attr.low is not None else 0.0
+        low = attr.low if attr.low is not None else (attr.high or 1.0) - 1.0
         high = attr.high if attr.high is not None else low + 1.0
         return low + (high - low) * (0.371 + 0.017 * position)
     if attr.type is int:
-        return max(int(attr.low or 0), 1) + 100 + position
-    return as_dtype("f16") if attr.type is DType else attr.default
+        low = max(int(attr.low or 0), 1)
+        return low + 100 + position if attr.high is None else max(int(attr.low or 0), int(attr.high) - position)
+    if attr.type is DType:
+        return as_dtype("f16")
+    return attr.type() if attr.required else attr.default
 
 
-def _sample_input(argument: Argument, axes: dict[str, Extent]) -> Node:
+def _sample_input(argument: Argument, axes: dict[str, Extent], dtype: DType) -> Node:
     shape: list[Extent] = []
     for axis in argument.axes:
         if axis.isdigit():
@@ -141,5 +151,4 @@ def _sample_input(argument: Argument, axes: dict[str, Extent]) -> Node:
         elif not axis.startswith("*"):
             static = axis not in ("T", "S", "N")
             shape.append(axes.setdefault(axis, 2 * _PRIMES[len(axes)] if static else Dim(axis, 64)))
-    dtype = i32 if argument.type == "int" else f32
     return input(argument.name, shape, dtype)

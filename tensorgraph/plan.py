@@ -169,7 +169,7 @@ class Executable:
                 wanted.setdefault(node, set()).add(split.device)
         for node in plan.graph.outputs.values():
             if node.op == "constant":
-                wanted.setdefault(node, set()).add(plan.devices[0].name)
+                wanted.setdefault(node, set()).add(plan.scheduled.device[node])
         folded = self._fold(weights) if any(n.attrs["name"].startswith("fold:") for n in wanted) else {}
         for node, devices in wanted.items():
             name = node.attrs["name"]
@@ -183,10 +183,10 @@ class Executable:
                 self._constants[device][node] = self._uploaded[key]
 
     def _fold(self, weights: WeightSource | Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
-        """The constants that are computed from others, by the first device."""
-        plan, first = self.plan, self.plan.devices[:1]
+        """The constants that are computed from others."""
+        plan = self.plan
         assert plan.prologue is not None
-        prologue = Plan(plan.key, schedule(plan.prologue, first), first, {}, None, plan.literals)
+        prologue = Plan(plan.key, schedule(plan.prologue, plan.devices), plan.devices, {}, None, plan.literals)
         return Executable(prologue, weights, {}).run({})
 
     def run(
@@ -216,12 +216,10 @@ class Executable:
         return results
 
     def _result(self, node: Node, values: Values, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        device = self._devices[self.plan.scheduled.device.get(node, self.plan.devices[0].name)]
-        if node not in values and node.op == "input":
-            values[node] = device.upload(np.asarray(inputs[node.attrs["name"]]), node.dtype)
-        elif node not in values:
-            values[node] = self._constants[device.name][node]
-        return device.download(values[node], node.dtype)
+        device = self._devices[self.plan.scheduled.device[node]]
+        if node.op == "input":
+            return device.download(device.upload(np.asarray(inputs[node.attrs["name"]]), node.dtype), node.dtype)
+        return device.download(self._constants[device.name][node] if node.op == "constant" else values[node], node.dtype)
 
     def _bind_dims(self, inputs: Mapping[str, np.ndarray], given: Bindings) -> dict[str, int]:
         wanted = self.plan.graph.inputs
@@ -233,6 +231,10 @@ class Executable:
                 f"unknown: {', '.join(unknown) or 'none'}"
             )
         bound = dict(given)
+        for name, node in wanted.items():
+            given_type, dtype = np.asarray(inputs[name]).dtype, node.dtype
+            if dtype.numpy is not None and not np.can_cast(given_type, dtype.numpy, "same_kind"):
+                raise InputError(f"[run] {name} must be {dtype}; got {given_type}")
         for _ in range(2):  # an expression can be checked once its Dims are bound
             for name, node in wanted.items():
                 shape = np.shape(inputs[name])
@@ -241,6 +243,10 @@ class Executable:
                     limits = "".join(f", {d} <= {d.max}" for e in node.shape if not isinstance(e, int) for d in e.dims())
                     raise InputError(f"[run] {name} must be {shape_text(node.shape)}{limits}; got {list(shape)}")
         unbound = [name for name in self.plan.graph.dims if name not in bound]
+        wrong = [f"{d} = {bound[d.name]}" for d in self.plan.graph.dims.values() if not 0 <= bound.get(d.name, 0) <= d.max]
+        if wrong:
+            limits = ", ".join(f"{d} <= {d.max}" for d in self.plan.graph.dims.values())
+            raise InputError(f"[run] wanted the extents {limits}; got {', '.join(wrong)}")
         if unbound:
             raise InputError(f"[run] no input gives the extents {', '.join(unbound)}; pass them as dims")
         return bound

@@ -25,7 +25,10 @@ def load_plugins() -> None:
     if not _loaded_plugins:
         _loaded_plugins = True
         for point in entry_points(group="tensorgraph.plugins"):
-            point.load()
+            try:
+                point.load()
+            except Exception as error:
+                raise GraphError(f"[plugin] {point.name} ({point.value}) cannot be loaded: {error}") from error
 
 
 class Registry(Generic[T]):
@@ -48,7 +51,7 @@ class Registry(Generic[T]):
             self._load()
         if name not in self._items:
             close = difflib.get_close_matches(name, self._items, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = f"; did you mean {close[0]!r}?" if close else "."
             raise UnknownNameError(f"[{self.kind}] there is no {name!r}{hint} Known: {', '.join(sorted(self._items))}")
         return self._items[name]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import networkx as nx
@@ -57,10 +57,9 @@ def schedule(graph: Graph, devices: Sequence[Device], placement: Placement | Non
     """
     where, moved = _place(graph, devices, placement or {})
     if len(devices) == 1:
-        copied, device = graph, where
-    else:
-        copied, device = _insert_copies(graph, where)
-    return Schedule(copied, _cut(copied, device), device, tuple(moved))
+        return Schedule(graph, _cut(graph, where), where)
+    copied, device, became = _insert_copies(graph, where)
+    return Schedule(copied, _cut(copied, device), device, tuple((became[n], wanted, got) for n, wanted, got in moved))
 
 
 def _place(graph: Graph, devices: Sequence[Device], placement: Placement) -> tuple[dict[Node, str], list[tuple[Node, str, str]]]:
@@ -93,31 +92,33 @@ def _place(graph: Graph, devices: Sequence[Device], placement: Placement) -> tup
     return where, moved
 
 
-def _insert_copies(graph: Graph, where: Mapping[Node, str]) -> tuple[Graph, dict[Node, str]]:
+def _insert_copies(graph: Graph, where: Mapping[Node, str]) -> tuple[Graph, dict[Node, str], dict[Node, Node]]:
+    """The graph with copies, the device of each of its nodes, and what the given nodes became."""
     device: dict[Node, str] = {}
     copies: dict[tuple[Node, str], Node] = {}
+    became: dict[Node, Node] = {}
 
     def bring(node: Node, source: Node, to: str) -> Node:
-        if source.base.op in ("constant", "input") or device[source] == to:
+        if source.op in ("constant", "input") or device[source] == to:
             return source
         key = (source, to)
         if key not in copies:
-            attrs = {"device": to}
-            copies[key] = Node("copy", (source,), source.shape, source.dtype, attrs, ("x",), source.name, node.where)
+            if source.base.op in ("constant", "input"):  # held on both: each has a view of its own
+                copies[key] = replace(source)
+            else:
+                attrs = {"device": to}
+                copies[key] = Node("copy", (source,), source.shape, source.dtype, attrs, ("x",), source.name, node.where)
             device[copies[key]] = to
         return copies[key]
 
     def connect(node: Node, original: Node) -> Node:
         to = where[original.base] if original.op == "view" else where[original]
-        device[node] = to
-        inputs = tuple(bring(node, i, to) for i in node.inputs)
-        if node.op == "view" or inputs == node.inputs:
-            return node
-        moved = Node(node.op, inputs, node.shape, node.dtype, node.attrs, node.slots, node.name, node.where, node.data)
-        device[moved] = to
-        return moved
+        inputs = node.inputs if node.op == "view" else tuple(bring(node, i, to) for i in node.inputs)
+        became[original] = node if inputs == node.inputs else replace(node, inputs=inputs)
+        device[became[original]] = to
+        return became[original]
 
-    return rewrite(graph, connect), device
+    return rewrite(graph, connect), device, became
 
 
 def _cut(graph: Graph, device: Mapping[Node, str]) -> tuple[Split, ...]:
@@ -146,6 +147,7 @@ def _cut(graph: Graph, device: Mapping[Node, str]) -> tuple[Split, ...]:
                 waiting[user] -= 1
                 if not waiting[user]:
                     ready.setdefault(device[order[user]], []).append(user)
+        run.sort(key=lambda n: n.op != "copy")  # what other devices computed is brought first
         splits.append(Split(name, tuple(run)))
     return tuple(splits)
 

@@ -29,8 +29,11 @@ LOGITS = "logits"
 class GraphModel(Protocol):
     """What a session needs of a model."""
 
-    vocab_size: int
-    context: int
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def context(self) -> int: ...
 
     def states(self) -> Mapping[str, StateSpec]: ...
 
@@ -279,7 +282,13 @@ def _feed(jobs: Sequence[_Job], outputs: tuple[str, ...], all_logits: bool) -> l
             for name, value in values.items():
                 parts[i][name].append(value)
             at[i] += n
-    return [{name: np.concatenate(values) for name, values in part.items()} for part in parts]
+    return [{name: _join(name, values) for name, values in part.items()} for part in parts]
+
+
+def _join(name: str, values: Sequence[np.ndarray]) -> np.ndarray:
+    if len({value.shape[1:] for value in values}) > 1:
+        raise InputError(f"[eval] {name} has another shape in each step; evaluate its tokens in one (step_tokens)")
+    return np.concatenate(values)
 
 
 def _step(

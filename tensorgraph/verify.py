@@ -13,7 +13,8 @@ def verify(graph: Graph) -> Graph:
 
     Raises:
         GraphError: inputs after their users, slots and inputs that differ in number, a view that is not of a base, a shape
-            or dtype that the op would not infer, a stream appended twice, or a dim, input or constant declared twice.
+            or dtype that the op would not infer, a stream appended twice or read beside its append, or a dim, input or
+            constant declared twice.
     """
     seen: set[Node] = set()
     appended: set[str] = set()
@@ -22,8 +23,10 @@ def verify(graph: Graph) -> Graph:
             raise _error(graph, node, "an input comes after its user")
         if len(node.slots) != len(node.inputs):
             raise _error(graph, node, f"wanted one slot an input; got {node.slots}")
-        if node.op == "view" and (node.base.op == "view" or node.index_map.shape != node.shape):
-            raise _error(graph, node, "wanted a view of a base, of its map's shape")
+        if node.op == "view":
+            _check_view(graph, node)
+        if node.op == "choose" and any((i.shape, i.dtype) != (node.shape, node.dtype) for i in node.inputs):
+            raise _error(graph, node, "the forms differ in shape or dtype")
         if node.op == "append":
             if node.attrs["stream"] in appended:
                 raise _error(graph, node, f"the stream {node.attrs['stream']!r} is appended twice in a step")
@@ -31,11 +34,22 @@ def verify(graph: Graph) -> Graph:
         if node.op not in STRUCTURAL:
             _check_inference(graph, node)
         seen.add(node)
-    _ = graph.inputs, graph.constants, graph.dims
-    for name, node in graph.streams.items():
-        if node.op == "read" and name in appended:
-            raise _error(graph, node, f"the stream {name!r} is read beside its append; use what the append returns")
+    for node in graph.nodes:
+        if node.op == "read" and node.attrs["stream"] in appended:
+            raise _error(graph, node, f"the stream {node.name!r} is read beside its append; use what the append returns")
+    _ = graph.inputs, graph.constants, graph.streams, graph.dims
     return graph
+
+
+def _check_view(graph: Graph, node: Node) -> None:
+    base, index_map = node.base, node.index_map
+    if base.op == "view" or index_map.shape != node.shape or base.dtype != node.dtype:
+        raise _error(graph, node, "wanted a view of a base, of its map's shape and its base's dtype")
+    numbers = (*index_map.shape, *index_map.strides, index_map.offset, base.size)
+    if all(isinstance(e, int) for e in numbers) and 0 not in node.shape:
+        shape, strides, offset = index_map.resolve({})
+        if not 0 <= offset <= offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) < base.size:  # type: ignore[operator]
+            raise _error(graph, node, f"the view reaches outside its base {base!r}")
 
 
 def _check_inference(graph: Graph, node: Node) -> None:

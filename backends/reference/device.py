@@ -16,6 +16,8 @@ from tensorgraph import registry
 from tensorgraph.device import Device, Part, Run, Values
 from tensorgraph.dims import evaluate_shape
 from tensorgraph.dtypes import DType
+from tensorgraph.errors import StateError
+from tensorgraph.errors import InputError
 from tensorgraph.formats import decode
 from tensorgraph.graph import STRUCTURAL, Node
 
@@ -115,11 +117,15 @@ def _view_step(node: Node) -> Step:
     def view(values: Values, step: Run) -> None:
         shape, strides, offset = resolved or index_map.resolve(step.dims)
         flat = np.ascontiguousarray(values[base]).reshape(-1)
+        last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+        if min(shape, default=1) < 0 or (0 not in shape and not 0 <= offset <= last < flat.size):
+            at = f"elements {offset} to {last} of {node.base!r}, which has {flat.size} in this step"
+            raise InputError(f"[view] wanted {list(shape)} within its base; got {at} ({node.where})")
         if is_dense:
             values[node] = flat[: math.prod(shape)].reshape(shape)
             return
         item = flat.itemsize
-        window = flat[offset:] if offset < flat.size else flat[:0]
+        window = flat[offset:] if 0 <= offset < flat.size else flat[:0]
         values[node] = np.lib.stride_tricks.as_strided(window, shape, tuple(s * item for s in strides), writeable=False)
 
     return view
@@ -129,7 +135,8 @@ def _state_step(node: Node) -> Step:
     stream = node.attrs["stream"]
 
     def access(values: Values, step: Run) -> None:
-        assert step.state is not None, f"the plan reads the stream {stream!r}; run it through a session"
+        if step.state is None:
+            raise StateError(f"[run] the plan uses the stream {stream!r}; wanted the step of a state store; got none")
         if node.op == "append":
             step.state.append(stream, values[node.inputs[0]])
         values[node] = step.state.read(stream)

@@ -66,7 +66,8 @@ def alibi_slopes(n_head: int, max_bias: float) -> Array:
         return np.ones(n_head)
     low = 2 ** int(np.floor(np.log2(n_head)))
     h = np.arange(n_head)
-    return np.where(h < low, 2.0 ** (-max_bias / low * (h + 1)), 2.0 ** (-max_bias / (2 * low) * (2 * (h - low) + 1)))
+    exponent = np.where(h < low, (h + 1) / low, (2 * (h - low) + 1) / (2 * low))
+    return np.exp2(-max_bias * exponent)
 
 
 @soft_max.reference

@@ -178,7 +178,9 @@ def flash_attn_ext(case: Case, x: Operands) -> Node:
             mask = ops.repeat(given, shape=(n_head, *given.shape[1:]))
             if p["max_bias"] > 0:
                 mask = ops.mul(mask, constant(f"slopes{i}", _slopes(n_head, p["max_bias"]).reshape(-1, 1, 1)))
-        results.append(ops.flash_attn(q, Segment(k, v, causal=False, mask=mask), scale=p["scale"], softcap=p["logit_softcap"], sinks=sinks))
+        results.append(
+            ops.flash_attn(q, Segment(k, v, causal=False, mask=mask), scale=p["scale"], softcap=p["logit_softcap"], sinks=sinks)
+        )
     return ops.concat(*(y.reshape(1, *y.shape) for y in results), axis=0)
 
 

@@ -50,7 +50,9 @@ def _input(argument: Argument, axes: dict[str, tuple[int, ...]], slots: Slots, d
             continue
         if axis not in axes:
             pack = axis.startswith("*")
-            axes[axis] = tuple(draw(st.lists(st.sampled_from(LEADING), max_size=3))) if pack else (draw(st.sampled_from(EXTENTS)),)
+            axes[axis] = (
+                tuple(draw(st.lists(st.sampled_from(LEADING), max_size=3))) if pack else (draw(st.sampled_from(EXTENTS)),)
+            )
         shape.extend(axes[axis])
     same = slots.get(argument.type)
     dtype = as_dtype(same.dtype) if same is not None else as_dtype(draw(st.sampled_from(TYPES[argument.type])))

@@ -110,7 +110,9 @@ BINARY: dict[str, Callable[[float, float], float]] = {
 
 
 @pytest.mark.parametrize("name", BINARY)
-@pytest.mark.parametrize("b_shape", [(2, 4, 6), (4, 6), (6,), (1, 6), (4, 1), (), (1, 1, 1), (2, 2, 3), (1, 4, 2), (3,), (2, 1, 2)])
+@pytest.mark.parametrize(
+    "b_shape", [(2, 4, 6), (4, 6), (6,), (1, 6), (4, 1), (), (1, 1, 1), (2, 2, 3), (1, 4, 2), (3,), (2, 1, 2)]
+)
 def test_b_is_broadcast_or_tiled(name: str, b_shape: tuple[int, ...]) -> None:
     rng = np.random.default_rng(0)
     a, b = (rng.integers(1, 9, shape).astype(np.float32) for shape in ((2, 4, 6), b_shape))

@@ -253,6 +253,13 @@ def test_ends_of_generation_come_from_ids_and_known_texts() -> None:
     assert Tokenizer.from_gguf(byte_level(token_type=[1] * 6 + [3, 3])).eog_ids == {6}
 
 
+def test_the_longest_special_token_wins() -> None:
+    tokens = ["a", "b", "<", "<a", "<ab", "<abb", "ab"]
+    chosen = Tokenizer.from_gguf(byte_level(tokens=tokens, token_type=[1, 1, 1, 4, 4, 3, 1]))
+    assert chosen.encode("<abb<aa<") == [4, 1, 3, 0, 2]
+    assert chosen.encode("<abb<aa<", parse_special=True) == [5, 3, 0, 2]
+
+
 def test_bos_and_eos_as_the_metadata_says() -> None:
     assert Tokenizer.from_gguf(byte_level(bos_token_id=4)).encode("ab") == [2]
     chosen = Tokenizer.from_gguf(byte_level(bos_token_id=4, eos_token_id=7, add_bos_token=True, add_eos_token=True))
@@ -289,6 +296,7 @@ def enumerate_alphabet() -> dict[int, str]:
         ("gpt-4o", "HelloWorld's 1234", ["Hello", "World's", "Ġ", "123", "4"]),
         ("tekken", "HelloWorld's 12", ["Hello", "World", "'s", "Ġ", "1", "2"]),
         ("deepseek-llm", "a b12\n", ["a", "Ġb", "1", "2", "Ċ"]),
+        ("deepseek-llm", "a\u1f7d\u1f60\u2126\u212ab\u0561", ["aá½½á½łâĦ¦âĦªb", "Õ¡"]),
         ("deepseek-coder", "a + (b)", ["a", "Ġ+", "Ġ(", "b", ")"]),
         ("deepseek-v3", "f(x) 1234中a", ["f", "(x", ")", "Ġ", "123", "4", "ä¸Ń", "a"]),
     ],

@@ -1,0 +1,36 @@
+"""The README's examples run as they stand."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def run(source: str) -> str:
+    result = subprocess.run([sys.executable, "-"], input=source, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_graph_example_runs_and_is_short() -> None:
+    assert len(EXAMPLES[0].splitlines()) <= 30
+    out = run(EXAMPLES[0])
+    assert "snake(" in out and "arena reference:" in out
+    assert re.findall(r"^\((\d+), 64\)$", out, re.MULTILINE) == ["1", "7", "512"]
+    assert re.search(r"\[mul_mat\] b must be .*64.*got \[T, 63\]", out)
+
+
+def test_the_model_example_generates_text() -> None:
+    assert "Paris" in run(EXAMPLES[1])
+
+
+@pytest.mark.parametrize("folder", ["tensorgraph", "ops", "backends", "models", "tools", "tests"])
+def test_the_folders_of_the_table_are_there(folder: str) -> None:
+    assert f"`{folder}/`" in (ROOT / "README.md").read_text() and (ROOT / folder).is_dir()

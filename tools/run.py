@@ -1,0 +1,187 @@
+"""`tensorgraph run`: generate text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tensorgraph.errors import InputError
+from tensorgraph.tools import options
+
+if TYPE_CHECKING:
+    from tensorgraph.models.text.generation import Generation
+    from tensorgraph.models.text.model import Prompt, TextSession
+    from tensorgraph.models.text.sampling import Sampler
+
+
+def run(
+    model: options.Model,
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="The text to continue; - or nothing reads stdin.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the text into the model's chat template; without a text, talk.")] = False,
+    system: Annotated[str | None, typer.Option(help="What the system says first (with --chat).", metavar="TEXT")] = None,
+    tokens: Annotated[int, typer.Option("-n", "--tokens", min=0, help="Generate at most this many tokens.")] = 256,
+    temp: Annotated[float, typer.Option(help="Temperature; 0 always takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from the K likeliest tokens; 0: from all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that reach this probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Leave out tokens less likely than this part of the likeliest.")] = 0.0,
+    repeat_penalty: Annotated[float, typer.Option(help="Make the last 64 tokens less likely; 1: do not.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same draws each time.", show_default=False)] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End at this text; may be repeated.", metavar="TEXT")] = None,
+    ctx: Annotated[int | None, typer.Option(min=1, help="Most tokens of prompt and answer.", show_default="the model's")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Most tokens of a prompt evaluated in one step.")] = 512,
+    threads: options.Threads = None,
+    backend: options.Backend = "reference",
+    kv_type: options.KvType = "f16",
+    exact: options.Exact = False,
+    as_json: options.Json = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Also print plans, splits, copies, state and arena.")] = False,
+) -> None:
+    """Generate text, as it comes; speeds go to stderr.
+
+    \b
+    tensorgraph run smollm2 --chat -p "Why is the sky blue?" -n 64
+    tensorgraph run model.gguf -p "Once upon a time" --temp 0.8 --top-p 0.95 --seed 1
+    tensorgraph run smollm2 --chat
+    echo "2 + 2 =" | tensorgraph run model.gguf --json
+    """
+    options.limit_threads(threads)
+    from tensorgraph.models.text.model import load
+    from tensorgraph.models.text.sampling import Sampler
+
+    sampler = Sampler(temp, top_k, top_p, min_p, repeat_penalty, seed=seed)
+    talks = chat and prompt is None and sys.stdin.isatty()
+    if talks and as_json:
+        raise InputError("[run] --json wants a prompt: -p TEXT, or a text on stdin")
+    if prompt is None and not chat and sys.stdin.isatty():
+        raise InputError("[run] wanted -p TEXT, --chat, or a text on stdin")
+    if system is not None and not chat:
+        raise InputError("[run] --system goes with --chat")
+    before = [{"role": "system", "content": system}] if system is not None else []
+    with options.working("loading"):
+        loaded = load(model, backend=backend, kv_type=kv_type)
+        session = loaded.session(context=ctx, step_tokens=batch)
+    with loaded, session:
+        talk = Talk(session, sampler, tokens, stop or [], stats)
+        if talks:
+            talk.interactive(before)
+            return
+        text = sys.stdin.read() if prompt in (None, "-") else prompt
+        answer = talk.answer([*before, {"role": "user", "content": text}] if chat else text or "", silent=as_json)
+        if as_json:
+            counters = statistics(session) if stats else None
+            typer.echo(json.dumps(as_object(answer.text, answer.generation) | ({"stats": counters} if counters else {})))
+
+
+@dataclasses.dataclass
+class Answer:
+    """A generation and all of its text."""
+
+    generation: Generation
+    text: str
+
+
+@dataclasses.dataclass
+class Talk:
+    """A session with how its answers are to be generated and shown."""
+
+    session: TextSession
+    sampler: Sampler
+    max_tokens: int
+    stop: list[str]
+    stats: bool
+
+    def answer(self, prompt: Prompt, *, silent: bool = False) -> Answer:
+        """Generate an answer; unless `silent`, show it as it comes and speeds at its end."""
+        with options.working("reading the prompt"):
+            generation = self.session.generate(prompt, max_tokens=self.max_tokens, sampler=self.sampler, stop=self.stop)
+            pieces = [next(generation, "")]
+        if not silent:
+            _write(pieces[0])
+        for piece in generation:
+            pieces.append(piece)
+            if not silent:
+                _write(piece)
+        if not silent:
+            _write("\n")
+            typer.echo(speeds(generation), err=True)
+            if self.stats:
+                typer.echo(_stats_text(statistics(self.session)), err=True)
+        return Answer(generation, "".join(pieces))
+
+    def interactive(self, messages: list[dict[str, Any]]) -> None:
+        """Ask for one message after another, until the input ends; Ctrl-C ends an answer."""
+        typer.echo("Ctrl-C ends an answer, Ctrl-D the conversation.", err=True)
+        while True:
+            try:
+                text = input("> ")
+            except EOFError:
+                return
+            messages.append({"role": "user", "content": text})
+            try:
+                messages.append({"role": "assistant", "content": self.answer(messages).text})
+            except KeyboardInterrupt:
+                _write("\n")
+                messages.pop()
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def speeds(generation: Generation) -> str:
+    """`37 prompt tokens at 6.1 t/s, 8 generated at 2.0 t/s, first after 6.07 s`."""
+    return (
+        f"{generation.prompt_tokens} prompt tokens at {generation.prompt_rate:.1f} t/s, {len(generation.ids)} generated at "
+        f"{generation.decode_rate:.1f} t/s, first after {generation.first_text_s:.2f} s"
+    )
+
+
+def as_object(text: str, generation: Generation) -> dict[str, Any]:
+    return {
+        "text": text,
+        "ids": generation.ids,
+        "ended": generation.ended,
+        "prompt_tokens": generation.prompt_tokens,
+        "prompt_tokens_per_s": generation.prompt_rate,
+        "tokens_per_s": generation.decode_rate,
+        "first_token_s": generation.first_text_s,
+    }
+
+
+def statistics(session: TextSession) -> dict[str, Any]:
+    """What the session's engine counted, and what its plan of a step is made of."""
+    cache, counted = session.engine.cache, session.engine.stats
+    counters = {"plans": len(cache), "hits": cache.hits, "misses": cache.misses, "compile_s": cache.compile_s}
+    steps = {"steps": counted.steps, "tokens": counted.tokens, "run_s": counted.run_s}
+    plan = session.plan
+    report = plan.report({name: dim.max for name, dim in plan.graph.dims.items()})
+    return {
+        **counters,
+        **steps,
+        "kernels": report.kernels,
+        "splits": report.splits,
+        "copies": report.copies,
+        "copy_bytes": report.copy_bytes,
+        "moved": [f"{node.op}: {wanted} -> {got}" for node, wanted, got in plan.scheduled.moved],
+        "weight_bytes": report.weight_bytes,
+        "state_bytes": session.state_bytes,
+        "arena_bytes": dict(report.arena_bytes),
+    }
+
+
+def _stats_text(s: dict[str, Any]) -> str:
+    arena = ", ".join(f"{device} {options.size_text(n)}" for device, n in s["arena_bytes"].items())
+    return "\n".join(
+        (
+            f"plans {s['plans']}: {s['misses']} compiled in {s['compile_s']:.2f} s, {s['hits']} cache hits",
+            f"steps {s['steps']} of {s['tokens']} tokens in {s['run_s']:.2f} s",
+            f"{s['kernels']} kernels, {s['splits']} splits, {s['copies']} copies of {options.size_text(s['copy_bytes'])}",
+            *(f"moved {line}" for line in s["moved"]),
+            f"state {options.size_text(s['state_bytes'])}, arena {arena}, weights {options.size_text(s['weight_bytes'])}",
+        )
+    )
