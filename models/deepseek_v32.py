@@ -13,8 +13,7 @@ from tensorgraph.models.architecture import Architecture
 from tensorgraph.models.blocks import heads
 from tensorgraph.models.builder import Builder
 from tensorgraph.models.config import from_gguf
-from tensorgraph.ops import attn_mask, fwht, mul_mat, relu, rope, sum_rows, top_k
-from tensorgraph.ops.norm import norm
+from tensorgraph.ops import attn_mask, fwht, mul_mat, norm, relu, rope, sum_rows, top_k
 from tensorgraph.state import StateSpec
 
 KEY_NORM_EPS = 1e-6

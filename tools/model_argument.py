@@ -11,7 +11,7 @@ from tensorgraph.errors import InputError
 from tensorgraph.models import Model
 from tensorgraph.models.architecture import model_from_config, model_from_gguf
 from tensorgraph.models.text.gguf import GGUF
-from tensorgraph.models.text.model import SMOLLM2, find_model
+from tensorgraph.models.text.model import SMOLLM2, find_smollm2
 
 PUBLISHED = Path(str(files("tensorgraph.models"))) / "published"
 
@@ -21,21 +21,32 @@ def published() -> list[str]:
     return sorted(path.stem for path in PUBLISHED.glob("*.json"))
 
 
-@contextmanager
-def described_model(name: str, dtype: str = "f16") -> Iterator[Model]:
-    """The model that a file or a name describes; without a file of weights, matrices are taken to be of `dtype`.
+def gguf_path(name: str) -> Path | None:
+    """The GGUF file that MODEL means, None where it is a configuration.
 
     Raises:
         InputError: nothing is there under that name.
     """
-    config = PUBLISHED / f"{name}.json" if name in published() else Path(name)
-    if config.suffix == ".json":
-        if not config.is_file():
-            raise InputError(f"[model] there is no file {name!r}")
-        yield model_from_config(config, dtype)
-        return
-    if name != SMOLLM2 and not config.exists():
+    if name == SMOLLM2:
+        return find_smollm2()
+    if name in published() or name.endswith(".json"):
+        return None
+    if not Path(name).exists():
         known = ", ".join([SMOLLM2, *published()])
         raise InputError(f"[model] there is no file {name!r}; the names that are known: {known}")
-    with GGUF.open(find_model(name)) as file:
+    return Path(name)
+
+
+@contextmanager
+def described_model(name: str, dtype: str = "f16") -> Iterator[Model]:
+    """The model that MODEL describes; without a file of weights, matrices are taken to be of `dtype`.
+
+    Raises:
+        InputError: nothing is there under that name. FormatError, UnknownNameError: it cannot be read.
+    """
+    path = gguf_path(name)
+    if path is None:
+        yield model_from_config(PUBLISHED / f"{name}.json" if name in published() else name, dtype)
+        return
+    with GGUF.open(path) as file:
         yield model_from_gguf(file)

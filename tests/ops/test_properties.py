@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 import tensorgraph.ops  # noqa: F401  (importing registers)
 from tensorgraph import registry
-from tensorgraph.dtypes import as_dtype
 from tests.ops.evaluate import evaluate, node_of, runner
 from tests.ops.strategies import VIEWS, draw_case, view_of
 
@@ -62,5 +61,7 @@ def test_expansion_is_the_op(name: str, data: st.DataObject) -> None:
     finite = np.isfinite(want)
     np.testing.assert_array_equal(got[~finite], want[~finite])
     error, size = (np.sum(np.square(x[finite].astype(np.float64))) for x in (got.astype(np.float64) - want, want))
-    unit = float(ml_dtypes.finfo(as_dtype(node.dtype).numpy).eps)  # type: ignore[no-untyped-call]
-    assert error <= (16 * unit) ** 2 * size  # what is rounded on the way is rounded again by the next op
+    info = ml_dtypes.finfo(node.dtype.numpy)  # type: ignore[no-untyped-call]
+    unit, least = float(info.eps), float(info.smallest_subnormal)
+    # What is rounded on the way, to the least of all numbers too, is rounded again by the next op.
+    assert error <= (16 * unit) ** 2 * size + (16 * least) ** 2 * want.size

@@ -296,7 +296,7 @@ def enumerate_alphabet() -> dict[int, str]:
         ("gpt-4o", "HelloWorld's 1234", ["Hello", "World's", "Ġ", "123", "4"]),
         ("tekken", "HelloWorld's 12", ["Hello", "World", "'s", "Ġ", "1", "2"]),
         ("deepseek-llm", "a b12\n", ["a", "Ġb", "1", "2", "Ċ"]),
-        ("deepseek-llm", "a\u1f7d\u1f60\u2126\u212ab\u0561", ["aá½½á½łâĦ¦âĦªb", "Õ¡"]),
+        ("deepseek-llm", "aé\u0416\U00010400\u0561z", ["aÃ©ÐĸðĲĲĢ", "Õ¡", "z"]),
         ("deepseek-coder", "a + (b)", ["a", "Ġ+", "Ġ(", "b", ")"]),
         ("deepseek-v3", "f(x) 1234中a", ["f", "(x", ")", "Ġ", "123", "4", "ä¸Ń", "a"]),
     ],

@@ -67,7 +67,8 @@ def alibi_slopes(n_head: int, max_bias: float) -> Array:
     low = 2 ** int(np.floor(np.log2(n_head)))
     h = np.arange(n_head)
     exponent = np.where(h < low, (h + 1) / low, (2 * (h - low) + 1) / (2 * low))
-    return np.exp2(-max_bias * exponent)
+    slopes: Array = np.exp2(-max_bias * exponent)
+    return slopes
 
 
 @soft_max.reference
