@@ -21,6 +21,8 @@ class Commands(TyperGroup):
     def invoke(self, ctx: typer.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:  # the reader of our output has had enough, which click ends quietly
+            raise
         except (TensorGraphError, OSError) as error:
             typer.echo(f"tensorgraph: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(BAD_INPUT) from error

@@ -29,12 +29,12 @@ def gguf_path(name: str) -> Path | None:
     """
     if name == SMOLLM2:
         return find_smollm2()
-    if name in published() or name.endswith(".json"):
+    if name in published():
         return None
-    if not Path(name).exists():
+    if not Path(name).is_file():
         known = ", ".join([SMOLLM2, *published()])
         raise InputError(f"[model] there is no file {name!r}; the names that are known: {known}")
-    return Path(name)
+    return None if name.endswith(".json") else Path(name)
 
 
 @contextmanager

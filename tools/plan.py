@@ -109,8 +109,8 @@ def _report_text(report: Mapping[str, Any]) -> str:
     rows = [("step of", "nodes", "kernels", "bytes moved", "operations")]
     for s in report["steps"]:
         moved, flops = size(s["read_write_bytes"]), f"{s['flops']:.3g}"
-        rows.append((f"{s['tokens']} tokens", str(s["nodes"]), str(s["kernels"]), moved, flops))
-    extents = f"T = {report['tokens']}, S = {report['context']}, {report['sequences']} sequences"
+        rows.append((_count(s["tokens"], "token"), str(s["nodes"]), str(s["kernels"]), moved, flops))
+    extents = f"T = {report['tokens']}, S = {report['context']}, {_count(report['sequences'], 'sequence')}"
     constant = size(state["bytes_constant"])
     return "\n".join(
         (
@@ -118,8 +118,12 @@ def _report_text(report: Mapping[str, Any]) -> str:
             f"weights  {size(report['weight_bytes'])}",
             f"state    {size(state['bytes_per_token'])} per token + {constant} a sequence, in {state['kv_type']}; {size(full)} in all",
             f"arena    {arena}",
-            f"splits   {report['splits']}, {report['copies']} copies of {size(report['copy_bytes'])}",
+            f"splits   {report['splits']}, {_count(report['copies'], 'copy', 'copies')} of {size(report['copy_bytes'])}",
             "",
             options.table(rows),
         )
     )
+
+
+def _count(n: int, one: str, several: str = "") -> str:
+    return f"{n} {one if n == 1 else several or one + 's'}"

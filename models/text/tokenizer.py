@@ -12,6 +12,7 @@ from tensorgraph.errors import FormatError, InputError, UnsupportedError
 from tensorgraph.models.text.byte_level import ByteLevelBPE
 from tensorgraph.models.text.pretokenizers import pre_tokenizer
 from tensorgraph.models.text.sentencepiece import SentencePieceBPE
+from tensorgraph.models.text.tokenizer_json import read_tokenizer_json
 from tensorgraph.models.text.vocabulary import Kind, Vocabulary, flag
 
 KINDS = "gpt2 (byte-level BPE), llama (SentencePiece-style BPE)"
@@ -72,10 +73,9 @@ class Tokenizer:
         The files `tokenizer_config.json` and `generation_config.json` beside it, where they exist, name the tokens that
         begin and end a sequence.
 
-        Raises: FormatError where the file is damaged; UnsupportedError for another kind of vocabulary.
+        Raises: InputError where there is no such file; FormatError where it is damaged; UnsupportedError for another
+        kind of vocabulary.
         """
-        from tensorgraph.models.text.tokenizer_json import read_tokenizer_json
-
         return cls(*read_tokenizer_json(Path(path)))
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import tokenizers
 
-from tensorgraph.errors import FormatError, UnsupportedError
+from tensorgraph.errors import FormatError, InputError, UnsupportedError
 from tensorgraph.models.text.byte_level import bytes_of_token
 from tensorgraph.models.text.sentencepiece import SPACE, byte_of_token
 from tensorgraph.models.text.vocabulary import Kind, Vocabulary, end_ids
@@ -43,8 +43,11 @@ class _JSONCodec:
 def read_tokenizer_json(path: Path) -> tuple[_JSONCodec, Vocabulary, list[int], list[int]]:
     """Codec, vocabulary and the ids put before and after a text.
 
-    Raises: FormatError where the file is damaged; UnsupportedError for another kind of vocabulary.
+    Raises: InputError where there is no such file; FormatError where it is damaged; UnsupportedError for another kind
+    of vocabulary.
     """
+    if not path.is_file():
+        raise InputError(f"[tokenizer] wanted a tokenizer.json; there is no file {path}")
     content = path.read_text(encoding="utf-8", errors="replace")
     described = _parsed(content, path)
     kind = described["model"].get("type") if isinstance(described.get("model"), dict) else None

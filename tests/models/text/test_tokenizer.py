@@ -296,7 +296,7 @@ def enumerate_alphabet() -> dict[int, str]:
         ("gpt-4o", "HelloWorld's 1234", ["Hello", "World's", "Ġ", "123", "4"]),
         ("tekken", "HelloWorld's 12", ["Hello", "World", "'s", "Ġ", "1", "2"]),
         ("deepseek-llm", "a b12\n", ["a", "Ġb", "1", "2", "Ċ"]),
-        ("deepseek-llm", "aé\u0416\U00010400\u0561z", ["aÃ©ÐĸðĲĲĢ", "Õ¡", "z"]),
+        ("deepseek-llm", "aé\u0416\U00010400\u0561z", ["a", "Ã©ÐĸðĲĲĢ", "Õ¡", "z"]),
         ("deepseek-coder", "a + (b)", ["a", "Ġ+", "Ġ(", "b", ")"]),
         ("deepseek-v3", "f(x) 1234中a", ["f", "(x", ")", "Ġ", "123", "4", "ä¸Ń", "a"]),
     ],
@@ -371,3 +371,5 @@ def test_tokenizer_json_special_tokens_and_damage(tmp_path: Path) -> None:
         path.write_text(damaged)
         with pytest.raises(error):
             Tokenizer.from_file(path)
+    with pytest.raises(InputError, match="there is no file"):
+        Tokenizer.from_file(tmp_path / "nosuch.json")
