@@ -130,5 +130,8 @@ def model_from_config(path: str | Path, dtype: DType | str = "f16") -> Model:
     known = {p: registry.architectures.get(n) for n in registry.architectures for p in registry.architectures.get(n).published}
     for name in names:
         if name in known:
-            return Model(known[name], read_json(known[name].config, given), AssumedWeights(as_dtype(dtype)))
+            head = () if given.get("tie_word_embeddings", False) else ("output.weight",)
+            bias = ("exp_probs_b.bias",) if given.get("topk_method") == "noaux_tc" else ()
+            weights = AssumedWeights(as_dtype(dtype), (*head, *bias))
+            return Model(known[name], read_json(known[name].config, given), weights)
     raise UnknownNameError(f"[architecture] there is no {', '.join(names)}. Known: {', '.join(sorted(known))}")

@@ -33,12 +33,17 @@ class WeightCatalog(Protocol):
 
 @dataclass(frozen=True)
 class AssumedWeights:
-    """The weights of a configuration without a file: matrices of one dtype, vectors in f32, nothing optional."""
+    """The weights of a configuration without a file: matrices of one dtype, vectors in f32.
+
+    Attributes:
+        present: ends of the names of those optional weights that there are.
+    """
 
     dtype: DType
+    present: tuple[str, ...] = ()
 
     def find(self, name: str, shape: tuple[int, ...], wanted: Wanted) -> tuple[tuple[int, ...], DType] | None:
-        if wanted == "optional":
+        if wanted == "optional" and not name.endswith(self.present):
             return None
         return shape, i32 if wanted == "table" else self.dtype if len(shape) > 1 else f32
 

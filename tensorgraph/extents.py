@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,8 +76,3 @@ def step_inputs(step: Step, tokens: np.ndarray, out_ids: np.ndarray) -> tuple[di
         if stream.every > 1:
             dims[f"N{stream.every}"] = len(rows.new_rows)
     return inputs, dims
-
-
-def pick(inputs: Mapping[str, np.ndarray], wanted: Mapping[str, object]) -> dict[str, np.ndarray]:
-    """Those inputs that a graph has."""
-    return {name: inputs[name] for name in wanted}

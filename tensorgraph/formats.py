@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,18 +62,9 @@ def decode(raw: U8, dtype: DType | str) -> F32:
     Raises: DTypeError, ShapeError.
     """
     form = block_format(dtype)
-    block_bytes, block_size = form.dtype.block_bytes, form.dtype.block_size
     if raw.dtype != np.uint8:
         raise DTypeError(f"[decode {form.dtype}] wanted uint8; got {raw.dtype}")
-    if raw.ndim == 0 or raw.shape[-1] % block_bytes:
-        raise ShapeError(f"[decode {form.dtype}] wanted rows of a multiple of {block_bytes} bytes; got {raw.shape}")
-    blocks = raw.reshape(raw.size // block_bytes, block_bytes)
-    x = np.empty((len(blocks), block_size), np.float32)
-    step = _CHUNK // block_size
-    with np.errstate(over="ignore", invalid="ignore"):  # an infinite or undefined scale gives such values, as in ggml
-        for start in range(0, len(blocks), step):
-            x[start : start + step] = form.decode(blocks[start : start + step])
-    return x.reshape(*raw.shape[:-1], raw.shape[-1] // block_bytes * block_size)
+    return _by_blocks("decode", form, raw, np.float32, form.decode)
 
 
 def encode(x: NDArray[np.floating], dtype: DType | str) -> U8:
@@ -82,16 +74,23 @@ def encode(x: NDArray[np.floating], dtype: DType | str) -> U8:
     Raises: DTypeError where nothing here encodes the type, ShapeError.
     """
     form = block_format(dtype)
-    block_bytes, block_size = form.dtype.block_bytes, form.dtype.block_size
     if form.encode is None:
         able = ", ".join(name for name, each in FORMATS.items() if each.encode)
         raise DTypeError(f"[encode] {form.dtype} can only be decoded; types that can be encoded: {able}")
-    if x.ndim == 0 or x.shape[-1] % block_size:
-        raise ShapeError(f"[encode {form.dtype}] wanted rows of a multiple of {block_size} elements; got {x.shape}")
-    blocks = x.reshape(x.size // block_size, block_size)
-    raw = np.empty((len(blocks), block_bytes), np.uint8)
-    step = _CHUNK // block_size
-    with np.errstate(over="ignore", invalid="ignore"):
+    encode_blocks = form.encode
+    return _by_blocks("encode", form, x, np.uint8, lambda blocks: encode_blocks(blocks.astype(np.float32)))
+
+
+def _by_blocks(what: str, form: BlockFormat, given: NDArray[Any], dtype: type, convert: Callable[[Any], Any]) -> NDArray[Any]:
+    sizes = form.dtype.block_bytes, form.dtype.block_size
+    before, after = sizes if what == "decode" else sizes[::-1]
+    if given.ndim == 0 or given.shape[-1] % before:
+        unit = "bytes" if what == "decode" else "elements"
+        raise ShapeError(f"[{what} {form.dtype}] wanted rows of a multiple of {before} {unit}; got {given.shape}")
+    blocks = given.reshape(given.size // before, before)
+    result = np.empty((len(blocks), after), dtype)
+    step = _CHUNK // form.dtype.block_size
+    with np.errstate(over="ignore", invalid="ignore"):  # an infinite or undefined scale gives such values, as in ggml
         for start in range(0, len(blocks), step):
-            raw[start : start + step] = form.encode(blocks[start : start + step].astype(np.float32))
-    return raw.reshape(*x.shape[:-1], x.shape[-1] // block_size * block_bytes)
+            result[start : start + step] = convert(blocks[start : start + step])
+    return result.reshape(*given.shape[:-1], given.shape[-1] // before * after)

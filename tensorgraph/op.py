@@ -54,7 +54,7 @@ class Attr:
             return int(value.__index__())
         if self.type is tuple and isinstance(value, (list, tuple)):
             return tuple(value)
-        if not isinstance(value, self.type):
+        if not isinstance(value, self.type) or (isinstance(value, bool) and self.type is not bool):
             raise TypeError
         return value
 

@@ -40,6 +40,11 @@ def _on_base(view: Node, base: Node) -> Node:
     return replace(view, inputs=(base,))
 
 
+def _with_name(value: Node, name: str) -> Node:
+    """What takes a named node's place carries its name, unless it has its own."""
+    return value.named(name) if name and not value.name else value
+
+
 @dataclass(frozen=True)
 class EliminateCommon:
     """Two nodes that compute the same -> one. Appends are effects and stay."""
@@ -111,7 +116,7 @@ class ExpandFused:
             if self.supports(node):
                 return None
             op = registry.ops.get(node.op)
-            return op.rebuild(op.expansion, node).named(node.name) if op.expansion is not None else None
+            return _with_name(op.rebuild(op.expansion, node), node.name) if op.expansion is not None else None
 
         while (expanded := rewrite(graph, expand)) is not graph:
             graph = expanded
@@ -152,11 +157,11 @@ class LowerGuarded:
         forms = dict(zip(node.slots, zip(node.inputs, node.attrs["guards"], strict=True), strict=True))
         forced = [name for name in self.force if name in forms]
         if forced:
-            return forms[forced[0]][0]
+            return _with_name(forms[forced[0]][0], node.name)
         *guarded, last = forms
         kept = [name for name in guarded if self._scratch(node, name) <= self.scratch_bytes]
         if not kept:
-            return forms[last][0]
+            return _with_name(forms[last][0], node.name)
         return choose({name: forms[name] for name in (*kept, last)}, node.name)
 
     def _scratch(self, node: Node, form: str) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 from tensorgraph.dims import Dim, Extent
 from tensorgraph.dtypes import DType, as_dtype, f32, i32
 from tensorgraph.errors import TensorGraphError
-from tensorgraph.graph import Graph, Node, input, structure_line
+from tensorgraph.graph import STRUCTURAL, Graph, Node, input, structure_line, topological
 from tensorgraph.op import Attr, Op, all_ops
 from tensorgraph.passes import Supports, rewrite
 from tensorgraph.signature import Argument
@@ -34,6 +34,10 @@ class Pattern:
     slots: Mapping[Node, str]
     holes: Mapping[Any, str]
 
+    @property
+    def n_ops(self) -> int:
+        return sum(n.op not in STRUCTURAL for n in topological([self.root]))
+
     def match(self, node: Node) -> Node | None:
         """The fused op whose expansion is `node`, or None."""
         slots: dict[str, Node] = {}
@@ -41,7 +45,7 @@ class Pattern:
         if not self._unify(self.root, node, slots, attrs) or self.op.expansion is None:
             return None
         try:
-            fused = self.op.apply({s: slots[s] for s in self.slots.values()}, attrs, name=node.name)
+            fused = self.op.apply(slots, attrs, name=node.name)
             rebuilt = self.op.rebuild(self.op.expansion, fused)
         except TensorGraphError:
             return None
@@ -88,6 +92,8 @@ def fuse_declared(supports: Supports) -> Callable[[Graph], Graph]:
         for op in all_ops():
             for pattern in patterns_of(op):
                 patterns.setdefault(pattern.root.op, []).append(pattern)
+        for found in patterns.values():
+            found.sort(key=lambda p: -p.n_ops)  # the more special one first: swiglu stands in swiglu_clamp
 
         def replacement(node: Node, _: Node) -> Node | None:
             for pattern in patterns.get(node.op, ()):

@@ -270,7 +270,7 @@ class Executable:
             if not nodes:
                 continue
             needs = tuple({s: None for n in nodes for s in n.inputs if s.op in ("input", "constant")})
-            keep = frozenset(n for n in nodes if n in outputs or any(u > i for u in used_by.get(n, ())))
+            keep = frozenset(n for n in nodes if n.op != "copy" and (n in outputs or any(u > i for u in used_by.get(n, ()))))
             device = self._devices[split.device]
             copies = [(n, self._devices[self.plan.scheduled.device[n.inputs[0]]]) for n in nodes if n.op == "copy"]
             part = Part(tuple(n for n in nodes if n.op != "copy"), keep, taken)

@@ -49,8 +49,9 @@ class Schedule:
 def schedule(graph: Graph, devices: Sequence[Device], placement: Placement | None = None) -> Schedule:
     """Place every node, insert copies where a value crosses devices, and cut the order into splits.
 
-    A node runs where its name is placed, else where its weights or state lie, else where its first input is computed; if
-    that device does not support it, on the first that does. Inputs and constants are held wherever they are used.
+    A node runs where its name is placed, else where its weights or state are placed, else where the input that is computed
+    last belongs (of `x + f(x)`, f); if that device does not support it, on the first that does, and only it: what follows
+    belongs where it did. Inputs and constants are held wherever they are used.
 
     Raises:
         UnsupportedError: no device supports a node.
@@ -65,6 +66,7 @@ def schedule(graph: Graph, devices: Sequence[Device], placement: Placement | Non
 def _place(graph: Graph, devices: Sequence[Device], placement: Placement) -> tuple[dict[Node, str], list[tuple[Node, str, str]]]:
     by_name = {d.name: d for d in devices}
     where: dict[Node, str] = {}
+    home: dict[Node, str] = {}
     moved = []
 
     def placed(name: str) -> str | None:
@@ -75,12 +77,17 @@ def _place(graph: Graph, devices: Sequence[Device], placement: Placement) -> tup
 
     for node in graph.nodes:
         anchors = [i.base for i in node.inputs if i.base.op in ("constant", "read", "append") and placed(i.base.name)]
-        computed = [i for i in node.inputs if i.base.op not in ("constant", "input")]
+        computed = [i for i in node.inputs if i.base.op not in ("constant", "input") and i in home]
         wanted = placed(node.name) if node.name else None
         if wanted is None and node.op not in ("constant", "input"):
-            wanted = placed(anchors[0].name) if anchors else where[computed[0]] if computed else None
-        wanted = wanted or devices[0].name
-        where[node] = wanted
+            last = max(computed, key=graph.number.__getitem__, default=None)
+            wanted = placed(anchors[0].name) if anchors else home[last] if last is not None else None
+        if wanted or node.inputs or node.op in STRUCTURAL:
+            home[node] = wanted or devices[0].name
+    for node in graph.nodes:
+        if node not in home:  # computed from nothing: where it is used first
+            home[node] = next((home[user] for user in graph.users[node] if user in home), devices[0].name)
+        where[node] = wanted = home[node]
         if node.op in STRUCTURAL or by_name[wanted].supports(node):
             continue
         able = next((d.name for d in devices if d.supports(node)), None)

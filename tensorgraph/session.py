@@ -17,7 +17,7 @@ from tensorgraph.device import Device, get_devices
 from tensorgraph.dims import Dim
 from tensorgraph.dtypes import DType, as_dtype
 from tensorgraph.errors import FormatError, InputError, StateError
-from tensorgraph.extents import Extents, pick, step_inputs
+from tensorgraph.extents import Extents, step_inputs
 from tensorgraph.graph import Graph
 from tensorgraph.plan import Executable
 from tensorgraph.state import StateSpec
@@ -310,7 +310,8 @@ def _step(
     began = time.perf_counter()
     with store.begin([(s._open(), n) for (s, _), n in zip(chunks, counts, strict=True)]) as step:
         inputs, dims = step_inputs(step, np.concatenate([ids for _, ids in chunks]), out_ids)
-        results = executable.run(pick(inputs, executable.plan.graph.inputs), state=step, dims=dims)
+        used = {name: inputs[name] for name in executable.plan.graph.inputs}
+        results = executable.run(used, state=step, dims=dims)
         step.commit()
     for session, ids in chunks:
         session.ids.extend(int(i) for i in ids)

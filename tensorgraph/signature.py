@@ -62,6 +62,9 @@ class Signature:
             ShapeError, DTypeError: an input does not fit; the message names the op, the input and both shapes.
         """
         axes: dict[str, Any] = {}
+        roles = {a.name: a.optional for a in self.inputs}
+        if not set(slots) <= set(roles) or any(role not in slots for role, optional in roles.items() if not optional):
+            raise GraphError(f"[{op}] wanted the inputs {', '.join(map(str, self.inputs))}; got {', '.join(slots) or 'none'}")
         for argument in self.inputs:
             node = slots.get(argument.name)
             if node is None:

@@ -48,7 +48,7 @@ def _check_view(graph: Graph, node: Node) -> None:
     numbers = (*index_map.shape, *index_map.strides, index_map.offset, base.size)
     if all(isinstance(e, int) for e in numbers) and 0 not in node.shape:
         shape, strides, offset = index_map.resolve({})
-        if not 0 <= offset <= offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) < base.size:  # type: ignore[operator]
+        if not 0 <= offset <= offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) < base.size:
             raise _error(graph, node, f"the view reaches outside its base {base!r}")
 
 

@@ -38,7 +38,7 @@ def inspect(
     path = gguf_path(model)
     if path is None or state:
         with described_model(model) as described:
-            report = {"state": state_report(described, kv_type)}
+            report: dict[str, Any] = {"state": state_report(described, kv_type)}
             if not state:
                 fields = dataclasses.asdict(described.config)
                 report = {"architecture": described.architecture.name, "metadata": _short(fields)} | report

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,7 +33,9 @@ def logits(
         ),
     ],
     out: Annotated[Path, typer.Option(help="The file to write.", metavar="OUT.npz", show_default=False)],
-    prefill: Annotated[int | None, typer.Option(min=0, help="Tokens fed in chunks, the others one by one.", show_default="all")] = None,
+    prefill: Annotated[
+        int | None, typer.Option(min=0, help="Feed so many in chunks, others one by one.", show_default="all")
+    ] = None,
     chunk: Annotated[int | None, typer.Option(min=1, help="Tokens in a chunk.", show_default="one chunk")] = None,
     dump: Annotated[list[str] | None, typer.Option(help="Also write this named node; may be repeated.", metavar="NAME")] = None,
     threads: options.Threads = None,
@@ -60,11 +63,11 @@ def logits(
         loaded = load(model, backend=backend, kv_type=kv_type)
     with loaded:
         results = evaluate(loaded, sequences, prefill, chunk, ("logits", *(dump or [])))
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for i, values in enumerate(results):
         arrays |= {name if len(results) == 1 else f"{name}_{i}": value for name, value in values.items()}
     with out.open("wb") as file:  # a name without .npz stays as it is
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+        np.savez(file, **arrays)
     if as_json:
         written = {name: {"shape": list(a.shape), "dtype": str(a.dtype)} for name, a in arrays.items()}
         typer.echo(json.dumps({"out": str(out), "arrays": written}))
@@ -92,13 +95,13 @@ def read_ids(name: str) -> np.ndarray:
             found = np.asarray(json.loads(path.read_bytes()))
     except FileNotFoundError:
         raise InputError(f"[ids] there is no file {str(path)!r}") from None
-    except (ValueError, OSError, IndexError, EOFError) as error:
+    except (ValueError, OSError, IndexError, EOFError, zipfile.BadZipFile) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"[ids] {path} holds no token ids: {error}") from error
     if found.ndim != 1 or not found.size or found.dtype.kind not in "iu":
         raise InputError(f"[ids] wanted a list of whole numbers in {name}; got {found.dtype}{list(found.shape)}")
-    return found
+    return np.asarray(found)
 
 
 def evaluate(

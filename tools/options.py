@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated
 
@@ -51,16 +52,13 @@ def working(what: str) -> Iterator[None]:
 
 def size_text(size_bytes: float) -> str:
     """Bytes for people: `68.6 KiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size_bytes < 1024:
-            break
-        size_bytes /= 1024
-    else:
-        unit = "TiB"
-    return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.1f} {unit}"
+    if size_bytes < 1024:
+        return f"{size_bytes:.0f} B"
+    power = min(int(math.log2(size_bytes)) // 10, 4)
+    return f"{size_bytes / 1024**power:.1f} {('KiB', 'MiB', 'GiB', 'TiB')[power - 1]}"
 
 
-def table(rows: list[tuple[str, ...]], left: int = 1) -> str:
+def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """Columns of equal width, the first `left` of them aligned to the left; as text that a pipe gets unchanged."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = []

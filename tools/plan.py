@@ -19,14 +19,16 @@ if TYPE_CHECKING:
     from tensorgraph.models import Model
     from tensorgraph.plan import Plan
 
+DEFAULT_CONTEXT = "the model's, at most 131072"
+
 
 def plan(
     model: Annotated[str, typer.Argument(metavar="MODEL|CONFIG.json|NAME", help=options.DESCRIBED, show_default=False)],
     tokens: Annotated[int, typer.Option(min=1, help="T: new tokens of a step, all sequences together.")] = 512,
-    context: Annotated[int | None, typer.Option(min=1, help="S: tokens of a sequence.", show_default="the model's, at most 131072")] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="S: tokens of a sequence.", show_default=DEFAULT_CONTEXT)] = None,
     sequences: Annotated[int, typer.Option(min=1, help="Sequences in a step.")] = 1,
     kv_type: options.KvType = "f16",
-    dtype: Annotated[str, typer.Option("--type", help="Type of the matrices where there is no file of weights.", metavar="TYPE")] = "f16",
+    dtype: Annotated[str, typer.Option("--type", help="Type of matrices where there are no weights.", metavar="TYPE")] = "f16",
     backend: options.Backend = "reference",
     text: Annotated[bool, typer.Option("--text", help="Print the plan itself.")] = False,
     as_json: options.Json = False,
@@ -111,12 +113,12 @@ def _report_text(report: Mapping[str, Any]) -> str:
         moved, flops = size(s["read_write_bytes"]), f"{s['flops']:.3g}"
         rows.append((_count(s["tokens"], "token"), str(s["nodes"]), str(s["kernels"]), moved, flops))
     extents = f"T = {report['tokens']}, S = {report['context']}, {_count(report['sequences'], 'sequence')}"
-    constant = size(state["bytes_constant"])
+    per_token, constant = size(state["bytes_per_token"]), size(state["bytes_constant"])
     return "\n".join(
         (
             f"{report['model']} ({report['architecture']}), {extents}, planned in {report['plan_s']:.2f} s",
             f"weights  {size(report['weight_bytes'])}",
-            f"state    {size(state['bytes_per_token'])} per token + {constant} a sequence, in {state['kv_type']}; {size(full)} in all",
+            f"state    {per_token} per token + {constant} a sequence, in {state['kv_type']}; {size(full)} in all",
             f"arena    {arena}",
             f"splits   {report['splits']}, {_count(report['copies'], 'copy', 'copies')} of {size(report['copy_bytes'])}",
             "",

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 def run(
     model: options.Model,
-    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="The text to continue; - or nothing reads stdin.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Put the text into the model's chat template; without a text, talk.")] = False,
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Text to continue; - or nothing reads stdin.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the text into the chat template; without a text, talk.")] = False,
     system: Annotated[str | None, typer.Option(help="What the system says first (with --chat).", metavar="TEXT")] = None,
     tokens: Annotated[int, typer.Option("-n", "--tokens", min=0, help="Generate at most this many tokens.")] = 256,
     temp: Annotated[float, typer.Option(help="Temperature; 0 always takes the likeliest token.")] = 0.0,

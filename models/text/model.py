@@ -193,6 +193,4 @@ class TextSession(Session):
         return ids[self.length :]
 
     def _another(self, seq: int, ids: Iterable[int]) -> Self:
-        return type(self)(
-            self.model, context=self.context, step_tokens=self.step_tokens, store=self._store, seq=seq, ids=ids
-        )
+        return type(self)(self.model, context=self.context, step_tokens=self.step_tokens, store=self._store, seq=seq, ids=ids)

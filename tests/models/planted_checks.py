@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import pytest
 
 from tensorgraph.compiler import CompileOptions, PlanCache, compile
 from tensorgraph.dtypes import f16, f32
+from tensorgraph.errors import FormatError, StateError
 from tensorgraph.extents import Extents
 from tensorgraph.graph import Graph, Node, input
 from tensorgraph.models import deepseek_v4
@@ -20,33 +24,40 @@ from tensorgraph.models.text.gguf import GGUF
 from tensorgraph.models.text.tokenizer import Tokenizer
 from tensorgraph.run import run_op
 from tensorgraph.session import Engine, Session
+from tensorgraph.state import StateSpec, StreamClass
+from tensorgraph.state_store import StateStore
 from tests.models import tiny
 from tests.reference import reference_path
 
 Array = np.ndarray[Any, Any]
 
 
-def follows(architecture: str, n: int, *, layers: int | None = None, steps: tuple[int, int] = (31, 17)) -> None:
-    """Two sequences in ragged steps of different sizes against the reference: hidden states, selections, and logits if whole.
+def follows(architecture: str, n: int, *, layers: int | None = None, step: int = 31, ahead: int = 17) -> None:
+    """A sequence in ragged steps against the reference: hidden states, selections, logits.
 
-    With `layers` the model is cut off after so many, and only hidden states are compared.
+    A sequence of another text, of which nothing is compared, stands before it in every batch and takes other numbers of
+    tokens: with the same text, rows taken from the wrong sequence would be the right ones. With `layers` the model is cut
+    off after so many, and has no logits to compare.
     """
     stored, model = tiny.reference(architecture), tiny.model(architecture)
     if layers is not None:
-        model = Model(model.architecture, dataclasses.replace(model.config, num_hidden_layers=layers), model.catalog, model.file)
+        config = dataclasses.replace(model.config, num_hidden_layers=layers)
+        model = Model(model.architecture, config, model.catalog, model.file)
     last = model.config.num_hidden_layers - 1
-    chosen = [s for s in tiny.selections(stored, getattr(model.config, "compress_ratios", ())) if int(s[0].split(".")[1]) <= last]
+    chosen = list(tiny.selections(stored, getattr(model.config, "compress_ratios", ())))
+    chosen = [(tap, ids, every) for tap, ids, every in chosen if int(tap.split(".")[1]) <= last]
     outputs = [f"blk.{last}.out", *(tap for tap, _, _ in chosen), *(["logits"] if layers is None else [])]
-    parts: tuple[list[Any], list[Any]] = ([], [])
-    first = Session(Engine(model, kv_dtype="f32"), step_tokens=max(n, sum(steps)))
-    second, ids = first.sibling(), stored["input_ids"]
-    while first.length < n:
-        work = [(s, ids[s.length : min(s.length + step, n)]) for s, step in zip((second, first), steps[::-1], strict=True)]
-        for part, found in zip(parts[::-1], Session.batch(work, outputs=outputs, all_logits=True), strict=True):
-            part.append(found)
-    for session, part in zip((first, second), parts, strict=True):
-        taps = {name: np.concatenate([found[name] for found in part]) for name in outputs}
-        compare(architecture, taps, session.length, chosen, last)
+    parts: list[dict[str, Array]] = []
+    session = Session(Engine(model, kv_dtype="f32"), step_tokens=step + ahead)
+    other, ids = session.sibling(), stored["input_ids"]
+    while session.length < n:
+        texts = [(other, (ids[other.length :][:ahead] * 7 + 3) % 512), (session, ids[session.length : n][:step])]
+        taps = Session.batch(texts, outputs=outputs, all_logits=True)[1]
+        for tap, _, every in chosen:  # a batch numbers the rows of its sequences one after another
+            taps[tap] = np.where(taps[tap] < 0, -1, taps[tap] - (other.length // every if every else 0))
+        parts.append(taps)
+    joined = {name: np.concatenate([taps[name] for taps in parts]) for name in outputs}
+    compare(architecture, joined, session.length, chosen, last)
 
 
 def compare(architecture: str, taps: dict[str, Array], n: int, chosen: Sequence[tuple[str, Array, int]], last: int) -> None:
@@ -230,17 +241,31 @@ def declared_state() -> None:
     hca = {"parts": "2x64:f32:1w128", "rows": "64:f16:128"}
     compressed = {f"blk.{i}.{name}": key for i in range(1, 5) for name, key in (csa if i % 2 else hca).items()}
     assert declared == window | compressed
-    for name, want in (("llama", 2 * 2 * 2 * 32), ("deepseek_v3", 3 * 80), ("deepseek_v32", 3 * (80 + 64))):
-        assert sum(spec.row_bytes(f16) for spec in tiny.model(name).states().values()) == 2 * want
-    assert sum(spec.row_bytes(f16) for spec in tiny.model("glm_moe_dsa").states().values()) == 2 * (3 * 80 + 2 * 64)
+    wanted = {"llama": (4, {"2x32:f16:1"}), "deepseek_v3": (3, {"80:f16:1"}), "deepseek_v32": (6, {"80:f16:1", "64:f16:1"})}
+    wanted |= {"glm_moe_dsa": (5, {"80:f16:1", "64:f16:1"})}
+    for name, (n, keys) in wanted.items():
+        found = [spec.key(f16) for spec in tiny.model(name).states().values()]
+        assert (len(found), set(found)) == (n, keys), name
+
+
+def rows_of_streams() -> None:
+    """What a class of streams says of its rows, from what its readers look at."""
+    for cls in (StreamClass(every, keep) for every in (1, 3, 4) for keep in (None, 1, 5)):
+        looks = [range((p + 1) // cls.every)[-(cls.keep or 1 << 30) :] for p in range(60)]
+        for length in range(40):
+            assert cls.n_rows(length) == len(range(cls.every - 1, length, cls.every))
+            assert cls.first_read(length) == min((look.start for look in looks[length:] if look), default=0)
+        for first in range(1, 6) if cls.keep else ():
+            assert cls.earliest(first) == next(n for n in range(60) if cls.first_read(n) >= first)
 
 
 def plans_do_not_mix() -> None:
     """Models, sizes of step and options that differ have plans that differ, and equal ones have one."""
     cache = PlanCache()
     ids = tiny.tokens("llama")[:60]
-    for architecture, options in (("llama", {}), ("deepseek_v3", {}), ("deepseek_v3", {"lowerings": ("absorbed",)}), ("llama", {})):
-        engine = Engine(tiny.model(architecture), kv_dtype="f32", options=CompileOptions(**options), cache=cache)
+    for architecture, forms in (("llama", ()), ("deepseek_v3", ()), ("deepseek_v3", ("absorbed",)), ("llama", ())):
+        options = CompileOptions(lowerings=forms)
+        engine = Engine(tiny.model(architecture), kv_dtype="f32", options=options, cache=cache)
         for step_tokens in (8, 64):
             with Session(engine, step_tokens=step_tokens) as session:
                 logits = session.eval(tiny.tokens(architecture)[: len(ids)], all_logits=True)
@@ -266,6 +291,61 @@ def window_of_llama() -> None:
 
 def repeated_matrices() -> None:
     """Neighbouring batches share one matrix."""
-    a, b = np.arange(12.0, dtype=np.float32).reshape(2, 2, 3), np.ones((4, 1, 3), np.float32)
+    a, b = (np.arange(12.0, dtype=np.float32).reshape(shape) for shape in ((2, 2, 3), (4, 1, 3)))
     want = np.stack([b[i] @ a[i // 2].T for i in range(4)])
     np.testing.assert_array_equal(run_op("mul_mat", a, b), want)
+
+
+def session_of_llama() -> Session:
+    session = Session(tiny.engine("llama"))
+    session.eval(tiny.tokens("llama")[:77])
+    return session
+
+
+def full_pages_are_shared() -> None:
+    """A fork that writes on from the end of a page copies none."""
+    store = StateStore({"k": StateSpec((2,))}, kv_dtype=f16, page_rows=4)
+    seq = store.new()
+    rows = np.arange(16.0).reshape(8, 2)
+    for given in (rows, rows[:1]):
+        with store.begin([(seq, len(given))]) as step:
+            step.append("k", given)
+            step.commit()
+        store.fork(seq)
+    assert list(store.used_pages.values()) == [3]
+
+
+def saved() -> None:
+    """What is loaded goes on as what was saved, also from one of its earlier tokens: every row stands in its place."""
+    session = session_of_llama()
+    with TemporaryDirectory() as folder:
+        session.save(f"{folder}/state")
+        loaded = session.sibling()
+        loaded.load(f"{folder}/state")
+    for each in (loaded, session):
+        each.trim(40)
+    more = tiny.tokens("llama")[40:]
+    np.testing.assert_array_equal(loaded.eval(more, all_logits=True), session.eval(more, all_logits=True))
+    assert loaded.ids == session.ids
+
+
+def damaged_file() -> None:
+    """A changed row is told, not taken."""
+    session = session_of_llama()
+    with TemporaryDirectory() as folder:
+        session.save(f"{folder}/state")
+        content = bytearray(Path(f"{folder}/state").read_bytes())
+        content[-40] ^= 1
+        Path(f"{folder}/state").write_bytes(content)
+        with pytest.raises(FormatError):
+            session.load(f"{folder}/state")
+
+
+def another_models_file() -> None:
+    """Streams of the same names and other shapes are refused."""
+    session = session_of_llama()
+    other = Session(Engine(tiny.model("llama"), kv_dtype="f16"))
+    with TemporaryDirectory() as folder:
+        session.save(f"{folder}/state")
+        with pytest.raises(StateError):
+            other.load(f"{folder}/state")

@@ -31,7 +31,7 @@ class Mistake(NamedTuple):
 
     Attributes:
         file: relative to the root; `old` stands in it exactly once.
-        check: a function of `tests.models.planted_checks`, or `module:function` of another module of the tests.
+        check: as `find` takes it.
     """
 
     about: str
@@ -53,12 +53,10 @@ class PlantedLoader(SourceFileLoader):
 class Planter(importlib.abc.MetaPathFinder):
     """Finds every module as the others do, but the one of a mistake is loaded with its text changed."""
 
-    def __init__(self, mistake: Mistake) -> None:
-        self.path, self.text = str(ROOT / mistake.file), planted(mistake)
+    def __init__(self, path: str, text: str) -> None:
+        self.path, self.text = path, text
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         for finder in sys.meta_path:
             if finder is not self and (spec := finder.find_spec(fullname, path, target)) is not None:
                 if spec.origin == self.path:
@@ -81,33 +79,34 @@ def planted(mistake: Mistake) -> str:
 
 
 def find(check: str) -> Callable[[], None]:
-    module, _, name = check.rpartition(":")
-    found: Callable[[], None] = getattr(importlib.import_module(module or "tests.models.planted_checks"), name)
-    return found
+    """A check by its name: `function`, or `module:function:argument:...` with arguments that are numbers or words."""
+    module, function, *arguments = check.split(":") if ":" in check else ("tests.models.planted_checks", check)
+    found: Callable[..., None] = getattr(importlib.import_module(module), function)
+    return lambda: found(*(int(a) if a.isdigit() else a for a in arguments))
 
 
-def outcome(check: str, mistake: Mistake | None) -> dict[str, str]:
+def outcome(check: str, planter: Planter | None) -> dict[str, str]:
     """What the check says: "passes", "fails" or, where the mistake is no program, "broken"; and how."""
     try:
-        if mistake is not None:
-            sys.meta_path.insert(0, Planter(mistake))
+        if planter is not None:
+            sys.meta_path.insert(0, planter)
         find(check)()
-    except ValueError if mistake is None else BROKEN as error:
-        return {"is": "broken", "how": "".join(traceback.format_exception(error)[-3:])}
-    except Exception as error:
-        return {"is": "fails", "how": f"{type(error).__name__}: {str(error)[:300]}"}
+    except BaseException as error:  # pytest's own are no Exceptions
+        broken = planter is not None and isinstance(error, BROKEN)
+        return {"is": "broken" if broken else "fails", "how": "".join(traceback.format_exception(error))[-600:]}
     return {"is": "passes", "how": ""}
 
 
-def in_fork(check: str, mistake: Mistake | None) -> dict[str, str]:
+def in_fork(check: str, mistake: Mistake | None = None) -> dict[str, str]:
     """`outcome` in a process of its own, which is ended after `LIMIT_S`."""
+    planter = None if mistake is None else Planter(str(ROOT / mistake.file), planted(mistake))
     receive, send = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             signal.alarm(LIMIT_S)
             os.close(receive)
-            os.write(send, json.dumps(outcome(check, mistake)).encode())
+            os.write(send, json.dumps(outcome(check, planter)).encode())
         finally:
             os._exit(0)
     os.close(send)
@@ -152,7 +151,7 @@ def main(group: str) -> None:
         print(json.dumps(line), flush=True)
 
     for check in dict.fromkeys(m.check for m in mistakes):
-        say("", check, in_fork(check, None))
+        say("", check, in_fork(check))
     for mistake in mistakes:
         say(mistake.about, mistake.check, in_fork(mistake.check, mistake))
 

@@ -65,11 +65,14 @@ def test_one_by_one_from_the_start(architecture: str) -> None:
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_a_ragged_batch(architecture: str) -> None:
-    ids = tiny.tokens(architecture)
-    with Session(tiny.engine(architecture)) as a, a.sibling() as b:
-        both = Session.batch([(a, ids), (b, ids[:37])], all_logits=True)
-    check(architecture, both[0])
-    check(architecture, both[1], 37)
+    """A third sequence, of another text, stands first: rows taken from the wrong sequence are wrong rows."""
+    engine, ids = tiny.engine(architecture), tiny.tokens(architecture)
+    text = (ids[:61] * 7 + 3) % 512
+    with Session(engine) as other, other.sibling() as a, other.sibling() as b:
+        logits = Session.batch([(other, text), (a, ids), (b, ids[:37])], all_logits=True)
+    check(architecture, logits[1])
+    check(architecture, logits[2], 37)
+    assert tiny.nmse(logits[0], tiny.whole(engine, text)) <= tiny.bound(architecture)
 
 
 @pytest.mark.parametrize(("mine", "yours"), [(61, 40), pytest.param(7, 5, marks=pytest.mark.deep)])

@@ -55,7 +55,8 @@ def test_fork_at_77_and_continue_both(architecture: str) -> None:
     """In turns, so that each writes to pages that the other one has shared."""
     session = start(architecture, 77)
     child = session.fork()
-    texts, logits = (other(70, 1), other(70, 2)), ([], [])
+    texts = other(70, 1), other(70, 2)
+    logits: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     for i in range(0, 70, 10):
         for one, ids, found in zip((session, child), texts, logits, strict=True):
             found.append(one.eval(ids[i : i + 10], all_logits=True))
@@ -77,6 +78,16 @@ def test_trim_by_5_and_continue(architecture: str, length: int) -> None:
 
 
 @pytest.mark.parametrize("architecture", MODELS)
+def test_trim_leaves_a_fork_as_it_is(architecture: str) -> None:
+    """Back over the end of a page that the two share."""
+    session = start(architecture, 77)
+    child = session.fork()
+    session.trim(60)
+    goes_on(session, other(30, 12))
+    goes_on(child, other(20, 13))
+
+
+@pytest.mark.parametrize("architecture", MODELS)
 def test_snapshot_then_restore(architecture: str) -> None:
     session = start(architecture, 77)
     snapshot = session.snapshot()
@@ -84,8 +95,10 @@ def test_snapshot_then_restore(architecture: str) -> None:
     session.restore(snapshot)
     assert session.ids == text(architecture, 77)
     goes_on(session, other(60, 6))
-    session.restore(snapshot)  # it serves again
-    goes_on(session, other(4, 7), chunk=1)
+    session.trim(0)
+    session.eval(other(100, 7))  # on other pages than those that the snapshot holds
+    session.restore(snapshot)
+    goes_on(session, other(4, 8), chunk=1)
     snapshot.release()
     with pytest.raises(StateError, match="not released"):
         session.restore(snapshot)

@@ -13,6 +13,7 @@ import pytest
 from tensorgraph.errors import InputError
 from tensorgraph.models import TextModel, find_smollm2, load
 from tensorgraph.models.text import model as loading
+from tests.models.tiny import nmse
 from tests.reference import reference_path
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -22,11 +23,6 @@ QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 def smollm2() -> Iterator[TextModel]:
     with load("smollm2", kv_type="f32") as model:
         yield model
-
-
-def nmse(a: np.ndarray, b: np.ndarray) -> float:
-    wanted = b.astype(np.float64)
-    return float(((a.astype(np.float64) - wanted) ** 2).sum() / (wanted**2).sum())
 
 
 def test_next_token_logits_and_greedy_tokens_are_the_peers(smollm2: TextModel) -> None:

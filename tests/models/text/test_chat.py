@@ -31,7 +31,7 @@ TOOLS = [
 ]
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Köln", "days": [1, 2]}}}
 CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
-    "question": [{"role": "user", "content": "Hi <there> & \"you\" 😀"}],
+    "question": [{"role": "user", "content": 'Hi <there> & "you" 😀'}],
     "system": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}],
     "turns": [
         {"role": "system", "content": "A."},

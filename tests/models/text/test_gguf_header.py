@@ -237,9 +237,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, list[in
         tensors.append(tensor(f"blk.{dtype}", dims, kind, data_size))
         data_size += -(-dtype.block_bytes * 3 // 32) * 32
     path = tmp_path_factory.mktemp("mutations") / "small.gguf"
-    path.write_bytes(
-        build(tuple(pairs), tuple(tensors), bytes(range(256)) * (data_size // 256) + bytes(data_size % 256))
-    )
+    path.write_bytes(build(tuple(pairs), tuple(tensors), bytes(range(256)) * (data_size // 256) + bytes(data_size % 256)))
     header = read_header(path)
     fields = [4, 8, 16, 24]
     for key in header.metadata:

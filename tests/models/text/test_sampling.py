@@ -36,9 +36,9 @@ def expected(logits: np.ndarray[Any, Any], recent: list[int], s: Sampler) -> dic
     return {i: odds[i] / total for i in kept}
 
 
-LOGITS = st.lists(
-    st.one_of(st.integers(-6, 6).map(lambda x: x / 2), st.just(-np.inf)), min_size=1, max_size=40
-).filter(lambda values: max(values) > -np.inf)
+LOGITS = st.lists(st.one_of(st.integers(-6, 6).map(lambda x: x / 2), st.just(-np.inf)), min_size=1, max_size=40).filter(
+    lambda values: max(values) > -np.inf
+)
 
 
 @settings(max_examples=200)
@@ -104,9 +104,7 @@ def test_large_vocabulary_with_top_p_only() -> None:
 
 @settings(max_examples=100)
 @given(logits=LOGITS, recent=st.lists(st.integers(0, 1000), max_size=6), seed=st.integers(0, 99))
-def test_temperature_0_and_top_k_1_take_the_lowest_id_of_the_best(
-    logits: list[float], recent: list[int], seed: int
-) -> None:
+def test_temperature_0_and_top_k_1_take_the_lowest_id_of_the_best(logits: list[float], recent: list[int], seed: int) -> None:
     array = np.array(logits, np.float32)
     recent = [i % len(logits) for i in recent]
     rng = np.random.default_rng(seed)

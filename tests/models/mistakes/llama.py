@@ -1,0 +1,116 @@
+"""Mistakes in Llama, in what all models share, and in sessions."""
+
+from __future__ import annotations
+
+from tests.models.planting import Mistake
+
+_SESSIONS = "tests.models.test_sessions:test_"
+_LLAMA, _BLOCKS, _SESSION = "models/llama.py", "models/blocks.py", "tensorgraph/session.py"
+_EXTENTS, _COMPILER = "tensorgraph/extents.py", "tensorgraph/compiler.py"
+
+LLAMA = (
+    Mistake("half-split rope", _LLAMA, "n_dims=n_dims, base", 'layout="half_split", n_dims=n_dims, base', "llama"),
+    Mistake("rope's base is fixed", _LLAMA, "base=c.rope_theta, freq_scale", "base=5e5, freq_scale", "llama"),
+    Mistake(
+        "keys are not rotated",
+        _LLAMA,
+        'k = rotate(g, heads(g.linear("attn_k", x, c.n_head_kv * c.head_size), c.n_head_kv), c)',
+        'k = heads(g.linear("attn_k", x, c.n_head_kv * c.head_size), c.n_head_kv)',
+        "llama",
+    ),
+    Mistake("scaled by the hidden size", _LLAMA, "scale=c.head_size**-0.5", "scale=c.hidden_size**-0.5", "llama"),
+    Mistake("keys taken for values", _LLAMA, 'g.append("v", v)  # [S', 'g.append("v", k)  # [S', "llama"),
+    Mistake(
+        "heads share keys in turns",
+        "ops/attention/attend.py",
+        "q.reshape(n_tokens, n_kv, n_heads // n_kv, d_k)",
+        "q.reshape(n_tokens, n_heads // n_kv, n_kv, d_k).swapaxes(1, 2)",
+        "llama",
+    ),
+    Mistake(
+        "Llama's window is left out",
+        _LLAMA,
+        'g.segment("k", k, v, window=c.sliding_window)',
+        'g.segment("k", k, v)',
+        "window_of_llama",
+    ),
+    Mistake("one residual less", _LLAMA, "x + feed_forward(", "feed_forward(", "llama"),
+    Mistake("gate and up swapped", _BLOCKS, "swiglu(gate, up), width", "swiglu(up, gate), width", "llama"),
+    Mistake("epsilon is fixed", _BLOCKS, "eps=eps)", "eps=1e-6)", "epsilons"),
+    Mistake(
+        "no norm before the head",
+        _BLOCKS,
+        'norm(g, "output_norm", get_rows(x, g.out_ids), eps)',
+        "get_rows(x, g.out_ids)",
+        "llama",
+    ),
+    Mistake("a head of its own is required", _BLOCKS, 'g.optional("output.weight"', 'g.weight("output.weight"', "tied_head"),
+    Mistake("the head is always tied", _BLOCKS, "if weight is None else weight", "if True else weight", "llama"),
+    Mistake("logits of the token before the last", _SESSION, "np.array([e - 1 for", "np.array([e - 2 for", "last_token"),
+    Mistake(
+        "rows given to the wrong session", _SESSION, "split.append({name: _rows_of", "split.insert(0, {name: _rows_of", "llama"
+    ),
+    Mistake(
+        "a fork forgets its tokens",
+        _SESSION,
+        "self._store.fork(self._open()), self.ids)",
+        "self._store.fork(self._open()), ())",
+        f"{_SESSIONS}fork_at_77_and_continue_both:llama",
+    ),
+    Mistake(
+        "a fork is the session itself",
+        _SESSION,
+        "self._store.fork(self._open())",
+        "self._open()",
+        f"{_SESSIONS}fork_at_77_and_continue_both:llama",
+    ),
+    Mistake(
+        "restore keeps the tokens", _SESSION, "self.ids = list(snapshot.ids)", "pass", f"{_SESSIONS}snapshot_then_restore:llama"
+    ),
+    Mistake(
+        "trim keeps the tokens",
+        _SESSION,
+        "self.ids[reached:length], self.ids[:reached]",
+        "self.ids[reached:length], self.ids",
+        f"{_SESSIONS}trim_by_5_and_continue:llama:133",
+    ),
+    Mistake(
+        "the gap after a snapshot is left out",
+        _SESSION,
+        "        if gap:\n",
+        "        if False:\n",
+        f"{_SESSIONS}trim_below_what_is_retained",
+    ),
+    Mistake("sequences see each other's rows", _EXTENTS, '"seqs": step.seqs,', '"seqs": step.seqs * 0,', "llama"),
+    Mistake("rows of all sequences are the first's", _EXTENTS, '.seq": rows.row_seqs', '.seq": rows.row_seqs * 0', "llama"),
+    Mistake(
+        "positions start with the step",
+        _EXTENTS,
+        '"positions": step.positions',
+        '"positions": step.positions - step.positions[0]',
+        "llama",
+    ),
+    Mistake(
+        "a graph found by its outputs alone",
+        _SESSION,
+        "key = (extents, outputs)",
+        "key = (Extents(), outputs)",
+        "plans_do_not_mix",
+    ),
+    Mistake("a plan found without its graph", _COMPILER, 'f"{graph.key}|', 'f"|', "plans_do_not_mix"),
+    Mistake("a plan found without its options", _COMPILER, "|{options.key}", "|", "plans_do_not_mix"),
+    Mistake(
+        "add_bos is ignored",
+        "models/text/tokenizer.py",
+        "if not flag(metadata, key, default):",
+        "if not default:",
+        "beginning_of_text",
+    ),
+    Mistake(
+        "BOS is always added",
+        "models/text/tokenizer.py",
+        "return [*self._prefix, *ids, *self._suffix] if add_special else ids",
+        "return [*self._prefix, *ids, *self._suffix]",
+        "beginning_of_text",
+    ),
+)
