@@ -18,7 +18,7 @@ from tensorgraph.graph import STRUCTURAL, Graph, Node
 from tensorgraph.memory import MemoryPlan
 from tensorgraph.op import node_bytes
 from tensorgraph.registry import ops
-from tensorgraph.schedule import Schedule, copy_bytes, schedule
+from tensorgraph.schedule import Schedule, schedule
 from tensorgraph.text import node_text
 
 WeightSource = Callable[[str], np.ndarray]
@@ -111,8 +111,8 @@ class Plan:
             nodes=len(active),
             kernels=len(kernels),
             splits=len(self.scheduled.splits),
-            copies=len(self.scheduled.copies),
-            copy_bytes=copy_bytes(self.scheduled.copies),
+            copies=sum(n.op == "copy" for n in active),
+            copy_bytes=sum(node_bytes(n, dims) for n in active if n.op == "copy"),
             arena_bytes={device: memory.peak_bytes for device, memory in self.memory.items()},
             weight_bytes=sum(node_bytes(n) for n in active if n.op == "constant"),
             read_write_bytes=sum(c.size_bytes for c in costs),

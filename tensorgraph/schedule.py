@@ -11,7 +11,6 @@ import networkx as nx
 from tensorgraph.device import Device
 from tensorgraph.errors import UnsupportedError
 from tensorgraph.graph import STRUCTURAL, Graph, Node
-from tensorgraph.op import node_bytes
 from tensorgraph.passes import rewrite
 from tensorgraph.text import node_text
 
@@ -157,8 +156,3 @@ def _cut(graph: Graph, device: Mapping[Node, str]) -> tuple[Split, ...]:
         run.sort(key=lambda n: n.op != "copy")  # what other devices computed is brought first
         splits.append(Split(name, tuple(run)))
     return tuple(splits)
-
-
-def copy_bytes(copies: Sequence[Node]) -> int:
-    """Bytes that copies move at the largest extents."""
-    return sum(node_bytes(n) for n in copies)
