@@ -200,7 +200,10 @@ class Node:
 def _binary(op: str, a: Node, b: Node | float) -> Node:
     if isinstance(b, Node):
         return registry.ops.get(op)(a, b)
-    scale, bias = {"add": (1.0, b), "sub": (1.0, -b), "mul": (b, 0.0), "div": (1.0 / b, 0.0)}[op]
+    if op in ("mul", "div"):
+        scale, bias = (b if op == "mul" else 1.0 / b), 0.0
+    else:
+        scale, bias = 1.0, (b if op == "add" else -b)
     return registry.ops.get("scale")(a, scale=float(scale), bias=float(bias))
 
 

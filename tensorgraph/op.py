@@ -113,6 +113,7 @@ class Op:
         self._shape: Callable[[Slots, Mapping[str, Any]], tuple[Shape, DType]] | None = None
         self._prepare: Callable[..., Prepared] | None = None
         self._flops: Callable[[Node], Extent] | None = None
+        self._bytes: Callable[[Node, Bindings], int] | None = None
         registry.ops.add(name, self)
 
     # What an op's file declares, as decorators.
@@ -148,6 +149,11 @@ class Op:
     def flops(self, fn: Callable[[Node], Extent]) -> Callable[[Node], Extent]:
         """Floating point operations of a node; one an element of the result where not declared."""
         self._flops = fn
+        return fn
+
+    def bytes_moved(self, fn: Callable[[Node, Bindings], int]) -> Callable[[Node, Bindings], int]:
+        """Bytes that a node reads and writes in a step; each input and the result once where not declared."""
+        self._bytes = fn
         return fn
 
     def expand(self, fn: Callable[..., Node]) -> Callable[..., Node]:
@@ -238,9 +244,10 @@ class Op:
         return fn(*self.arguments(dict(zip(node.slots, node.inputs, strict=True))), **node.attrs)
 
     def cost(self, node: Node, dims: Bindings) -> Cost:
-        """Work of one node in a step: declared flops, and every input and the result touched once."""
+        """Work of one node in a step."""
         flops = self._flops(node) if self._flops else node.size
-        return Cost(evaluate(flops, dims), sum(node_bytes(value, dims) for value in (node, *node.inputs)))
+        touched = self._bytes(node, dims) if self._bytes else sum(node_bytes(n, dims) for n in (node, *node.inputs))
+        return Cost(evaluate(flops, dims), touched)
 
     def __repr__(self) -> str:
         return f"<op {self.name}({self.signature or '...'})>"

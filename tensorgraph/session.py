@@ -142,12 +142,17 @@ class Session:
             raise InputError(f"[session] wanted context and step_tokens >= 1; got {self.context}, {step_tokens}")
         self._store = store or StateStore(engine.model.states(), kv_dtype=engine.kv_dtype)
         self._seq: int | None = self._store.new() if seq is None else seq
-        self.ids: list[int] = list(ids)
+        self._ids: list[int] = list(ids)  # may run ahead of the state for a moment; `length` says how many count
 
     @property
     def length(self) -> int:
         """Tokens evaluated so far."""
-        return len(self.ids)
+        return self._store.length(self._open())
+
+    @property
+    def ids(self) -> list[int]:
+        """The tokens evaluated so far."""
+        return self._ids[: self.length]
 
     def eval(self, ids: Iterable[int], *, outputs: Sequence[str] | None = None, all_logits: bool = False) -> Any:
         """Append tokens and evaluate them.
@@ -194,7 +199,7 @@ class Session:
             CannotTrim: neither state nor a snapshot reaches back that far.
         """
         reached = self._store.trim(self._open(), length)
-        gap, self.ids = self.ids[reached:length], self.ids[:reached]
+        gap = self._ids[reached:length]
         if gap:
             self.eval(gap)
 
@@ -205,7 +210,7 @@ class Session:
     def restore(self, snapshot: SessionSnapshot) -> None:
         """Go to a snapshot of this session or of another one of its store."""
         self._store.restore(self._open(), snapshot.state)
-        self.ids = list(snapshot.ids)
+        self._ids = list(snapshot.ids)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write tokens and state to a file that `load` of the same model reads, in another process too."""
@@ -226,7 +231,7 @@ class Session:
             self._store.free(seq)
             raise FormatError(f"[load] {os.fspath(path)}: the token ids do not fit the state or the context") from error
         self._store.free(self._open())
-        self._seq, self.ids = seq, ids
+        self._seq, self._ids = seq, ids
 
     def close(self) -> None:
         """Give the sequence's pages back; the session cannot be used afterwards."""
@@ -312,9 +317,9 @@ def _step(
         inputs, dims = step_inputs(step, np.concatenate([ids for _, ids in chunks]), out_ids)
         used = {name: inputs[name] for name in executable.plan.graph.inputs}
         results = executable.run(used, state=step, dims=dims)
+        for session, ids in chunks:
+            session._ids[session.length :] = ids.tolist()
         step.commit()
-    for session, ids in chunks:
-        session.ids.extend(int(i) for i in ids)
     engine.stats.steps += 1
     engine.stats.tokens += int(ends[-1])
     engine.stats.run_s += time.perf_counter() - began

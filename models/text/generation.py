@@ -21,9 +21,14 @@ Ended = Literal["end", "stop", "length", "context"]
 class TokenSession(Protocol):
     """What a generation needs of a session."""
 
-    ids: list[int]
     context: int
     step_tokens: int
+
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def ids(self) -> list[int]: ...
 
     def eval(self, ids: Sequence[int]) -> np.ndarray: ...
 
@@ -112,7 +117,7 @@ class Generation(Iterator[str]):
                 self.ended = "end"
                 return
             yield token
-            if len(session.ids) >= session.context:
+            if session.length >= session.context:
                 self.ended = "context"
                 return
             logits = self._feed([token])

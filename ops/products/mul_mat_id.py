@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from tensorgraph.dims import Extent, Shape, shape_text
+from tensorgraph.dims import Bindings, Extent, Shape, evaluate, shape_text
 from tensorgraph.dtypes import DType
 from tensorgraph.errors import InputError, ShapeError
 from tensorgraph.graph import Node, source_line
-from tensorgraph.op import Op
+from tensorgraph.op import Op, node_bytes
 from tensorgraph.ops.products.mul_mat import blas_ready
 from tensorgraph.signature import Signature
 
@@ -61,6 +61,16 @@ def reference(a: Array, b: Array, ids: Array) -> Array:
 @mul_mat_id.flops
 def flops(node: Node) -> Extent:
     return node.size * node.inputs[0].shape[2] * 2
+
+
+@mul_mat_id.bytes_moved
+def bytes_moved(node: Node, dims: Bindings) -> int:
+    """Each expert once, as many as can be chosen at most."""
+    experts, rows, ids = node.inputs
+    n_experts = evaluate(experts.shape[0], dims)
+    chosen = min(evaluate(ids.size, dims), n_experts)
+    weights = node_bytes(experts, dims) * chosen // max(n_experts, 1)
+    return weights + sum(node_bytes(n, dims) for n in (rows, ids, node))
 
 
 @mul_mat_id.law

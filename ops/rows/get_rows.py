@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from tensorgraph.dims import Extent, Shape
+from tensorgraph.dims import Bindings, Extent, Shape, evaluate
 from tensorgraph.dtypes import DType, f32, i32
 from tensorgraph.errors import DTypeError
 from tensorgraph.graph import Node, source_line
-from tensorgraph.op import Op
+from tensorgraph.op import Op, node_bytes
 from tensorgraph.ops.rows.index import none_of
 from tensorgraph.signature import Signature
 
@@ -52,6 +52,14 @@ def reference(a: Array, ids: Array) -> Array:
 @get_rows.flops
 def flops(node: Node) -> Extent:
     return 0
+
+
+@get_rows.bytes_moved
+def bytes_moved(node: Node, dims: Bindings) -> int:
+    """The rows taken, not the table."""
+    table, ids = node.inputs
+    taken = evaluate(node.size, dims) * table.dtype.block_bytes // table.dtype.block_size
+    return taken + node_bytes(ids, dims) + node_bytes(node, dims)
 
 
 @get_rows.law

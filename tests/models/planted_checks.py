@@ -32,7 +32,9 @@ from tests.reference import reference_path
 Array = np.ndarray[Any, Any]
 
 
-def follows(architecture: str, n: int, *, layers: int | None = None, step: int = 31, ahead: int = 17) -> None:
+def follows(
+    architecture: str, n: int, *, layers: int | None = None, step: int = 31, ahead: int = 17, selections: bool = True
+) -> None:
     """A sequence in ragged steps against the reference: hidden states, selections, logits.
 
     A sequence of another text, of which nothing is compared, stands before it in every batch and takes other numbers of
@@ -45,7 +47,7 @@ def follows(architecture: str, n: int, *, layers: int | None = None, step: int =
         model = Model(model.architecture, config, model.catalog, model.file)
     last = model.config.num_hidden_layers - 1
     chosen = list(tiny.selections(stored, getattr(model.config, "compress_ratios", ())))
-    chosen = [(tap, ids, every) for tap, ids, every in chosen if int(tap.split(".")[1]) <= last]
+    chosen = [(tap, ids, every) for tap, ids, every in chosen if selections and int(tap.split(".")[1]) <= last]
     outputs = [f"blk.{last}.out", *(tap for tap, _, _ in chosen), *(["logits"] if layers is None else [])]
     parts: list[dict[str, Array]] = []
     session = Session(Engine(model, kv_dtype="f32"), step_tokens=step + ahead)
@@ -103,6 +105,15 @@ def glm() -> None:
 def v4() -> None:
     """A window, a compressed sparse and a heavily compressed layer, past the end of the first block of 128."""
     follows("deepseek_v4", 150, layers=3)
+
+
+def glm_hidden() -> None:
+    """Without taps of selections, which a mistake may have taken out of the graph."""
+    follows("glm_moe_dsa", 96, selections=False)
+
+
+def v4_hidden() -> None:
+    follows("deepseek_v4", 150, layers=3, selections=False)
 
 
 def v4_head() -> None:

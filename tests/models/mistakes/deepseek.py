@@ -150,7 +150,7 @@ SPARSE = (
         "chosen[:, :-1]",
         "tests.ops.test_attention:test_row_lists_equal_the_explicit_mask",
     ),
-    Mistake("GLM reuses the first selection", _GLM, "return selected[-1]", "return selected[0]", "glm"),
+    Mistake("GLM reuses the first selection", _GLM, "return selected[-1]", "return selected[0]", "glm_hidden"),
     Mistake("GLM's layers all select", _GLM, "if c.is_full(i):", "if True:", "glm"),
     Mistake(
         "index keys of another width",

@@ -74,8 +74,10 @@ COMPRESSION = (
         "window=window, ids=ids",
         "v4",
     ),
-    Mistake("compressed rows are left out", _V4, 'segments.append(g.segment("rows", one_head(rows), ids=ids))', "pass", "v4"),
-    Mistake("sparse layers attend to every row", _V4, "one_head(rows), ids=ids)", "one_head(rows))", "v4"),
+    Mistake(
+        "compressed rows are left out", _V4, 'segments.append(g.segment("rows", one_head(rows), ids=ids))', "pass", "v4_hidden"
+    ),
+    Mistake("sparse layers attend to every row", _V4, "one_head(rows), ids=ids)", "one_head(rows))", "v4_hidden"),
     Mistake(
         "output groups are mixed",
         _V4,
@@ -142,7 +144,9 @@ COMPRESSION = (
         "the indexer turns as plain layers do", _V4, "rotation = rotary(c, CSA, width)", "rotation = rotary(c, 0, width)", "v4"
     ),
     Mistake("compressed index keys without Hadamard", _V4, "fwht(row) if name else row", "row", "v4"),
-    Mistake("the indexer sees blocks to come", _V4, 'best_rows(g, "index_rows", q', 'best_rows(g, "window", q', "v4"),
+    Mistake(
+        "the indexer sees blocks to come", "models/deepseek_v32.py", "seen.seq, every=seen.every)", "seen.seq, every=1)", "v4"
+    ),
 )
 
 STREAMS_AND_EXPERTS = (
