@@ -121,7 +121,8 @@ class Plan:
 
     def __str__(self) -> str:
         number = self.graph.number
-        lines = [f"plan {self.key}"]
+        given = [n for n in self.graph.nodes if n.op in ("input", "constant")]
+        lines = [f"plan {self.key}", *(f"  {node_text(n, number)}" for n in given)]
         for i, split in enumerate(self.scheduled.splits):
             lines.append(f"split {i} on {split.device}")
             for node in split.nodes:

@@ -6,9 +6,9 @@ import json
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from tensorgraph.dims import Dim
 from tensorgraph.dtypes import DType, as_dtype
 from tensorgraph.errors import FormatError, InputError, StateError
 from tensorgraph.extents import Extents, step_inputs
-from tensorgraph.graph import Graph
+from tensorgraph.graph import Graph, Node
 from tensorgraph.plan import Executable
 from tensorgraph.state import StateSpec
 from tensorgraph.state_store import Snapshot, StateStore
@@ -107,15 +107,6 @@ class SessionSnapshot:
         self.state.release()
 
 
-@dataclass
-class _Job:
-    """What is left to feed to one session of a batch, and what has come back."""
-
-    session: Session
-    ids: np.ndarray
-    logits: list[np.ndarray] = field(default_factory=list)
-
-
 class Session:
     """One sequence of tokens and its state.
 
@@ -163,22 +154,18 @@ class Session:
         Raises:
             InputError: no tokens, one outside the vocabulary, or more than the context holds; the session is unchanged.
         """
-        wanted = tuple(outputs) if outputs is not None else (LOGITS,)
-        results = _feed([_Job(self, self._check(ids))], wanted, all_logits)[0]
-        if outputs is not None:
-            return results
-        return results[LOGITS] if all_logits else results[LOGITS][-1]
+        return self.batch([(self, ids)], outputs=outputs, all_logits=all_logits)[0]
 
     @staticmethod
     def batch(
         work: Sequence[tuple[Session, Iterable[int]]], *, outputs: Sequence[str] | None = None, all_logits: bool = False
     ) -> list[Any]:
         """Evaluate several sessions of one store together, as one ragged batch a step; results as `eval` gives them."""
-        jobs = [_Job(session, session._check(ids)) for session, ids in work]
-        if any(job.session._store is not jobs[0].session._store for job in jobs):
-            raise StateError("[batch] wanted sessions of one store (made by `fork` or `sibling`); got several stores")
+        checked = [(session, session._check(ids)) for session, ids in work]
+        if len({id(session._store) for session, _ in checked}) != 1:
+            raise StateError("[batch] wanted sessions of one store (made by `fork` or `sibling`); got none, or of several")
         wanted = tuple(outputs) if outputs is not None else (LOGITS,)
-        results = _feed(jobs, wanted, all_logits)
+        results = _feed(checked, wanted, all_logits)
         if outputs is not None:
             return results
         return [r[LOGITS] if all_logits else r[LOGITS][-1] for r in results]
@@ -268,25 +255,21 @@ class Session:
         return array
 
 
-def _feed(jobs: Sequence[_Job], outputs: tuple[str, ...], all_logits: bool) -> list[dict[str, np.ndarray]]:
-    """Feed all jobs, in steps of at most `step_tokens`; results of each, joined over its steps."""
-    engine, limit = jobs[0].session.engine, jobs[0].session.step_tokens
-    parts: list[dict[str, list[np.ndarray]]] = [{name: [] for name in outputs} for _ in jobs]
-    at = [0] * len(jobs)
-    while any(at[i] < len(job.ids) for i, job in enumerate(jobs)):
-        room = limit
-        counts = []
-        for i, job in enumerate(jobs):
-            counts.append(min(room, len(job.ids) - at[i]))
-            room -= counts[-1]
-        taking = [(i, n) for i, n in enumerate(counts) if n]
-        last = {i for i, n in taking if at[i] + n == len(jobs[i].ids)}
-        chunks = [(jobs[i].session, jobs[i].ids[at[i] : at[i] + n]) for i, n in taking]
-        wanted_logits = [all_logits or i in last for i, _ in taking]
-        for (i, n), values in zip(taking, _step(engine, chunks, outputs, all_logits, wanted_logits), strict=True):
+def _feed(work: Sequence[tuple[Session, np.ndarray]], outputs: tuple[str, ...], all_logits: bool) -> list[dict[str, Any]]:
+    """Feed sessions, in steps of at most `step_tokens` new tokens; the results of each, joined over its steps."""
+    parts: list[dict[str, list[np.ndarray]]] = [{name: [] for name in outputs} for _ in work]
+    left = [ids for _, ids in work]
+    while any(map(len, left)):
+        room, chunks, owners = work[0][0].step_tokens, [], []
+        for i, (session, _) in enumerate(work):
+            n = min(room, len(left[i]))
+            if n:
+                chunks.append(_Chunk(session, left[i][:n], n if all_logits else int(n == len(left[i]))))
+                owners.append(i)
+                left[i], room = left[i][n:], room - n
+        for i, values in zip(owners, _step(chunks, outputs), strict=True):
             for name, value in values.items():
                 parts[i][name].append(value)
-            at[i] += n
     return [{name: _join(name, values) for name, values in part.items()} for part in parts]
 
 
@@ -296,45 +279,42 @@ def _join(name: str, values: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate(values)
 
 
-def _step(
-    engine: Engine,
-    chunks: Sequence[tuple[Session, np.ndarray]],
-    outputs: tuple[str, ...],
-    all_logits: bool,
-    wanted: Sequence[bool],
-) -> list[dict[str, np.ndarray]]:
+class _Chunk(NamedTuple):
+    """Tokens of one session in a step, of which the last `n_out` want logits."""
+
+    session: Session
+    ids: np.ndarray
+    n_out: int
+
+
+def _step(chunks: Sequence[_Chunk], outputs: tuple[str, ...]) -> list[dict[str, np.ndarray]]:
     """One ragged batch: all of it becomes part of the sequences, or nothing."""
-    first = chunks[0][0]
-    store = first._store
-    counts = [len(ids) for _, ids in chunks]
-    ends = np.cumsum(counts)
-    starts = ends - counts
-    out_ids = np.arange(ends[-1]) if all_logits else np.array([e - 1 for e, w in zip(ends, wanted, strict=True) if w], np.int64)
+    first = chunks[0].session
+    engine, store = first.engine, first._store
+    ends = np.cumsum([len(c.ids) for c in chunks]).tolist()
+    out_ids = np.concatenate([np.arange(end - c.n_out, end) for c, end in zip(chunks, ends, strict=True)])
     extents = Extents(first.step_tokens, first.context, 1 << (len(chunks) - 1).bit_length())
     executable = engine.executable(extents, outputs)
     began = time.perf_counter()
-    with store.begin([(s._open(), n) for (s, _), n in zip(chunks, counts, strict=True)]) as step:
-        inputs, dims = step_inputs(step, np.concatenate([ids for _, ids in chunks]), out_ids)
+    with store.begin([(c.session._open(), len(c.ids)) for c in chunks]) as step:
+        inputs, dims = step_inputs(step, np.concatenate([c.ids for c in chunks]), out_ids)
         used = {name: inputs[name] for name in executable.plan.graph.inputs}
         results = executable.run(used, state=step, dims=dims)
-        for session, ids in chunks:
-            session._ids[session.length :] = ids.tolist()
+        for chunk in chunks:
+            chunk.session._ids[chunk.session.length :] = chunk.ids.tolist()
         step.commit()
     engine.stats.steps += 1
-    engine.stats.tokens += int(ends[-1])
+    engine.stats.tokens += ends[-1]
     engine.stats.run_s += time.perf_counter() - began
-    graph = engine.graph(extents, outputs)
-    split = []
-    out_at = 0
-    for start, end, want in zip(starts, ends, wanted, strict=True):
-        n_out = int(end - start) if all_logits else int(want)
-        rows = {"T": slice(int(start), int(end)), "O": slice(out_at, out_at + n_out)}
-        out_at += n_out
-        split.append({name: _rows_of(graph, name, value, rows) for name, value in results.items()})
+    graph, out_at, split = engine.graph(extents, outputs), 0, []
+    for chunk, end in zip(chunks, ends, strict=True):
+        rows = {"T": slice(end - len(chunk.ids), end), "O": slice(out_at, out_at + chunk.n_out)}
+        out_at += chunk.n_out
+        split.append({name: _rows_of(graph.outputs[name], value, rows) for name, value in results.items()})
     return split
 
 
-def _rows_of(graph: Graph, name: str, value: np.ndarray, rows: Mapping[str, slice]) -> np.ndarray:
+def _rows_of(node: Node, value: np.ndarray, rows: Mapping[str, slice]) -> np.ndarray:
     """The rows of one sequence's tokens, of an output whose first axis is T or O; others are given whole."""
-    axis = graph.outputs[name].shape[0] if value.ndim else None
+    axis = node.shape[0] if node.ndim else None
     return value[rows[axis.name]] if isinstance(axis, Dim) and axis.name in rows else value[None]

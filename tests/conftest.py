@@ -21,6 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="K/N",
         help="also run part K (0 to N-1) of N of the tests marked deep; N alone: the part of today; without it, none",
     )
+    parser.addoption("--update-golden", action="store_true", help="write tests/golden/*.txt as they are now; review the diff")
 
 
 def shard(text: str, day_of_year: int) -> tuple[int, int]:

@@ -46,7 +46,13 @@ LLAMA = (
     ),
     Mistake("a head of its own is required", _BLOCKS, 'g.optional("output.weight"', 'g.weight("output.weight"', "tied_head"),
     Mistake("the head is always tied", _BLOCKS, "if weight is None else weight", "if True else weight", "llama"),
-    Mistake("logits of the token before the last", _SESSION, "np.array([e - 1 for", "np.array([e - 2 for", "last_token"),
+    Mistake(
+        "logits of the token before the last",
+        _SESSION,
+        "np.arange(end - c.n_out, end)",
+        "np.arange(end - c.n_out - 1, end - 1)",
+        "last_token",
+    ),
     Mistake(
         "rows given to the wrong session", _SESSION, "split.append({name: _rows_of", "split.insert(0, {name: _rows_of", "llama"
     ),
@@ -65,13 +71,13 @@ LLAMA = (
         f"{_SESSIONS}fork_at_77_and_continue_both:llama",
     ),
     Mistake(
-        "restore keeps the tokens", _SESSION, "self.ids = list(snapshot.ids)", "pass", f"{_SESSIONS}snapshot_then_restore:llama"
+        "restore keeps the tokens", _SESSION, "self._ids = list(snapshot.ids)", "pass", f"{_SESSIONS}snapshot_then_restore:llama"
     ),
     Mistake(
-        "trim keeps the tokens",
+        "tokens after a trim follow those that it took away",
         _SESSION,
-        "self.ids[reached:length], self.ids[:reached]",
-        "self.ids[reached:length], self.ids",
+        "chunk.session._ids[chunk.session.length :] = chunk.ids.tolist()",
+        "chunk.session._ids.extend(chunk.ids.tolist())",
         f"{_SESSIONS}trim_by_5_and_continue:llama:133",
     ),
     Mistake(
