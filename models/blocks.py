@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from tensorgraph.dims import Extent
-from tensorgraph.graph import Node, hide_source
+from tensorgraph.graph import Node
 from tensorgraph.models.builder import Builder
 from tensorgraph.ops import get_rows, mul_mat, rms_norm, swiglu
+from tensorgraph.source import hide_source
 
 hide_source(__file__)
 

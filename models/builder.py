@@ -13,8 +13,9 @@ from tensorgraph.dims import Dim, Extent, Shape, shape_text
 from tensorgraph.dtypes import DType, f32, i32
 from tensorgraph.errors import ShapeError, UnknownNameError
 from tensorgraph.extents import Extents
-from tensorgraph.graph import Graph, Node, append, constant, hide_source, input, source_line
+from tensorgraph.graph import Graph, Node, append, constant, input
 from tensorgraph.ops.attention import Segment
+from tensorgraph.source import hide_source, source_line
 from tensorgraph.state import StateSpec
 
 hide_source(__file__)

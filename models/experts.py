@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
-from tensorgraph.graph import Node, hide_source
+from tensorgraph.graph import Node
 from tensorgraph.models.builder import Builder
 from tensorgraph.ops import fill, gather, mul_mat_id, scatter, sum_rows, swiglu, swiglu_clamp, top_k
+from tensorgraph.source import hide_source
 
 hide_source(__file__)
 

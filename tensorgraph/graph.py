@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,37 +16,13 @@ from tensorgraph import registry
 from tensorgraph.dims import Dim, Extent, Guard, Shape, Symbol, as_extent, product, shape_text
 from tensorgraph.dtypes import DType, as_dtype, f32
 from tensorgraph.errors import GraphError, ShapeError, UnknownNameError
+from tensorgraph.source import source_line
 from tensorgraph.views import IndexMap, infer_reshape
 
 Attrs = Mapping[str, Any]
 
 STRUCTURAL = frozenset(("input", "constant", "view", "read", "append", "copy", "choose"))
 """What the core itself knows; every other `Node.op` is a registered operator."""
-
-_PACKAGE = os.path.dirname(os.path.abspath(__file__))
-_hidden = [_PACKAGE + os.sep, os.path.join(os.path.dirname(_PACKAGE), "ops") + os.sep]
-_is_internal: dict[str, bool] = {}
-
-
-def hide_source(file: str) -> None:
-    """Leave a file of shared building blocks out when a node's source line is looked for."""
-    _hidden.append(os.path.abspath(file))
-
-
-def source_line() -> str:
-    """`file.py:31` of the nearest caller that is neither the core nor an op: the model's own line."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        internal = _is_internal.get(file)
-        if internal is None:
-            internal = _is_internal[file] = os.path.abspath(file).startswith(tuple(_hidden)) or file.startswith("<")
-        if not internal:
-            return f"{os.path.basename(file)}:{frame.f_lineno}"
-        if frame.f_back is None:
-            break
-        frame = frame.f_back
-    return ""
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -10,8 +10,9 @@ from tensorgraph import registry
 from tensorgraph.dims import ALWAYS, Bindings, Extent, Guard, Shape, evaluate
 from tensorgraph.dtypes import DType, as_dtype
 from tensorgraph.errors import AttributeValueError, GraphError
-from tensorgraph.graph import Node, source_line
+from tensorgraph.graph import Node
 from tensorgraph.signature import Signature
+from tensorgraph.source import source_line
 
 Slots = Mapping[str, Node]
 Prepared = tuple[Mapping[str, "Node | None"], Mapping[str, Any]]

@@ -8,7 +8,7 @@ structure as what stands there is the op put in: the pattern proposes, the rebui
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tensorgraph.dims import Dim, Extent
@@ -45,7 +45,7 @@ class Pattern:
         if not self._unify(self.root, node, slots, attrs) or self.op.expansion is None:
             return None
         try:
-            fused = self.op.apply(slots, attrs, name=node.name)
+            fused = replace(self.op.apply(slots, attrs, name=node.name), where=node.where)
             rebuilt = self.op.rebuild(self.op.expansion, fused)
         except TensorGraphError:
             return None

@@ -176,12 +176,12 @@ class Executable:
             name = node.attrs["name"]
             local = name in folded or name in plan.literals
             for device in devices:
-                key = (device, f"{plan.key}/{name}" if local else name)
-                if key not in self._uploaded:
+                held = {} if local else self._uploaded
+                if (device, name) not in held:
                     array = folded[name] if name in folded else plan.literals[name] if name in plan.literals else source(name)
                     _check_array("weight", name, node, array)
-                    self._uploaded[key] = self._devices[device].upload(array, node.dtype, constant=True)
-                self._constants[device][node] = self._uploaded[key]
+                    held[device, name] = self._devices[device].upload(array, node.dtype, constant=True)
+                self._constants[device][node] = held[device, name]
 
     def _fold(self, weights: WeightSource | Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
         """The constants that are computed from others."""

@@ -127,7 +127,7 @@ def _arguments(text: str) -> tuple[Argument, ...]:
 
 
 def _where(node: Node) -> str:
-    from tensorgraph.graph import source_line
+    from tensorgraph.source import source_line
 
     places = [source_line()] + ([f'"{node.name}"'] if node.name else [])
     return f"({', '.join(p for p in places if p)})"

@@ -16,8 +16,7 @@ from tensorgraph import registry
 from tensorgraph.device import Device, Part, Run, Values
 from tensorgraph.dims import evaluate_shape
 from tensorgraph.dtypes import DType
-from tensorgraph.errors import StateError
-from tensorgraph.errors import InputError
+from tensorgraph.errors import InputError, StateError
 from tensorgraph.formats import decode
 from tensorgraph.graph import STRUCTURAL, Node
 

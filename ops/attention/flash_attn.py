@@ -10,9 +10,10 @@ import numpy as np
 from tensorgraph.dims import Extent, Shape, divide_exact, shape_text
 from tensorgraph.dtypes import DType, f32
 from tensorgraph.errors import DTypeError, GraphError, ShapeError
-from tensorgraph.graph import Node, source_line
+from tensorgraph.graph import Node
 from tensorgraph.op import Attr, Op
 from tensorgraph.ops.attention.attend import Rule, attend
+from tensorgraph.source import source_line
 
 Array = np.ndarray[Any, Any]
 

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from tensorgraph.dims import Extent, Shape, divide_exact, shape_text
 from tensorgraph.dtypes import DType
 from tensorgraph.errors import ShapeError
-from tensorgraph.graph import Node, source_line
+from tensorgraph.graph import Node
 from tensorgraph.op import Op, Prepared, Slots
 from tensorgraph.ops.shape.repeat import repeat
+from tensorgraph.source import source_line
 
 Array = NDArray[Any]
 Run = Callable[..., Array]

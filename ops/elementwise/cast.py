@@ -12,8 +12,8 @@ from tensorgraph.dims import Shape, divide_exact, shape_text
 from tensorgraph.dtypes import DType
 from tensorgraph.errors import DTypeError, ShapeError
 from tensorgraph.formats import block_format, decode, encode
-from tensorgraph.graph import source_line
 from tensorgraph.op import Attr, Op, Slots
+from tensorgraph.source import source_line
 
 Array = NDArray[Any]
 

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from tensorgraph.dims import Extent, as_extent
 from tensorgraph.dtypes import DType, as_dtype, f32
 from tensorgraph.errors import DTypeError
-from tensorgraph.graph import Node, source_line
+from tensorgraph.graph import Node
 from tensorgraph.op import Attr, Op, Prepared
+from tensorgraph.source import source_line
 
 fill = Op(
     "fill",

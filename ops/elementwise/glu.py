@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from tensorgraph.dims import Shape, divide_exact, shape_text
 from tensorgraph.dtypes import DType
 from tensorgraph.errors import ShapeError
-from tensorgraph.graph import Node, source_line
+from tensorgraph.graph import Node
 from tensorgraph.op import Attr, Op, Slots
 from tensorgraph.ops.elementwise.affine import clamp, scale
 from tensorgraph.ops.elementwise.binary import mul
 from tensorgraph.ops.elementwise.unary import gelu, gelu_erf, gelu_quick, relu, sigmoid, silu
+from tensorgraph.source import source_line
 
 Array = NDArray[Any]
 Attrs = Mapping[str, Any]

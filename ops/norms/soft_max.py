@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from tensorgraph.dims import Extent, Shape, divide_exact, shape_text
 from tensorgraph.dtypes import DType
 from tensorgraph.errors import ShapeError
-from tensorgraph.graph import Node, source_line
+from tensorgraph.graph import Node
 from tensorgraph.op import Attr, Op, Slots
+from tensorgraph.source import source_line
 
 Array = NDArray[Any]
 

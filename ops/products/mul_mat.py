@@ -11,9 +11,10 @@ import numpy as np
 from tensorgraph.dims import Extent, Shape, divide_exact, shape_text
 from tensorgraph.dtypes import DType
 from tensorgraph.errors import ShapeError
-from tensorgraph.graph import Node, source_line
+from tensorgraph.graph import Node
 from tensorgraph.op import Op
 from tensorgraph.signature import Signature
+from tensorgraph.source import source_line
 
 Array = np.ndarray[Any, Any]
 

@@ -10,10 +10,11 @@ import numpy as np
 from tensorgraph.dims import Bindings, Extent, Shape, evaluate, shape_text
 from tensorgraph.dtypes import DType
 from tensorgraph.errors import InputError, ShapeError
-from tensorgraph.graph import Node, source_line
+from tensorgraph.graph import Node
 from tensorgraph.op import Op, node_bytes
 from tensorgraph.ops.products.mul_mat import blas_ready
 from tensorgraph.signature import Signature
+from tensorgraph.source import source_line
 
 Array = np.ndarray[Any, Any]
 

@@ -10,10 +10,11 @@ import numpy as np
 from tensorgraph.dims import Bindings, Extent, Shape, evaluate
 from tensorgraph.dtypes import DType, f32, i32
 from tensorgraph.errors import DTypeError
-from tensorgraph.graph import Node, source_line
+from tensorgraph.graph import Node
 from tensorgraph.op import Op, node_bytes
 from tensorgraph.ops.rows.index import none_of
 from tensorgraph.signature import Signature
+from tensorgraph.source import source_line
 
 Array = np.ndarray[Any, Any]
 

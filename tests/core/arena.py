@@ -38,8 +38,8 @@ def play(order: list[Node], kept: list[Node], memories: list[MemoryPlan]) -> Non
 
 
 def play_plan(plan: Plan) -> None:
-    """`play` for a whole plan, as its splits run one after another on their devices."""
-    order = [n for split in plan.scheduled.splits for n in split.nodes]
+    """`play` for a whole plan, as its splits run one after another on their devices, each with its copies first."""
+    order = [n for split in plan.scheduled.splits for n in sorted(split.nodes, key=lambda n: n.op != "copy")]
     play(order, list(plan.graph.outputs.values()), list(plan.memory.values()))
     for device, memory in plan.memory.items():
         assert {n for n in order if needs_storage(n) and plan.scheduled.device[n] == device} == set(memory.buffers)

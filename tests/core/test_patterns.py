@@ -125,7 +125,8 @@ def test_results_are_equal_with_and_without(gated: Op) -> None:
 
 def test_a_name_and_its_place_are_kept(gated: Op) -> None:
     written, _ = plain(X, W)
-    assert fused(written.named("blk.0.gate")).outputs["y0"].name == "blk.0.gate"
+    found = fused(written.named("blk.0.gate")).outputs["y0"]
+    assert found.op == "test_gated" and found.name == "blk.0.gate" and found.where == written.where
 
 
 def test_inputs_that_are_views_are_found(gated: Op) -> None:
