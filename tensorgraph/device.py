@@ -80,11 +80,6 @@ class Device(ABC):
     def compile(self, part: Part) -> Callable[[Values, Run], None]:
         """A function that computes a part's nodes, reading and writing values by node."""
 
-    @property
-    def memory_bytes(self) -> int | None:
-        """Memory that plans may use, None where it is not limited."""
-        return None
-
 
 def get_devices(names: str | Device | Sequence[str | Device]) -> tuple[Device, ...]:
     """Devices by name: a backend's (`"reference"`), or one of several of a backend (`"reference:1"`); in order of preference."""

@@ -49,8 +49,7 @@ class StateError(TensorGraphError):
 class CannotTrim(StateError):
     """Rows needed to go on from the wanted length are gone.
 
-    Attributes:
-        earliest: the smallest length, in tokens, that can still be trimmed to.
+    Attributes: earliest: the smallest length, in tokens, that can still be trimmed to.
     """
 
     def __init__(self, wanted: int, earliest: int) -> None:

@@ -332,8 +332,7 @@ class Graph:
     def find(self, name: str) -> Node:
         """The node that carries a name.
 
-        Raises:
-            UnknownNameError: none does; the message lists some that are there.
+        Raises: UnknownNameError: none does; the message lists some that are there.
         """
         if name in self.outputs:
             return self.outputs[name]

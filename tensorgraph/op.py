@@ -183,8 +183,7 @@ class Op:
     def apply(self, slots: Slots, attrs: Mapping[str, Any], *, name: str = "") -> Node:
         """Build a node from slots and attributes, checking all of them.
 
-        Raises:
-            ShapeError, DTypeError, AttributeValueError: with the op, what was wanted and given, and the source line.
+        Raises: ShapeError, DTypeError, AttributeValueError: with the op, what was wanted and given, and the source line.
         """
         for slot, node in slots.items():
             if not isinstance(node, Node):

@@ -197,8 +197,7 @@ class Executable:
 
         Dims take their values from the arrays' shapes; `dims` gives those that no input has.
 
-        Raises:
-            InputError: an input is missing, unknown, or does not fit its shape or dtype.
+        Raises: InputError: an input is missing, unknown, or does not fit its shape or dtype.
         """
         began = time.perf_counter()
         bound = self._bind_dims(inputs, dims or {})

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import numpy as np
+
 from tensorgraph.errors import GraphError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -69,4 +71,6 @@ class Registry(Generic[T]):
 
 ops: Registry[Op] = Registry("op", "tensorgraph.ops")
 backends: Registry[Callable[[str], Device]] = Registry("backend", "tensorgraph.backends")
+decoders: Registry[Callable[[np.ndarray], np.ndarray]] = Registry("block type", "tensorgraph.ops.formats")
+"""By dtype: `uint8 [..., row_bytes]` -> f32 [..., n], exactly."""
 architectures: Registry[Any] = Registry("architecture", "tensorgraph.models")

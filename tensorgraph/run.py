@@ -20,8 +20,7 @@ def run_op(name: str, *arrays: Any, backend: str | Device | Sequence[str | Devic
     Inputs stand in the op's order or by name (None where an optional one is absent); tuples of arrays, such as attention's
     segments, are taken apart.
 
-    Raises:
-        ShapeError, DTypeError, AttributeValueError: as when the op builds a node of a graph.
+    Raises: ShapeError, DTypeError, AttributeValueError: as when the op builds a node of a graph.
     """
     given: dict[str, np.ndarray] = {}
 

@@ -52,8 +52,7 @@ def schedule(graph: Graph, devices: Sequence[Device], placement: Placement | Non
     last belongs (of `x + f(x)`, f); if that device does not support it, on the first that does, and only it: what follows
     belongs where it did. Inputs and constants are held wherever they are used.
 
-    Raises:
-        UnsupportedError: no device supports a node.
+    Raises: UnsupportedError: no device supports a node.
     """
     where, moved = _place(graph, devices, placement or {})
     if len(devices) == 1:

@@ -78,8 +78,7 @@ class Engine:
     def graph(self, extents: Extents, outputs: tuple[str, ...] = (LOGITS,)) -> Graph:
         """The model's graph with the wanted outputs: `logits` or the names of nodes.
 
-        Raises:
-            UnknownNameError: no node has a wanted name.
+        Raises: UnknownNameError: no node has a wanted name.
         """
         key = (extents, outputs)
         if key not in self._graphs:
@@ -151,8 +150,7 @@ class Session:
         Returns the logits of the last token [V], or with `all_logits` of every new one [T, V], f32. With `outputs` (names of
         nodes, `logits` among them if wanted) a mapping of those instead; their first axis covers all new tokens.
 
-        Raises:
-            InputError: no tokens, one outside the vocabulary, or more than the context holds; the session is unchanged.
+        Raises: InputError: no tokens, one outside the vocabulary, or more than the context holds; the session is unchanged.
         """
         return self.batch([(self, ids)], outputs=outputs, all_logits=all_logits)[0]
 
@@ -182,8 +180,7 @@ class Session:
         """Go back to the first `length` tokens. Where the state retained does not reach, the nearest snapshot is taken and the
         tokens from there to `length` are evaluated again.
 
-        Raises:
-            CannotTrim: neither state nor a snapshot reaches back that far.
+        Raises: CannotTrim: neither state nor a snapshot reaches back that far.
         """
         reached = self._store.trim(self._open(), length)
         gap = self._ids[reached:length]
@@ -206,8 +203,7 @@ class Session:
     def load(self, path: str | os.PathLike[str]) -> None:
         """Become what was saved.
 
-        Raises:
-            FormatError: the file is damaged. StateError: it is of another model or kv type. The session is unchanged.
+        Raises: FormatError: the file is damaged. StateError: it is of another model or kv type. The session is unchanged.
         """
         seq, extra = self._store.load(path)
         try:

@@ -58,8 +58,7 @@ class Signature:
     def infer(self, op: str, slots: Mapping[str, Node], attrs: Mapping[str, Any]) -> tuple[Shape, DType]:
         """The result's shape and dtype.
 
-        Raises:
-            ShapeError, DTypeError: an input does not fit; the message names the op, the input and both shapes.
+        Raises: ShapeError, DTypeError: an input does not fit; the message names the op, the input and both shapes.
         """
         axes: dict[str, Any] = {}
         roles = {a.name: a.optional for a in self.inputs}

@@ -127,8 +127,7 @@ def _sample(extent: Extent) -> int:
 def infer_reshape(shape: Shape, wanted: Sequence[Extent]) -> Shape:
     """Check a reshape and fill in its one axis of -1.
 
-    Raises:
-        ShapeError: the element counts differ, or more than one axis is -1.
+    Raises: ShapeError: the element counts differ, or more than one axis is -1.
     """
     free = [i for i, e in enumerate(wanted) if isinstance(e, int) and e == -1]
     total = product(shape)

@@ -17,7 +17,6 @@ from tensorgraph.device import Device, Part, Run, Values
 from tensorgraph.dims import evaluate_shape
 from tensorgraph.dtypes import DType
 from tensorgraph.errors import InputError, StateError
-from tensorgraph.formats import decode
 from tensorgraph.graph import STRUCTURAL, Node
 
 Step = Callable[[Values, Run], None]
@@ -34,7 +33,7 @@ class ReferenceDevice(Device):
         return node.op in STRUCTURAL or registry.ops.get(node.op).reference_fn is not None
 
     def upload(self, array: np.ndarray, dtype: DType, *, constant: bool = False) -> np.ndarray:
-        value = decode(array, dtype) if dtype.is_block and array.dtype == np.uint8 else np.asarray(array)
+        value = registry.decoders.get(dtype.name)(array) if dtype.is_block and array.dtype == np.uint8 else np.asarray(array)
         if not dtype.is_block and dtype.numpy is not None and value.dtype != dtype.numpy:
             value = value.astype(dtype.numpy)
         if constant and dtype.is_float:

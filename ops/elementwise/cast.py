@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from tensorgraph.dims import Shape, divide_exact, shape_text
 from tensorgraph.dtypes import DType
 from tensorgraph.errors import DTypeError, ShapeError
-from tensorgraph.formats import block_format, decode, encode
 from tensorgraph.op import Attr, Op, Slots
+from tensorgraph.ops.formats import block_format, decode, encode
 from tensorgraph.source import source_line
 
 Array = NDArray[Any]

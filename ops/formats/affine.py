@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from tensorgraph.formats import F32, U8, BlockFormat, declare
 from tensorgraph.ops.formats.bits import as_f16, pack, read_f16, reciprocal, unpack
+from tensorgraph.ops.formats.blocks import F32, U8, BlockFormat, declare
 
 
 def _declare_affine(name: str, bits: int, has_min: bool) -> BlockFormat:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorgraph.formats import F32, U8
+from tensorgraph.ops.formats.blocks import F32, U8
 
 
 def unpack(raw: U8, bits: int, run: int) -> U8:

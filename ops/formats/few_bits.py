@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from tensorgraph.formats import F32, U8, declare
 from tensorgraph.ops.formats.bits import read_f16, unpack
+from tensorgraph.ops.formats.blocks import F32, U8, declare
 
 _POWERS_OF_3 = np.array([1, 3, 9, 27, 81], np.uint8)[:, None]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from tensorgraph.formats import F32, U8, declare
 from tensorgraph.ops.formats.bits import read_f16, scale_groups, unpack
+from tensorgraph.ops.formats.blocks import F32, U8, declare
 
 
 def _affine_groups(q: U8, d: F32, dmin: F32) -> F32:

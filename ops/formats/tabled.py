@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from tensorgraph.formats import F32, U8, declare
 from tensorgraph.ops.formats.bits import pack, read_f16, scale_groups, unpack
+from tensorgraph.ops.formats.blocks import F32, U8, declare
 
 # FP4 e2m1 times two, so that all values are whole; the scales below are halved in return.
 _FP4 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)

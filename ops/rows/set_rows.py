@@ -10,9 +10,9 @@ import numpy as np
 from tensorgraph.dims import Extent, Shape, divide_exact, shape_text
 from tensorgraph.dtypes import DType
 from tensorgraph.errors import DTypeError, ShapeError
-from tensorgraph.formats import block_format, decode, encode
 from tensorgraph.graph import Node
 from tensorgraph.op import Attr, Op
+from tensorgraph.ops.formats import block_format, decode, encode
 from tensorgraph.ops.rows.index import none_of
 from tensorgraph.signature import Signature
 from tensorgraph.source import source_line

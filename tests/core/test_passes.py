@@ -277,3 +277,7 @@ def test_a_name_survives_the_loss_of_its_forms(formed: Op) -> None:
     for options in ({"force": ("wide",)}, {"scratch_bytes": 1}):
         lowered = LowerGuarded(**options)(Graph(y=node))  # type: ignore[arg-type]
         assert lowered.outputs["y"].name == "blk.0.y"
+    x = input("x", (T, 4))
+    chosen = choose({"a": (relu(relu(x)), x.shape[0] <= 4), "b": (sigmoid(x), ALWAYS)}, "out")
+    lowered = LowerGuarded(scratch_bytes=1)(Graph(y=chosen)).outputs["y"]
+    assert (lowered.op, lowered.name) == ("sigmoid", "out")

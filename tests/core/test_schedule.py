@@ -109,6 +109,16 @@ def test_a_value_is_copied_once_however_often_it_is_used() -> None:
     check(graph, plan, devices, {"x": X})
 
 
+def test_a_copy_is_kept_for_later_splits() -> None:
+    h = sigmoid(input("x", (T, 6)))
+    a = relu(h).named("far.0")
+    b = scale(a, scale=2.0).named("near")
+    graph = Graph(y=(b + h).named("far.1"))
+    plan, devices = on_two(graph, {"far.*": "reference:1", "near": "reference:0"})
+    assert [s.device[-1] for s in plan.scheduled.splits] == list("0101") and len(plan.scheduled.copies) == 3
+    check(graph, plan, devices, {"x": X})
+
+
 def test_a_view_is_copied_as_the_elements_it_shows() -> None:
     h = sigmoid(input("x", (T, 6)))
     graph = Graph(y=relu(h[:, :2].permute(1, 0)).named("far"))

@@ -12,6 +12,7 @@ from tensorgraph import registry
 from tensorgraph.compiler import PlanCache
 from tensorgraph.errors import InputError, StateError, TensorGraphError, UnknownNameError
 from tensorgraph.session import Engine, Session
+from tensorgraph.state_store import Step
 from tests.models import tiny
 
 Array = np.ndarray[Any, Any]
@@ -147,6 +148,35 @@ def test_a_batch_that_is_cut_off_has_not_been(monkeypatch: pytest.MonkeyPatch) -
         got = Session.batch([(a, ids[7:9]), (b, ids[3:9])])
         wanted = Session.batch([(c, ids[7:9]), (d, ids[3:9])])
         assert [g.tobytes() for g in got] == [w.tobytes() for w in wanted]
+
+
+def test_a_commit_that_is_cut_off_has_not_been(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = tiny.tokens("llama").tolist()
+
+    def stop(step: Step) -> None:
+        raise KeyboardInterrupt
+
+    with session() as s, session() as fresh:
+        s.eval(ids[:5])
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(Step, "commit", stop)
+            s.eval(ids[5:9])
+        assert s.ids == ids[:5] and s.length == 5
+        fresh.eval(ids[:5])
+        assert s.eval(ids[9:11]).tobytes() == fresh.eval(ids[9:11]).tobytes()
+        assert s.ids == ids[:5] + ids[9:11]
+
+
+def test_ids_follow_a_trim() -> None:
+    ids = tiny.tokens("llama").tolist()
+    with session() as s, s.fork() as other:
+        s.eval(ids[:9])
+        s.trim(4)
+        assert s.ids == ids[:4] and s.length == 4
+        s.eval(ids[20:22])
+        assert s.ids == ids[:4] + ids[20:22] and other.ids == []
+        s.trim(0)
+        assert s.ids == [] and s.eval(ids[:3]).tobytes() == other.eval(ids[:3]).tobytes()
 
 
 def test_chunks_before_the_one_that_is_cut_off_stay(monkeypatch: pytest.MonkeyPatch) -> None:

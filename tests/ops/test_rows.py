@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from tensorgraph.dims import Dim
 from tensorgraph.errors import AttributeValueError, DTypeError, InputError, ShapeError
-from tensorgraph.formats import decode, encode
 from tensorgraph.graph import input
 from tensorgraph.op import Op
+from tensorgraph.ops.formats import decode, encode
 from tensorgraph.ops.rows import gather, get_rows, scatter, set_rows
 
 Array = np.ndarray[Any, Any]

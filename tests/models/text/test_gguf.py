@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 
 from tensorgraph.errors import FormatError, InputError, UnknownNameError
-from tensorgraph.formats import decode
 from tensorgraph.models.text.gguf import GGML_TYPES, GGUF
-from tensorgraph.ops.formats import FORMATS
+from tensorgraph.ops.formats import FORMATS, decode
 
 Q = peer.GGMLQuantizationType
 

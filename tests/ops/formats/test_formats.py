@@ -15,8 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 from tensorgraph.dtypes import as_dtype, f16
 from tensorgraph.errors import DTypeError, ShapeError
-from tensorgraph.formats import block_format, decode, encode
-from tensorgraph.ops.formats import FORMATS
+from tensorgraph.ops.formats import FORMATS, block_format, decode, encode
 
 AFFINE = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]
 ENCODABLE = [*AFFINE, "mxfp4"]

@@ -1,15 +1,16 @@
-"""Block formats: what one is, and decoding and encoding by any of them. `tensorgraph.ops.formats` declares them."""
+"""Block formats: what one is, and decoding and encoding by any of them."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tensorgraph import registry
 from tensorgraph.dtypes import DType, register_dtype
 from tensorgraph.errors import DTypeError, ShapeError
 
@@ -17,6 +18,8 @@ U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
 
 FORMATS: dict[str, BlockFormat] = {}
+
+_CHUNK = 1 << 17  # elements handled at once, so that all intermediates stay in the cache
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,8 @@ def declare(
 ) -> BlockFormat:
     """Register a block type under `name`, both as an element type and as a format."""
     dtype = register_dtype(DType(name, "block", block_bytes, block_size))
+    registry.decoders.add(name, partial(decode_rows, dtype=dtype))
     return FORMATS.setdefault(name, BlockFormat(dtype, decode, encode))
-
-
-_CHUNK = 1 << 17  # elements handled at once, so that all intermediates stay in the cache
 
 
 def block_format(dtype: DType | str) -> BlockFormat:
@@ -49,13 +50,11 @@ def block_format(dtype: DType | str) -> BlockFormat:
     """
     name = dtype.name if isinstance(dtype, DType) else dtype.lower()
     if name not in FORMATS:
-        importlib.import_module("tensorgraph.ops.formats")
-    if name not in FORMATS:
         raise DTypeError(f"[format] wanted a block type, one of {', '.join(FORMATS)}; got {name}")
     return FORMATS[name]
 
 
-def decode(raw: U8, dtype: DType | str) -> F32:
+def decode_rows(raw: U8, dtype: DType | str) -> F32:
     """The exact values of whole blocks.
 
     Shapes: raw [..., row_bytes] -> [..., n], with n = row_bytes / block_bytes * block_size.
@@ -67,7 +66,7 @@ def decode(raw: U8, dtype: DType | str) -> F32:
     return _by_blocks("decode", form, raw, np.float32, form.decode)
 
 
-def encode(x: NDArray[np.floating], dtype: DType | str) -> U8:
+def encode_rows(x: NDArray[np.floating], dtype: DType | str) -> U8:
     """Round finite values to a block type, each block by itself, as ggml does.
 
     Shapes: x [..., n] -> [..., row_bytes].
