@@ -16,29 +16,21 @@ if (_ROOT / "pyproject.toml").is_file() and (_ROOT / "ops" / "__init__.py").is_f
     # An uninstalled checkout: the sibling folders are sub-packages.
     __path__.append(str(_ROOT))
 
-_EXPORTS = {
-    "Attr": "tensorgraph.op",
-    "CompileOptions": "tensorgraph.compiler",
-    "DType": "tensorgraph.dtypes",
-    "Device": "tensorgraph.device",
-    "Dim": "tensorgraph.dims",
-    "Graph": "tensorgraph.graph",
-    "Model": "tensorgraph.models",
-    "Node": "tensorgraph.graph",
-    "Op": "tensorgraph.op",
-    "Plan": "tensorgraph.plan",
-    "PlanCache": "tensorgraph.compiler",
-    "Session": "tensorgraph.session",
-    "StateSpec": "tensorgraph.state",
-    "StateStore": "tensorgraph.state_store",
-    "TensorGraphError": "tensorgraph.errors",
-    "choose": "tensorgraph.graph",
-    "compile": "tensorgraph.compiler",
-    "constant": "tensorgraph.graph",
-    "input": "tensorgraph.graph",
-    "load": "tensorgraph.models",
-    "run_op": "tensorgraph.run",
+_HOMES = {
+    "compiler": ("CompileOptions", "PlanCache", "compile", "run_op"),
+    "device": ("Device",),
+    "dims": ("Dim",),
+    "dtypes": ("DType",),
+    "errors": ("TensorGraphError",),
+    "graph": ("Graph", "Node", "choose", "constant", "input"),
+    "models": ("Model", "load"),
+    "op": ("Attr", "Op"),
+    "plan": ("Plan",),
+    "session": ("Session",),
+    "state": ("StateSpec",),
+    "state_store": ("StateStore",),
 }
+_EXPORTS = {name: f"tensorgraph.{home}" for home, names in _HOMES.items() for name in names}
 _MODULES = ("backends", "models", "ops")
 
 __all__ = ["__version__", *_EXPORTS, *_MODULES]

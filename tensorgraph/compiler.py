@@ -1,4 +1,4 @@
-"""From a graph to a plan, and the cache that finds a finished plan by topology."""
+"""From a graph to a plan, the cache that finds a finished plan by topology, and one op run on arrays."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
+
+from tensorgraph import registry
 from tensorgraph.device import Device, get_devices
-from tensorgraph.graph import Graph
+from tensorgraph.dtypes import as_dtype
+from tensorgraph.graph import Graph, Node, input
 from tensorgraph.memory import plan_memory
 from tensorgraph.passes import EliminateCommon, ExpandFused, FoldConstants, LowerGuarded
 from tensorgraph.patterns import fuse_declared
@@ -19,21 +24,13 @@ from tensorgraph.verify import verify
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """What a compilation may be told; part of the plan's key.
+    """What a compilation may be told; part of the plan's key."""
 
-    Attributes:
-        placement: name patterns of weights, streams and nodes to device names.
-        scratch_bytes: the most that one guarded form's intermediates may take.
-        lowerings: forms to take wherever they exist, whatever their guards.
-        fuse: replace plain ops by the fused ops that they expand.
-        verify_passes: check the graph after every pass (tests do).
-    """
-
-    placement: Mapping[str, str] = field(default_factory=dict)
-    scratch_bytes: int = 1 << 31
-    lowerings: tuple[str, ...] = ()
-    fuse: bool = True
-    verify_passes: bool = False
+    placement: Mapping[str, str] = field(default_factory=dict)  # name patterns of weights, streams and nodes to device names
+    scratch_bytes: int = 1 << 31  # the most that one guarded form's intermediates may take
+    lowerings: tuple[str, ...] = ()  # forms to take wherever they exist, whatever their guards
+    fuse: bool = True  # replace plain ops by the fused ops that they expand
+    verify_passes: bool = False  # check the graph after every pass (tests do)
 
     @property
     def key(self) -> str:
@@ -52,8 +49,8 @@ def compile(
     devices, options = get_devices(backend), options or CompileOptions()
     verify(graph)
 
-    def supported(node: object) -> bool:
-        return any(d.supports(node) for d in devices)  # type: ignore[arg-type]
+    def supported(node: Node) -> bool:
+        return any(d.supports(node) for d in devices)
 
     passes: list[Callable[[Graph], Graph]] = [EliminateCommon()]
     if options.fuse:
@@ -72,8 +69,7 @@ def compile(
         device: plan_memory(order, outputs, {n for n in order if scheduled.device[n] == device})
         for device in dict.fromkeys(s.device for s in scheduled.splits)
     }
-    literals = {n.attrs["name"]: n.data for n in graph.constants.values() if n.data is not None}
-    return Plan(plan_key(graph, devices, options), scheduled, devices, memory, folded.prologue, literals)
+    return Plan(plan_key(graph, devices, options), scheduled, devices, memory, folded.prologue, graph.literals)
 
 
 def plan_key(graph: Graph, devices: Sequence[Device], options: CompileOptions) -> str:
@@ -84,12 +80,7 @@ def plan_key(graph: Graph, devices: Sequence[Device], options: CompileOptions) -
 
 @dataclass
 class PlanCache:
-    """Finished plans by topology. Literals are values, so a plan that is found gets those of the graph that asked.
-
-    Attributes:
-        hits, misses: since it was made.
-        compile_s: seconds spent compiling.
-    """
+    """Finished plans by topology. Literals are values, so a plan that is found gets those of the graph that asked."""
 
     hits: int = 0
     misses: int = 0
@@ -104,8 +95,7 @@ class PlanCache:
         key = plan_key(graph, devices, options)
         if key in self._plans:
             self.hits += 1
-            literals = {n.attrs["name"]: n.data for n in graph.constants.values() if n.data is not None}
-            return replace(self._plans[key], literals=literals)
+            return replace(self._plans[key], literals=graph.literals)
         self.misses += 1
         began = time.perf_counter()
         self._plans[key] = compile(graph, devices, options)
@@ -114,3 +104,29 @@ class PlanCache:
 
     def __len__(self) -> int:
         return len(self._plans)
+
+
+def run_op(name: str, *arrays: Any, backend: str | Device | Sequence[str | Device] = "reference", **attrs: Any) -> np.ndarray:
+    """Apply one op to arrays on a backend.
+
+    Inputs stand in the op's order or by name (None where an optional one is absent); tuples of arrays, such as attention's
+    segments, are taken apart.
+
+    Raises: ShapeError, DTypeError, AttributeValueError: as when the op builds a node of a graph.
+    """
+    given: dict[str, np.ndarray] = {}
+
+    def lift(value: Any) -> Any:
+        if isinstance(value, (np.ndarray, np.generic)):
+            array = np.asarray(value)
+            label = f"in{len(given)}"
+            given[label] = array
+            return input(label, array.shape, as_dtype(array.dtype))
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(lift, value))
+        return value
+
+    node: Node = registry.ops.get(name)(*map(lift, arrays), **{k: lift(v) for k, v in attrs.items()})
+    plan = compile(Graph(y=node), backend, CompileOptions(fuse=False))
+    used = plan.graph.inputs
+    return plan.bind().run({k: v for k, v in given.items() if k in used})["y"]

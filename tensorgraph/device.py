@@ -35,17 +35,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Part:
-    """A run of nodes that one device computes without leaving it.
+    """A run of nodes that one device computes without leaving it."""
 
-    Attributes:
-        nodes: in order; views and choices among them, constants and inputs not.
-        keep: those whose values are needed after this part.
-        taken: for each choice, the number of the form whose value it has.
-    """
-
-    nodes: tuple[Node, ...]
-    keep: frozenset[Node]
-    taken: Mapping[Node, int] = field(default_factory=dict)
+    nodes: tuple[Node, ...]  # in order; views and choices among them, constants and inputs not
+    keep: frozenset[Node]  # those whose values are needed after this part
+    taken: Mapping[Node, int] = field(default_factory=dict)  # for each choice, the number of the form whose value it has
 
 
 @dataclass
@@ -84,17 +78,7 @@ class Device(ABC):
 def get_devices(names: str | Device | Sequence[str | Device]) -> tuple[Device, ...]:
     """Devices by name: a backend's (`"reference"`), or one of several of a backend (`"reference:1"`); in order of preference."""
     listed = names.split(",") if isinstance(names, str) else [names] if isinstance(names, Device) else list(names)
-    devices = tuple(_device(d.strip()) if isinstance(d, str) else d for d in listed)
+    devices = tuple(d if isinstance(d, Device) else registry.backends.get(d.partition(":")[0].strip())(d.strip()) for d in listed)
     if len({d.name for d in devices}) != len(devices):
         raise UnsupportedError(f"[devices] each may be given once; got {', '.join(d.name for d in devices)}")
     return devices
-
-
-_open: dict[str, Device] = {}
-
-
-def _device(name: str) -> Device:
-    if name not in _open:
-        backend, _, _ = name.partition(":")
-        _open[name] = registry.backends.get(backend)(name)
-    return _open[name]

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Union
 
 from tensorgraph.errors import GraphError, ShapeError
+from tensorgraph.source import source_line
 
 Extent = Union[int, "Symbol"]
 Shape = tuple[Extent, ...]
@@ -88,12 +89,7 @@ class Symbol:
 
 @dataclass(frozen=True, slots=True, repr=False, order=False)
 class Dim(Symbol):
-    """A named axis whose length is given when a step runs.
-
-    Attributes:
-        name: what the topology key holds; one name has one value in a step.
-        max: the largest value; memory is planned for it.
-    """
+    """A named axis whose length is given when a step runs: one value a name and step, at most `max`."""
 
     name: str
     max: int
@@ -304,10 +300,10 @@ def as_extent(value: object) -> Extent:
     if isinstance(value, Symbol):
         return value
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise ShapeError(f"[shape] wanted an int or a Dim for an axis; got {value!r}")
+        raise ShapeError(f"[shape] wanted an int or a Dim for an axis; got {value!r} ({source_line()})")
     number = int(value.__index__())
     if number < 0:
-        raise ShapeError(f"[shape] wanted an axis >= 0; got {number}")
+        raise ShapeError(f"[shape] wanted an axis >= 0; got {number} ({source_line()})")
     return number
 
 

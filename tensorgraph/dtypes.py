@@ -1,4 +1,4 @@
-"""Element types: scalars, and block types whose layouts live in `tensorgraph.formats`."""
+"""Element types: scalars, and block types whose layouts live in `tensorgraph.ops.formats`."""
 
 from __future__ import annotations
 

@@ -47,10 +47,7 @@ class StateError(TensorGraphError):
 
 
 class CannotTrim(StateError):
-    """Rows needed to go on from the wanted length are gone.
-
-    Attributes: earliest: the smallest length, in tokens, that can still be trimmed to.
-    """
+    """Rows needed to go on from the wanted length are gone; `earliest` is the smallest length that can still be trimmed to."""
 
     def __init__(self, wanted: int, earliest: int) -> None:
         super().__init__(f"[trim] wanted a length of {wanted} tokens; the earliest still retained is {earliest}")

@@ -13,17 +13,11 @@ from tensorgraph.state_store import Step
 
 @dataclass(frozen=True)
 class Extents:
-    """The largest step that a plan is made for.
+    """The largest step that a plan is made for."""
 
-    Attributes:
-        tokens: new tokens in one step, all sequences together.
-        context: tokens of one sequence.
-        sequences: sequences in one step.
-    """
-
-    tokens: int = 512
-    context: int = 4096
-    sequences: int = 1
+    tokens: int = 512  # new tokens in one step, all sequences together
+    context: int = 4096  # tokens of one sequence
+    sequences: int = 1  # sequences in one step
 
     @property
     def new_tokens(self) -> Dim:
@@ -56,23 +50,19 @@ def step_inputs(step: Step, tokens: np.ndarray, out_ids: np.ndarray) -> tuple[di
     Inputs: `tokens`, `positions`, `seqs` [T]; `out_ids` [O]; and for each stream class c `rows.c.pos`, `rows.c.seq` [S],
     `rows.c.new` (row), `rows.c.new_first` (position of the row's first token), `rows.c.new_seq` [N], all i32.
     """
-    inputs = {
-        "tokens": tokens.astype(np.int32),
-        "positions": step.positions,
-        "seqs": step.seqs,
-        "out_ids": out_ids.astype(np.int32),
-    }
+    inputs = {"tokens": tokens.astype(np.int32), "positions": step.positions, "seqs": step.seqs}
+    inputs["out_ids"] = out_ids.astype(np.int32)
     dims = {"T": len(tokens), "O": len(out_ids)}
     for stream, rows in step.classes.items():
         name = stream.name
         inputs |= {
-            f"rows.{name}.pos": rows.row_pos,
-            f"rows.{name}.seq": rows.row_seqs,
-            f"rows.{name}.new": rows.new_rows,
-            f"rows.{name}.new_first": rows.new_rows * stream.every,
-            f"rows.{name}.new_seq": rows.new_seqs,
+            f"rows.{name}.pos": rows.seen.rows,
+            f"rows.{name}.seq": rows.seen.seqs,
+            f"rows.{name}.new": rows.new.rows,
+            f"rows.{name}.new_first": rows.new.rows * stream.every,
+            f"rows.{name}.new_seq": rows.new.seqs,
         }
-        dims["S" if name == "1" else f"S{name}"] = len(rows.row_pos)
+        dims["S" if name == "1" else f"S{name}"] = len(rows.seen)
         if stream.every > 1:
-            dims[f"N{stream.every}"] = len(rows.new_rows)
+            dims[f"N{stream.every}"] = len(rows.new)
     return inputs, dims

@@ -87,10 +87,7 @@ class Node:
 
     def reshape(self, *shape: Extent) -> Node:
         """The same elements under another shape; one axis may be -1. Copies (`cont`) where strides cannot say it."""
-        try:
-            wanted = infer_reshape(self.shape, [-1 if e == -1 else as_extent(e) for e in shape])
-        except ShapeError as error:
-            raise ShapeError(f"{error} ({source_line()})") from None
+        wanted = infer_reshape(self.shape, [-1 if e == -1 else as_extent(e) for e in shape])
         index_map = self.index_map.reshape(wanted)
         return self._view(index_map) if index_map is not None else registry.ops.get("cont")(self).reshape(*wanted)
 
@@ -114,10 +111,7 @@ class Node:
 
     def broadcast(self, *shape: Extent) -> Node:
         """Repeated along axes of length 1 and new leading axes, without copying."""
-        try:
-            return self._view(self.index_map.broadcast(tuple(map(as_extent, shape))))
-        except ShapeError as error:
-            raise ShapeError(f"{error} ({source_line()})") from None
+        return self._view(self.index_map.broadcast(tuple(map(as_extent, shape))))
 
     def __getitem__(self, key: Any) -> Node:
         """Basic indexing: ints, slices with static or runtime bounds, `...` and None."""
@@ -308,6 +302,11 @@ class Graph:
     @cached_property
     def constants(self) -> Mapping[str, Node]:
         return _unique("constant", (n for n in self.nodes if n.op == "constant"), "name")
+
+    @cached_property
+    def literals(self) -> Mapping[str, np.ndarray]:
+        """The arrays of the constants that have one, by name; not part of the topology."""
+        return {name: node.data for name, node in self.constants.items() if node.data is not None}
 
     @cached_property
     def streams(self) -> Mapping[str, Node]:

@@ -25,12 +25,9 @@ class Buffer:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Offsets of one device's intermediates, for the largest extents.
+    """Offsets of one device's intermediates, for the largest extents; in-place results share their input's.
 
-    Attributes:
-        buffers: by node; in-place results share their input's.
-        peak_bytes: the arena's size.
-        total_bytes: what the intermediates would take without sharing.
+    `peak_bytes` is the arena's size, `total_bytes` what the intermediates would take without sharing.
     """
 
     buffers: dict[Node, Buffer] = field(default_factory=dict)

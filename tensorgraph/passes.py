@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from tensorgraph import registry
-from tensorgraph.dims import ALWAYS, Guard
+from tensorgraph.dims import ALWAYS
 from tensorgraph.graph import STRUCTURAL, Graph, Node, choose, constant, structure_line, topological
 from tensorgraph.op import node_bytes
 
@@ -125,15 +125,10 @@ class ExpandFused:
 
 @dataclass(frozen=True)
 class LowerGuarded:
-    """A node of an op with lowerings -> `choose` between them (and itself, last); forms over the scratch limit are dropped.
+    """A node of an op with lowerings -> `choose` between them (and itself, last); forms over the scratch limit are dropped."""
 
-    Attributes:
-        scratch_bytes: the most that the intermediates of one form may take at the largest extents.
-        force: names of forms to take wherever they exist, whatever their guards.
-    """
-
-    scratch_bytes: int = 1 << 31
-    force: tuple[str, ...] = ()
+    scratch_bytes: int = 1 << 31  # the most that the intermediates of one form may take at the largest extents
+    force: tuple[str, ...] = ()  # names of forms to take wherever they exist, whatever their guards
 
     def __call__(self, graph: Graph) -> Graph:
         offered = rewrite(graph, self._offer)
@@ -145,11 +140,8 @@ class LowerGuarded:
         op = registry.ops.get(node.op)
         if not op.lowerings:
             return None
-        forms: dict[str, tuple[Node, Guard]] = {}
-        for lowering in op.lowerings:
-            forms[lowering.name] = (op.rebuild(lowering.build, node), lowering.guard(node))
-        forms[node.op] = (node, ALWAYS)
-        return choose(forms, node.name)
+        forms = {low.name: (op.rebuild(low.build, node), low.guard(node)) for low in op.lowerings}
+        return replace(choose(forms | {node.op: (node, ALWAYS)}, node.name), where=node.where)
 
     def _prune(self, node: Node, _: Node) -> Node | None:
         if node.op != "choose":
@@ -162,13 +154,10 @@ class LowerGuarded:
         kept = [name for name in guarded if self._scratch(node, name) <= self.scratch_bytes]
         if not kept:
             return _with_name(forms[last][0], node.name)
-        return choose({name: forms[name] for name in (*kept, last)}, node.name)
+        return replace(choose({name: forms[name] for name in (*kept, last)}, node.name), where=node.where)
 
     def _scratch(self, node: Node, form: str) -> int:
         """Bytes, at the largest extents, of what only this form computes."""
-        root = node.at(form)
-        others = topological(i for i in node.inputs if i is not root)
-        shared = set(others)
-        mine = [n for n in topological([root]) if n not in shared]  # type: ignore[list-item]
-        stored = [n for n in mine if n.op not in STRUCTURAL]
-        return sum(node_bytes(n) for n in stored)
+        root = node.inputs[node.slots.index(form)]
+        shared = set(topological(i for i in node.inputs if i is not root))
+        return sum(node_bytes(n) for n in topological([root]) if n not in shared and n.op not in STRUCTURAL)

@@ -22,17 +22,12 @@ from tensorgraph.signature import Argument
 
 @dataclass(frozen=True)
 class Pattern:
-    """A fused op's expansion over sample inputs.
-
-    Attributes:
-        slots: sample input to the slot it stands for.
-        holes: sample attribute value, with its type (0.0 is not False), to the attribute it stands for.
-    """
+    """A fused op's expansion over sample inputs."""
 
     op: Op
     root: Node
-    slots: Mapping[Node, str]
-    holes: Mapping[Any, str]
+    slots: Mapping[Node, str]  # sample input to the slot it stands for
+    holes: Mapping[Any, str]  # sample attribute value, with its type (0.0 is not False), to the attribute it stands for
 
     @property
     def n_ops(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -128,21 +127,12 @@ class Plan:
             for node in split.nodes:
                 buffer = self.memory[split.device].buffers.get(node)
                 at = f" @{buffer.offset}+{buffer.size_bytes}" if buffer else ""
-                guards = ""
-                if node.op == "choose":
-                    forms = zip(node.slots, node.attrs["guards"], strict=True)
-                    guards = "  " + ", ".join(f"{form} if {guard}" for form, guard in forms)
-                lines.append(f"  {node_text(node, number) if node.op != 'choose' else _choose_text(node, number)}{at}{guards}")
+                lines.append(f"  {node_text(node, number)}{at}")
         for device, memory in self.memory.items():
             lines.append(f"arena {device}: {memory.peak_bytes} bytes ({memory.total_bytes} without sharing)")
         for node, wanted, got in self.scheduled.moved:
             lines.append(f"moved %{number.get(node, '?')} {node.op}: {wanted} does not support it, runs on {got}")
         return "\n".join(lines)
-
-
-def _choose_text(node: Node, number: Mapping[Node, int]) -> str:
-    inputs = ", ".join(f"{slot}=%{number[i]}" for slot, i in zip(node.slots, node.inputs, strict=True))
-    return f"%{number[node]} {node.dtype}{shape_text(node.shape)} = choose({inputs})"
 
 
 class Executable:
@@ -159,7 +149,6 @@ class Executable:
         self._programs: dict[tuple[int, ...], list[Program]] = {}
         self._constants: dict[str, dict[Node, Any]] = {name: {} for name in self._devices}
         self._attach(weights)
-        self.last_run_s = 0.0
 
     def _attach(self, weights: WeightSource | Mapping[str, np.ndarray] | None) -> None:
         plan = self.plan
@@ -199,7 +188,6 @@ class Executable:
 
         Raises: InputError: an input is missing, unknown, or does not fit its shape or dtype.
         """
-        began = time.perf_counter()
         bound = self._bind_dims(inputs, dims or {})
         choice = self.plan.choose(bound)
         values: Values = {}
@@ -211,9 +199,7 @@ class Executable:
                 else:
                     values[node] = held[node]
             program(values, Run(bound, state))
-        results = {name: self._result(node, values, inputs) for name, node in self.plan.graph.outputs.items()}
-        self.last_run_s = time.perf_counter() - began
-        return results
+        return {name: self._result(node, values, inputs) for name, node in self.plan.graph.outputs.items()}
 
     def _result(self, node: Node, values: Values, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         device = self._devices[self.plan.scheduled.device[node]]

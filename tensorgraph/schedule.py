@@ -28,17 +28,12 @@ class Split:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A graph with its copies, cut into splits.
-
-    Attributes:
-        device: by node.
-        moved: nodes that the device wanted for them cannot run, with the device that does.
-    """
+    """A graph with its copies, cut into splits."""
 
     graph: Graph
     splits: tuple[Split, ...]
-    device: Mapping[Node, str]
-    moved: tuple[tuple[Node, str, str], ...] = ()
+    device: Mapping[Node, str]  # by node
+    moved: tuple[tuple[Node, str, str], ...] = ()  # nodes that the device wanted for them cannot run, with the device that does
 
     @property
     def copies(self) -> tuple[Node, ...]:

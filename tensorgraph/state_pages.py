@@ -113,70 +113,45 @@ def ragged(starts: Sequence[int], stops: Sequence[int]) -> tuple[NDArray[np.int3
     return np.concatenate([np.empty(0, np.int32), *ranges]), owners
 
 
-class ClassStep:
-    """The rows of one class in one step; the vectors are made when they are first asked for.
+class Rows:
+    """Rows `start[i]..stop[i]-1` of the sequence at each index i of the batch; the vectors are made when first asked for.
 
-    For the sequence at index i of the batch, rows `start[i]..stop[i]-1` are new, and after the append rows
-    `low[i]..stop[i]-1` are visible. `low` follows from positions alone, not from what happens to be retained.
-
-    Shapes: N rows completed in this step, S rows visible to any of its tokens; sequences in batch order.
+    `rows`, `seqs`: index in the sequence, and of the sequence in the batch, i32 [N]; ascending, sequences in batch order.
     """
 
-    def __init__(
-        self, page_rows: int, tables: Sequence[Table], low: Sequence[int], start: Sequence[int], stop: Sequence[int]
-    ) -> None:
-        self.page_rows, self.tables = page_rows, tables
-        self.low, self.start, self.stop = low, start, stop
+    def __init__(self, page_rows: int, tables: Sequence[Table], start: Sequence[int], stop: Sequence[int]) -> None:
+        self._page_rows, self._tables, self.start, self.stop = page_rows, tables, start, stop
 
-    @property
-    def n_new(self) -> int:
-        """N."""
+    def __len__(self) -> int:
         return sum(self.stop) - sum(self.start)
 
-    @property
-    def n_visible(self) -> int:
-        """S."""
-        return sum(self.stop) - sum(self.low)
-
     @cached_property
-    def _new(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    def _vectors(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         return ragged(self.start, self.stop)
 
-    @cached_property
-    def _visible(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        return ragged(self.low, self.stop)
+    @property
+    def rows(self) -> NDArray[np.int32]:
+        return self._vectors[0]
 
     @property
-    def new_rows(self) -> NDArray[np.int32]:
-        """Row index, `position // every`, of each row completed in this step: [N]."""
-        return self._new[0]
-
-    @property
-    def new_seqs(self) -> NDArray[np.int32]:
-        """Index in the batch of the sequence of each new row: [N]."""
-        return self._new[1]
-
-    @property
-    def row_pos(self) -> NDArray[np.int32]:
-        """Row index of each visible row, ascending within a sequence: [S]."""
-        return self._visible[0]
-
-    @property
-    def row_seqs(self) -> NDArray[np.int32]:
-        """Index in the batch of the sequence of each visible row: [S]."""
-        return self._visible[1]
-
-    @cached_property
-    def slots_new(self) -> NDArray[np.int64]:
-        """Where each new row lies, `page * page_rows + row % page_rows`: [N]."""
-        return self._slots(self.start)
+    def seqs(self) -> NDArray[np.int32]:
+        return self._vectors[1]
 
     @cached_property
     def slots(self) -> NDArray[np.int64]:
-        """Where each visible row lies, `page * page_rows + row % page_rows`: [S]."""
-        return self._slots(self.low)
-
-    def _slots(self, starts: Sequence[int]) -> NDArray[np.int64]:
-        parts = zip(self.tables, starts, self.stop, strict=True)
-        slots = [table.slots(start, stop, self.page_rows) for table, start, stop in parts]
+        """Where each row lies, `page * page_rows + row % page_rows`: [N]."""
+        parts = zip(self._tables, self.start, self.stop, strict=True)
+        slots = [table.slots(start, stop, self._page_rows) for table, start, stop in parts]
         return slots[0] if len(slots) == 1 else np.concatenate([np.empty(0, np.int64), *slots])
+
+
+@dataclass(frozen=True)
+class ClassStep:
+    """The rows of one class in one step: those that it completes, and those that any of its tokens sees after the append.
+
+    Which are seen follows from positions alone, not from what happens to be retained.
+    """
+
+    tables: Sequence[Table]
+    new: Rows
+    seen: Rows

@@ -16,7 +16,7 @@ from tensorgraph.dtypes import DType
 from tensorgraph.errors import CannotTrim, ShapeError, StateError, UnknownNameError
 from tensorgraph.state import Layout, StateSpec, StreamClass
 from tensorgraph.state_file import MAX_LENGTH, SavedState, load_state, save_state
-from tensorgraph.state_pages import ClassStep, PagePool, Table, ragged
+from tensorgraph.state_pages import ClassStep, PagePool, Rows, Table, ragged
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +77,8 @@ class Step:
                     for state, a, b in zip(before, start, stop, strict=True)
                 ]
                 low = [cls.first_read(n) for n in self._start]
-                self.classes[cls] = ClassStep(pool.page_rows, tables, low, start, stop)
+                new, seen = (Rows(pool.page_rows, tables, first, stop) for first in (start, low))
+                self.classes[cls] = ClassStep(tables, new, seen)
         except BaseException:
             self._release_fresh()
             raise
@@ -99,22 +100,22 @@ class Step:
     def append(self, stream: str, rows: ArrayLike) -> None:
         """Write the rows that this step completes, rounded to the stream's dtype.
 
-        Shapes: rows [N, *row_shape], in the order of `new_rows`.
+        Shapes: rows [N, *row_shape], in the order of the class's `new`.
         Raises: ShapeError, StateError, UnknownNameError.
         """
         spec, step = self._find(stream, "append")
-        given, wanted = np.asarray(rows), (step.n_new, *spec.row_shape)
+        given, wanted = np.asarray(rows), (len(step.new), *spec.row_shape)
         if given.shape != wanted:
             raise ShapeError(f'[append] wanted rows {list(wanted)} for "{stream}"; got {list(given.shape)}')
-        self._store._write(stream, step.slots_new, given)
+        self._store._write(stream, step.new.slots, given)
 
     def read(self, stream: str) -> NDArray[Any]:
-        """The visible rows, in the stream's dtype and the order of `row_pos`.
+        """The visible rows, in the stream's dtype and the order of the class's `seen`.
 
         Shapes: [S, *row_shape].
         Raises: StateError, UnknownNameError.
         """
-        return self._store._read(stream, self._find(stream, "read")[1].slots)
+        return self._store._read(stream, self._find(stream, "read")[1].seen.slots)
 
     def _find(self, stream: str, what: str) -> tuple[StateSpec, ClassStep]:
         if not self.is_open:

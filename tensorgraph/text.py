@@ -22,7 +22,10 @@ def attr_text(value: Any) -> str:
 def node_text(node: Node, number: Mapping[Node, int]) -> str:
     """One line: `%3 f32[T, 64] = rms_norm(x=%1) eps=1e-05  # "blk.0.attn_norm" llama.py:31`."""
     inputs = ", ".join(f"{slot}=%{number[i]}" for slot, i in zip(node.slots, node.inputs, strict=False))
-    attrs = "".join(f" {k}={attr_text(v)}" for k, v in node.attrs.items() if v is not None)
+    if node.op == "choose":
+        forms = zip(node.slots, node.inputs, node.attrs["guards"], strict=True)
+        inputs = ", ".join(f"{slot}=%{number[i]} if {guard}" for slot, i, guard in forms)
+    attrs = "".join(f" {k}={attr_text(v)}" for k, v in node.attrs.items() if v is not None and k != "guards")
     if node.op == "view":
         index_map = node.attrs["map"]
         offset = f" offset={index_map.offset}" if index_map.offset != 0 else ""

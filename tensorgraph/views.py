@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from tensorgraph.dims import Bindings, Extent, Shape, divide_exact, evaluate, evaluate_shape, product, shape_text
 from tensorgraph.errors import ShapeError
+from tensorgraph.source import source_line
 
 
 def contiguous_strides(shape: Sequence[Extent]) -> Shape:
@@ -62,7 +63,7 @@ class IndexMap:
                 break
             strides.append(stride if mine == wanted else 0)
         if lead < 0:
-            raise ShapeError(f"[broadcast] {shape_text(self.shape)} does not broadcast to {shape_text(shape)}")
+            raise ShapeError(f"[broadcast] {shape_text(self.shape)} does not broadcast to {shape_text(shape)} ({source_line()})")
         return IndexMap(tuple(shape), tuple(strides), self.offset)
 
     def reshape(self, shape: Sequence[Extent]) -> IndexMap | None:
@@ -136,8 +137,9 @@ def infer_reshape(shape: Shape, wanted: Sequence[Extent]) -> Shape:
         known = product(e for i, e in enumerate(wanted) if i != free[0])
         quotient = divide_exact(total, known) if known != 0 else None
         if quotient is None:
-            raise ShapeError(f"[reshape] -1 is not determined in {shape_text(wanted)} for {shape_text(shape)}")
+            raise ShapeError(f"[reshape] -1 is not determined in {shape_text(wanted)} for {shape_text(shape)} ({source_line()})")
         result[free[0]] = quotient
     if len(free) > 1 or product(result) != total:
-        raise ShapeError(f"[reshape] wanted as many elements as {shape_text(shape)}; got {shape_text(wanted)}")
+        given = f"{shape_text(wanted)} ({source_line()})"
+        raise ShapeError(f"[reshape] wanted as many elements as {shape_text(shape)}; got {given}")
     return tuple(result)

@@ -44,7 +44,7 @@ class StrictDevice(ReferenceDevice):
     def compile(self, part: Part) -> Callable[[Values, Run], None]:
         compute = super().compile(part)
         inside = set(part.nodes)
-        assert all(self.supports(n) for n in part.nodes)
+        assert all(self.supports(n) for n in part.nodes) and part.keep <= inside
 
         def run(values: Values, step: Run) -> None:
             chosen = [(n, n.inputs[part.taken[n]]) for n in part.nodes if n.op == "choose"]

@@ -38,7 +38,7 @@ def fill(step: Step, specs: dict[str, StateSpec], rng: np.random.Generator) -> d
     """Append random rows to every stream, and say what was stored."""
     stored = {}
     for name, spec in specs.items():
-        rows = rng.standard_normal((step.classes[spec.stream_class].n_new, *spec.row_shape), np.float32)
+        rows = rng.standard_normal((len(step.classes[spec.stream_class].new), *spec.row_shape), np.float32)
         step.append(name, rows)
         stored[name] = rows.astype(numpy_type(spec))
     return stored

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tensorgraph import registry
-from tensorgraph.compiler import compile
+from tensorgraph.compiler import compile, run_op
 from tensorgraph.dims import Dim
 from tensorgraph.dtypes import DType, as_dtype
 from tensorgraph.errors import AttributeValueError, GraphError, UnknownNameError
@@ -19,7 +19,6 @@ from tensorgraph.graph import Graph, constant, input
 from tensorgraph.op import Attr, Op, all_ops, node_bytes
 from tensorgraph.ops import mul_mat, relu, scale
 from tensorgraph.registry import Registry
-from tensorgraph.run import run_op
 
 T = Dim("T", 8)
 

@@ -151,7 +151,6 @@ def test_one_plan_runs_at_any_extent() -> None:
     bound = compile(mlp()).bind(weights(3))
     for t in (5, 1, 3, 0, 5):
         np.testing.assert_allclose(bound.run({"x": X[:t]})["y"], mlp_by_hand(X[:t], weights(3)), rtol=1e-4, atol=1e-4)
-    assert bound.last_run_s > 0
 
 
 def test_weights_are_uploaded_once_for_all_plans_that_share_them() -> None:

@@ -87,7 +87,7 @@ class StoreMachine(RuleBasedStateMachine):
         tokens = [(s.length + i, b) for b, s in enumerate(before) for i in range(batch[b][1])]
         assert list(zip(step.positions.tolist(), step.seqs.tolist(), strict=True)) == tokens
         if end == "partial":
-            rows = self.rng.standard_normal((step.classes[StreamClass(1, None)].n_new, 2, 3), np.float32)
+            rows = self.rng.standard_normal((len(step.classes[StreamClass(1, None)].new), 2, 3), np.float32)
             step.append("k", rows)
             step.rollback()
             return
@@ -111,7 +111,7 @@ class StoreMachine(RuleBasedStateMachine):
         state = before.copy()
         state.length += n
         for name, spec in SPECS.items():
-            state.rows[name] += list(stored[name][step.classes[spec.stream_class].new_seqs == at])
+            state.rows[name] += list(stored[name][step.classes[spec.stream_class].new.seqs == at])
         return state
 
     def check_rows(self, step: Step, name: str, spec: StateSpec, before: list[Naive], after: list[Naive]) -> None:
@@ -124,13 +124,13 @@ class StoreMachine(RuleBasedStateMachine):
             assert low >= old.first[name]
             seen += [(row, b) for row in range(low, now.length // spec.every)]
             values += now.rows[name][low:]
-        assert list(zip(rows.new_rows.tolist(), rows.new_seqs.tolist(), strict=True)) == new
-        assert list(zip(rows.row_pos.tolist(), rows.row_seqs.tolist(), strict=True)) == seen
-        assert (rows.n_new, rows.n_visible) == (len(new), len(seen))
+        assert list(zip(rows.new.rows.tolist(), rows.new.seqs.tolist(), strict=True)) == new
+        assert list(zip(rows.seen.rows.tolist(), rows.seen.seqs.tolist(), strict=True)) == seen
+        assert (len(rows.new), len(rows.seen)) == (len(new), len(seen))
         wanted = np.array(values, numpy_type(spec)).reshape(len(seen), *spec.row_shape)
         assert_same(step.read(name), wanted)
         if self.store.layouts[name] == "rows":
-            assert_same(self.store.pages(name).reshape(-1, *spec.row_shape)[rows.slots], wanted)
+            assert_same(self.store.pages(name).reshape(-1, *spec.row_shape)[rows.seen.slots], wanted)
 
     @precondition(lambda self: self.naive)
     @rule(data=st.data())

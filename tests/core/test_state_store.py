@@ -108,7 +108,7 @@ def test_a_page_that_is_used_again_is_zero() -> None:
     store.free(first)
     with store.begin([(store.new(), 5)]) as step:
         assert not np.count_nonzero(store.pages("k")) and not np.count_nonzero(store.pages("v"))
-        assert step.classes[StreamClass(1, None)].slots.max() < 8
+        assert step.classes[StreamClass(1, None)].seen.slots.max() < 8
 
 
 def test_pages_fall_out_of_keep_and_no_more_are_used() -> None:
@@ -153,7 +153,7 @@ def test_chunks_and_whole_see_the_same_bytes() -> None:
         for n in chunks:
             with store.begin([(seq, n)]) as step:
                 step.append("near", rows[at : at + n])
-                row_pos = step.classes[StreamClass(1, 8)].row_pos
+                row_pos = step.classes[StreamClass(1, 8)].seen.rows
                 for t in step.positions.tolist():
                     by_token[t] = step.read("near")[(row_pos > t - 8) & (row_pos <= t)].tobytes()
                 step.commit()
@@ -265,8 +265,8 @@ def test_compressed_rows_stay_consistent_under_trim(data: st.DataObject) -> None
         with store.begin([(seq, len(new))]) as step:
             step.append("cz", new)
             seen, window = step.read("cz"), step.classes[StreamClass(1, 8)]
-            blocks = step.classes[StreamClass(4, None)].new_rows.tolist()
-            step.append("kv", np.array([compress(seen, window.low[0], b) for b in blocks]).reshape(-1, 3))
+            blocks = step.classes[StreamClass(4, None)].new.rows.tolist()
+            step.append("kv", np.array([compress(seen, window.seen.start[0], b) for b in blocks]).reshape(-1, 3))
             step.commit()
         wanted = [compress(text, 0, b) for b in range(len(text) // 4)]
         assert_same(visible(store, seq)["kv"], np.array(wanted, np.float32).reshape(-1, 3))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tensorgraph.compiler import CompileOptions, PlanCache, compile
+from tensorgraph.compiler import CompileOptions, PlanCache, compile, run_op
 from tensorgraph.dtypes import f16, f32
 from tensorgraph.errors import FormatError, StateError
 from tensorgraph.extents import Extents
@@ -22,7 +22,6 @@ from tensorgraph.models.builder import Builder, FileWeights
 from tensorgraph.models.experts import route
 from tensorgraph.models.text.gguf import GGUF
 from tensorgraph.models.text.tokenizer import Tokenizer
-from tensorgraph.run import run_op
 from tensorgraph.session import Engine, Session
 from tensorgraph.state import StateSpec, StreamClass
 from tensorgraph.state_store import StateStore

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from tensorgraph import ops
+from tensorgraph.compiler import run_op
 from tensorgraph.dims import Dim
 from tensorgraph.errors import AttributeValueError, DTypeError, ShapeError
 from tensorgraph.graph import input
-from tensorgraph.run import run_op
 
 POINTS = np.array(
     [-80.0, -20.5, -3.5, -3.0, -2.5, -1.5, -1.0, -0.5, -0.25, -1e-3, -1e-30, 0.0, 1e-30, 1e-3, 0.25, 0.49999997, 0.5, 1.0]

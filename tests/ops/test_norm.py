@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from tensorgraph import ops
+from tensorgraph.compiler import run_op
 from tensorgraph.dims import Dim
 from tensorgraph.errors import AttributeValueError, ShapeError
 from tensorgraph.graph import input
-from tensorgraph.run import run_op
 
 RNG = np.random.default_rng(0)
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from tensorgraph import ops
+from tensorgraph.compiler import run_op
 from tensorgraph.errors import ShapeError
 from tensorgraph.graph import Node, input
 from tensorgraph.op import Op
-from tensorgraph.run import run_op
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])

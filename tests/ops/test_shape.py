@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from tensorgraph import ops
+from tensorgraph.compiler import run_op
 from tensorgraph.dims import Dim
 from tensorgraph.errors import DTypeError, GraphError, ShapeError
 from tensorgraph.graph import input
-from tensorgraph.run import run_op
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2, -1])

@@ -40,8 +40,8 @@ COMPRESSION = (
     Mistake(
         "blocks rotated at their last token",
         "tensorgraph/extents.py",
-        "rows.new_rows * stream.every,",
-        "rows.new_rows * stream.every + stream.every - 1,",
+        "rows.new.rows * stream.every,",
+        "rows.new.rows * stream.every + stream.every - 1,",
         "v4",
     ),
     Mistake("mscale on V4", _V4, "scale=width**-0.5", "scale=width**-0.5 * 1.277**2", "v4"),

@@ -105,8 +105,8 @@ STATE = (
     Mistake(
         "rows of a batch are written in another order",
         _PAGES,
-        "zip(self.tables, starts, self.stop, strict=True)",
-        "zip(self.tables[::-1], starts, self.stop, strict=True)",
+        "zip(self._tables, self.start, self.stop, strict=True)",
+        "zip(self._tables[::-1], self.start, self.stop, strict=True)",
         "llama",
     ),
     Mistake(
