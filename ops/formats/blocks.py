@@ -87,7 +87,7 @@ def _by_blocks(what: str, form: BlockFormat, given: NDArray[Any], dtype: type, c
         unit = "bytes" if what == "decode" else "elements"
         raise ShapeError(f"[{what} {form.dtype}] wanted rows of a multiple of {before} {unit}; got {given.shape}")
     blocks = given.reshape(given.size // before, before)
-    result = np.empty((len(blocks), after), dtype)
+    result: NDArray[Any] = np.empty((len(blocks), after), dtype)
     step = _CHUNK // form.dtype.block_size
     with np.errstate(over="ignore", invalid="ignore"):  # an infinite or undefined scale gives such values, as in ggml
         for start in range(0, len(blocks), step):

@@ -172,7 +172,6 @@ def test_devices_that_are_not_there() -> None:
     with pytest.raises(UnsupportedError, match=r"\[devices\] each may be given once; got reference, reference"):
         get_devices("reference, reference")
     assert [d.name for d in get_devices("reference,reference:1")] == ["reference", "reference:1"]
-    assert get_devices("reference:1")[0] is get_devices(["reference:1"])[0]
 
 
 def test_choices_across_devices() -> None:

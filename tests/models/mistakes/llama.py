@@ -87,7 +87,7 @@ LLAMA = (
         "        if False:\n",
         f"{_SESSIONS}trim_below_what_is_retained",
     ),
-    Mistake("sequences see each other's rows", _EXTENTS, '"seqs": step.seqs,', '"seqs": step.seqs * 0,', "llama"),
+    Mistake("sequences see each other's rows", _EXTENTS, '"seqs": step.seqs}', '"seqs": step.seqs * 0}', "llama"),
     Mistake("rows of all sequences are the first's", _EXTENTS, '.seq": rows.seen.seqs', '.seq": rows.seen.seqs * 0', "llama"),
     Mistake(
         "positions start with the step",
