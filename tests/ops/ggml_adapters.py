@@ -75,7 +75,7 @@ def top_k(case: Case, x: Operands) -> Node:
     return ops.top_k(x["x"], k=case["params"]["k"])
 
 
-@adapter("mul_mat")
+@adapter("mul_mat", "mul_mat_prec_hint")
 def mul_mat(case: Case, x: Operands) -> Node:
     return ops.mul_mat(x["a"], x["b"])
 
