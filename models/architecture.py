@@ -124,9 +124,11 @@ def model_from_config(path: str | Path, dtype: DType | str = "f16") -> Model:
     """
     try:
         given = json.loads(Path(path).read_text())
-        names = given["architectures"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"[config] {path} is not a config.json with 'architectures': {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError(f"[config] {path} is not a config.json: {error}") from error
+    names = given.get("architectures") if isinstance(given, dict) else None
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise FormatError(f"[config] {path} must be an object with a list of names as 'architectures'; got {names!r}")
     known = {p: registry.architectures.get(n) for n in registry.architectures for p in registry.architectures.get(n).published}
     for name in names:
         if name in known:

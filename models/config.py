@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from tensorgraph.errors import FormatError
 
 C = TypeVar("C")
 
+LARGEST = 2**31 - 1
+MOST_LAYERS = 1024
 
-def from_gguf(key: str, default: Any = dataclasses.MISSING, convert: Any = None) -> Any:
+
+def from_gguf(key: str, default: Any = dataclasses.MISSING, convert: Any = None, most: int = LARGEST) -> Any:
     """A configuration field and its key in GGUF metadata, without the architecture's prefix.
 
-    `convert` turns the stored value into the published one.
+    `convert` turns the stored value into the published one. `most` bounds a number of repetitions, such as layers, so that
+    a damaged file cannot ask for a graph without end.
     """
-    return dataclasses.field(default=default, metadata={"gguf": key, "convert": convert})
+    return dataclasses.field(default=default, metadata={"gguf": key, "convert": convert, "most": most})
 
 
 @dataclass(frozen=True)
@@ -27,11 +33,12 @@ class RopeScaling:
     """How rotary angles are stretched beyond the original context.
 
     Attributes:
-        rope_type: "default", "linear", "yarn" or "llama3".
         mscale, mscale_all_dim: YaRN's magnitudes (DeepSeek), as published.
+        attention_factor: what YaRN multiplies cos and sin by; None is `0.1 ln factor + 1`.
+    Raises: FormatError.
     """
 
-    rope_type: str = "default"
+    rope_type: Literal["default", "linear", "yarn", "llama3"] = "default"
     factor: float = 1.0
     original_max_position_embeddings: int = 0
     beta_fast: float = 32.0
@@ -40,14 +47,26 @@ class RopeScaling:
     mscale_all_dim: float = 0.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
+    attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.factor <= 0:
+            raise FormatError(f"[config] the factor of rope scaling must be above 0; got {self.factor}")
+        if self.rope_type in ("yarn", "llama3") and self.original_max_position_embeddings < 1:
+            raise FormatError(f"[config] rope scaling {self.rope_type!r} wants original_max_position_embeddings >= 1")
+
+    @property
+    def magnitude(self) -> float:
+        """What YaRN multiplies cos and sin by. Source: arXiv:2309.00071, section 3.4."""
+        return 0.1 * math.log(self.factor) + 1.0 if self.attention_factor is None else self.attention_factor
 
     @staticmethod
     def from_json(config: Mapping[str, Any]) -> RopeScaling:
         """From `rope_scaling` or `rope_parameters` of a published configuration."""
-        given = config.get("rope_scaling") or config.get("rope_parameters") or {}
-        kind = given.get("rope_type", given.get("type", "default"))
-        names = {f.name for f in dataclasses.fields(RopeScaling)} - {"rope_type"}
-        return RopeScaling(rope_type=kind, **{n: given[n] for n in names if given.get(n) is not None})
+        given = _object(config, "rope_scaling") or _object(config, "rope_parameters")
+        whole = {"original_max_position_embeddings": config.get("max_position_embeddings"), **given}
+        kind = given.get("rope_type") or given.get("type")
+        return _scaling({**whole, "rope_type": kind}, "rope_scaling.")
 
     @staticmethod
     def from_metadata(metadata: Mapping[str, Any], prefix: str) -> RopeScaling:
@@ -56,16 +75,33 @@ class RopeScaling:
         def get(key: str, default: Any) -> Any:
             return metadata.get(f"{prefix}.rope.scaling.{key}", default)
 
-        multiplier = round(float(get("yarn_log_multiplier", 0.0)) * 10.0, 6)  # stored as 0.1 * mscale_all_dim
-        return RopeScaling(
-            rope_type={"none": "default"}.get(get("type", "default"), get("type", "default")),
-            factor=float(get("factor", 1.0)),
-            original_max_position_embeddings=int(get("original_context_length", 0)),
-            beta_fast=float(get("yarn_beta_fast", 32.0)),
-            beta_slow=float(get("yarn_beta_slow", 1.0)),
-            mscale=multiplier,
-            mscale_all_dim=multiplier,
-        )
+        multiplier = round(_typed(get("yarn_log_multiplier", 0.0), float, "yarn_log_multiplier") * 10.0, 6)  # 0.1 of it is stored
+        factor = get("factor", metadata.get(f"{prefix}.rope.scale_linear")) or 1.0  # 0 is written for none
+        kind = get("type", "linear")  # files of the time before YaRN say the factor alone
+        found = {
+            "rope_type": "default" if kind == "none" or (kind == "linear" and factor == 1.0) else kind,
+            "factor": factor,
+            "original_max_position_embeddings": get("original_context_length", metadata.get(f"{prefix}.context_length")),
+            "beta_fast": get("yarn_beta_fast", None),
+            "beta_slow": get("yarn_beta_slow", None),
+            "mscale": multiplier,
+            "mscale_all_dim": multiplier,
+        }
+        return _scaling(found, f"{prefix}.rope.scaling.")
+
+
+def _scaling(given: Mapping[str, Any], where: str) -> RopeScaling:
+    """The fields that are there, checked; None is the default."""
+    hints = typing.get_type_hints(RopeScaling)
+    return RopeScaling(**{n: _typed(given[n], hints[n], where + n) for n in hints if given.get(n) is not None})
+
+
+def _object(given: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A value that is an object, empty where it is not there."""
+    value = given.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise FormatError(f"[config] {name} must be an object; got {value!r}")
+    return value
 
 
 def read_gguf(config: type[C], metadata: Mapping[str, Any], architecture: str, extra: Mapping[str, Any] | None = None) -> C:
@@ -74,22 +110,21 @@ def read_gguf(config: type[C], metadata: Mapping[str, Any], architecture: str, e
     Raises:
         FormatError: a field without a default is missing, or a value has the wrong type; the message names the key.
     """
-    values: dict[str, Any] = dict(extra or {})
+    values: dict[str, Any] = {}
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
-        if field.name in values:
-            continue
         if hints[field.name] is RopeScaling:
             values[field.name] = RopeScaling.from_metadata(metadata, architecture)
             continue
         key = field.metadata.get("gguf")
-        if key is None:
-            continue
-        name = f"{architecture}.{key}"
-        if name in metadata:
+        name = field.name if key is None else f"{architecture}.{key}"
+        if extra and field.name in extra:
+            values[field.name] = _field(extra[field.name], field, hints[field.name], field.name, published=True)
+        elif key is not None and name in metadata:
             value = metadata[name]
-            convert = field.metadata.get("convert")
-            values[field.name] = _typed(convert(value) if convert else value, hints[field.name], name)
+            if typing.get_origin(hints[field.name]) is not tuple:
+                value = _same_in_all_layers(value, name)
+            values[field.name] = _field(value, field, hints[field.name], name)
         elif field.default is dataclasses.MISSING:
             raise FormatError(f"[config] the metadata has no {name!r}, which {config.__module__} needs")
     return config(**values)
@@ -102,28 +137,71 @@ def read_json(config: type[C], given: Mapping[str, Any]) -> C:
         FormatError: a field without a default is missing, or a value has the wrong type; the message names it.
     """
     hints = typing.get_type_hints(config)
-    rope = given.get("rope_parameters") or {}
-    flat = {**{k: v for k, v in rope.items() if k == "rope_theta"}, **given}
+    flat = {"rope_theta": _object(given, "rope_parameters").get("rope_theta"), **given}
     values: dict[str, Any] = {}
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
         if hints[field.name] is RopeScaling:
             values[field.name] = RopeScaling.from_json(given)
         elif flat.get(field.name) is not None:
-            values[field.name] = _typed(flat[field.name], hints[field.name], field.name)
+            values[field.name] = _field(flat[field.name], field, hints[field.name], field.name, published=True)
         elif field.default is dataclasses.MISSING:
             raise FormatError(f"[config] the configuration has no {field.name!r}, which {config.__module__} needs")
     return config(**values)
 
 
+def whole_number(metadata: Mapping[str, Any], *keys: str, default: int | None = None) -> int:
+    """A whole number of GGUF metadata, under the first of the keys that is there.
+
+    Raises:
+        FormatError: none is there and there is no default, or it is something else.
+    """
+    key = next((key for key in keys if key in metadata), keys[0])
+    if key not in metadata and default is not None:
+        return default
+    if key not in metadata:
+        raise FormatError(f"[config] the metadata has no {key!r}")
+    return int(_typed(_same_in_all_layers(metadata[key], key), int, key))
+
+
+def _same_in_all_layers(value: Any, name: str) -> Any:
+    """The one value of an array that gives it for every layer."""
+    if not hasattr(value, "__len__") or isinstance(value, str):
+        return value
+    if not len(value) or any(v != value[0] for v in value):
+        raise FormatError(f"[config] {name} must be the same in all layers; got {list(value[:8])}")
+    return value[0].item() if hasattr(value[0], "item") else value[0]
+
+
+def _field(value: Any, field: dataclasses.Field[Any], hint: Any, name: str, published: bool = False) -> Any:
+    """A field's value: its type, and for whole numbers its range; 0 where a size may be absent means that it is."""
+    convert = field.metadata.get("convert")
+    found = _typed(value if published or convert is None else convert(value), hint, name)
+    if type(found) is not int:
+        return found
+    if found == 0 and field.default is None:
+        return None
+    least, most = int(field.default is dataclasses.MISSING), field.metadata.get("most", LARGEST)
+    if not least <= found <= most:
+        raise FormatError(f"[config] {name} must be from {least} to {most}; got {found}")
+    return found
+
+
 def _typed(value: Any, hint: Any, name: str) -> Any:
-    """`value` as a field's type: numbers narrowed, lists made tuples."""
+    """`value` as a field's type: numbers narrowed, lists made tuples.
+
+    Raises:
+        FormatError: it is something else.
+    """
     options = [h for h in typing.get_args(hint) if h is not types.NoneType] if isinstance(hint, types.UnionType) else [hint]
     wanted = typing.get_origin(options[0]) or options[0]
-    try:
-        if wanted is tuple:
-            return tuple(v.item() if hasattr(v, "item") else v for v in value)
-        if wanted in (int, float) and isinstance(value, (str, list, tuple)):
-            raise TypeError
+    if wanted is Literal and value in typing.get_args(options[0]):
+        return value
+    if wanted is tuple and hasattr(value, "__len__") and not isinstance(value, str | Mapping):
+        return tuple(_typed(v.item() if hasattr(v, "item") else v, typing.get_args(options[0])[0], name) for v in value)
+    number = not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
+    if (wanted is float and number) or (wanted is int and number and value == int(value)):
         return wanted(value)
-    except (TypeError, ValueError) as error:
-        raise FormatError(f"[config] {name} must be {wanted.__name__}; got {value!r}") from error
+    if wanted in (bool, str) and isinstance(value, wanted):
+        return value
+    choices = " or ".join(map(repr, typing.get_args(options[0]))) if wanted is Literal else wanted.__name__
+    raise FormatError(f"[config] {name} must be {choices}; got {value!r}")

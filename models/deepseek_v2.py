@@ -8,19 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tensorgraph.dims import ALWAYS
 from tensorgraph.graph import Graph, Node, choose
 from tensorgraph.models.architecture import Architecture
 from tensorgraph.models.blocks import embed, feed_forward, flatten, head, heads, norm
 from tensorgraph.models.builder import Builder
-from tensorgraph.models.config import RopeScaling, from_gguf
+from tensorgraph.models.config import MOST_LAYERS, RopeScaling, from_gguf, whole_number
 from tensorgraph.models.experts import expert_sum, route, weigh
 from tensorgraph.ops import concat, cont, flash_attn, mul_mat, rope, sigmoid, soft_max
 from tensorgraph.state import StateSpec
 
-GATING = {1: "softmax", 2: "sigmoid", 4: "sqrtsoftplus"}
+GATING = {1: "softmax", 2: "sigmoid"}
 """GGUF's numbers for `scoring_func`."""
 
 Select = Callable[[Builder, int, Node, Node], Node | None]
@@ -35,13 +35,13 @@ class Config:
     hidden_size: int = from_gguf("embedding_length")
     intermediate_size: int = from_gguf("feed_forward_length")
     moe_intermediate_size: int = from_gguf("expert_feed_forward_length")
-    num_hidden_layers: int
+    num_hidden_layers: int = from_gguf("block_count", most=MOST_LAYERS)
     num_attention_heads: int = from_gguf("attention.head_count")
     q_lora_rank: int | None = from_gguf("attention.q_lora_rank", None)
     kv_lora_rank: int = from_gguf("attention.kv_lora_rank")
     qk_nope_head_dim: int
     qk_rope_head_dim: int = from_gguf("rope.dimension_count")
-    v_head_dim: int = from_gguf("attention.value_length_mla")
+    v_head_dim: int
     n_routed_experts: int = from_gguf("expert_count")
     n_shared_experts: int = from_gguf("expert_shared_count")
     num_experts_per_tok: int = from_gguf("expert_used_count")
@@ -50,7 +50,7 @@ class Config:
     topk_group: int = from_gguf("expert_group_used_count", 1)
     routed_scaling_factor: float = from_gguf("expert_weights_scale", 1.0)
     norm_topk_prob: bool = from_gguf("expert_weights_norm", False)
-    scoring_func: str = from_gguf("expert_gating_func", "softmax", GATING.get)
+    scoring_func: Literal["softmax", "sigmoid"] = from_gguf("expert_gating_func", "softmax", lambda n: GATING.get(n, n))
     max_position_embeddings: int = from_gguf("context_length")
     rms_norm_eps: float = from_gguf("attention.layer_norm_rms_epsilon")
     rope_theta: float = from_gguf("rope.freq_base", 10000.0)
@@ -58,11 +58,20 @@ class Config:
 
 
 def from_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that GGUF has no key for: head sizes without the rotary part, layers without those for prediction."""
-    prefix = metadata["general.architecture"]
-    nope = metadata[f"{prefix}.attention.key_length_mla"] - metadata[f"{prefix}.rope.dimension_count"]
-    extra = metadata.get(f"{prefix}.nextn_predict_layers", 0)
-    return {"qk_nope_head_dim": nope, "num_hidden_layers": metadata[f"{prefix}.block_count"] - extra}
+    """The fields that GGUF has no key for: head sizes without the rotary part, layers without those for prediction.
+
+    Files with an unsplit `attn_kv_b` give the sizes of a head where newer ones give those of a latent.
+    """
+
+    def number(*keys: str, default: int | None = None) -> int:
+        return whole_number(metadata, *(f"{metadata['general.architecture']}.{key}" for key in keys), default=default)
+
+    width = number("attention.key_length_mla", "attention.key_length")
+    return {
+        "qk_nope_head_dim": width - number("rope.dimension_count"),
+        "v_head_dim": number("attention.value_length_mla", "attention.value_length"),
+        "num_hidden_layers": number("block_count") - number("nextn_predict_layers", default=0),
+    }
 
 
 def states(c: Config) -> dict[str, StateSpec]:
@@ -112,7 +121,7 @@ def break_even(c: Config) -> int:
 
 def absorbed(g: Builder, q_nope: Node, q_pe: Node, rows: Node, ids: Node | None, c: Config) -> Node:
     """Queries brought to the latents: one key row for all heads, whose first kv_lora numbers are the value too."""
-    to_latent = g.weight("attn_k_b.weight", c.num_attention_heads, c.kv_lora_rank, c.qk_nope_head_dim)
+    to_latent = key_weight(g, c)
     q_latent = mul_mat(to_latent, q_nope.permute(1, 0, 2)).permute(1, 0, 2)  # [T, H, kv_lora]
     k = rows.reshape(rows.shape[0], 1, -1)  # [S, 1, kv_lora | rope]
     seen = g.segment("latent", k, ids=ids)
@@ -124,7 +133,7 @@ def absorbed(g: Builder, q_nope: Node, q_pe: Node, rows: Node, ids: Node | None,
 def naive(g: Builder, q_nope: Node, q_pe: Node, rows: Node, ids: Node | None, c: Config) -> Node:
     """Keys and values of every head, expanded from the latents."""
     n_head = c.num_attention_heads
-    to_latent = g.weight("attn_k_b.weight", n_head, c.kv_lora_rank, c.qk_nope_head_dim)
+    to_latent = key_weight(g, c)
     latents = rows[:, : c.kv_lora_rank].cast("f32").broadcast(n_head, rows.shape[0], c.kv_lora_rank)
     k_nope = mul_mat(cont(to_latent.permute(0, 2, 1)), latents).permute(1, 0, 2)  # [S, H, nope]
     v = mul_mat(value_weight(g, c), latents).permute(1, 0, 2)  # [S, H, v]
@@ -134,8 +143,27 @@ def naive(g: Builder, q_nope: Node, q_pe: Node, rows: Node, ids: Node | None, c:
     return flash_attn(q, seen, scale=scale(c), pos=g.positions, seq=g.seqs)
 
 
+def key_weight(g: Builder, c: Config) -> Node:
+    """Shapes: -> [H, kv_lora, nope]."""
+    both = unsplit(g, c)
+    if both is not None:
+        return cont(both[:, : c.qk_nope_head_dim].permute(0, 2, 1))
+    return g.weight("attn_k_b.weight", c.num_attention_heads, c.kv_lora_rank, c.qk_nope_head_dim)
+
+
 def value_weight(g: Builder, c: Config) -> Node:
+    """Shapes: -> [H, v, kv_lora]."""
+    both = unsplit(g, c)
+    if both is not None:
+        return cont(both[:, c.qk_nope_head_dim :])
     return g.weight("attn_v_b.weight", c.num_attention_heads, c.v_head_dim, c.kv_lora_rank)
+
+
+def unsplit(g: Builder, c: Config) -> Node | None:
+    """The weight that older files hold instead of those two. Shapes: -> [H, nope | v, kv_lora]."""
+    width = c.qk_nope_head_dim + c.v_head_dim
+    both = g.optional("attn_kv_b.weight", c.num_attention_heads * width, c.kv_lora_rank)
+    return None if both is None else both.cast("f32").reshape(c.num_attention_heads, width, c.kv_lora_rank)
 
 
 def moe(g: Builder, x: Node, c: Config) -> Node:
@@ -167,7 +195,7 @@ def rotary(c: Config) -> dict[str, Any]:
     s = c.rope_scaling
     plain = {"n_dims": c.qk_rope_head_dim, "base": c.rope_theta}
     if s.rope_type != "yarn":
-        return plain
+        return plain | ({"freq_scale": 1.0 / s.factor} if s.rope_type == "linear" else {})
     return plain | {
         "freq_scale": 1.0 / s.factor,
         "ext_factor": 1.0,

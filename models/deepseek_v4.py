@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from tensorgraph.dtypes import f32
+from tensorgraph.errors import FormatError
 from tensorgraph.graph import Graph, Node
 from tensorgraph.models.architecture import Architecture
 from tensorgraph.models.blocks import embed, flatten, heads, logits, norm
 from tensorgraph.models.builder import Builder
-from tensorgraph.models.config import RopeScaling, from_gguf
+from tensorgraph.models.config import MOST_LAYERS, RopeScaling, from_gguf
 from tensorgraph.models.deepseek_v32 import best_rows
 from tensorgraph.models.experts import expert_sum, route, weigh
 from tensorgraph.ops import (
@@ -40,11 +41,6 @@ CSA, HCA = 4, 128
 """Tokens in a block of compressed sparse and of heavily compressed attention; a ratio of 0 is a window alone."""
 
 
-def _one(values: Any) -> float:
-    """GGUF stores one limit a layer; published is one for all."""
-    return float(values[0]) if hasattr(values, "__len__") else float(values)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Fields as published; sizes in elements."""
@@ -52,7 +48,7 @@ class Config:
     vocab_size: int = from_gguf("vocab_size")
     hidden_size: int = from_gguf("embedding_length")
     moe_intermediate_size: int = from_gguf("expert_feed_forward_length")
-    num_hidden_layers: int = from_gguf("block_count")
+    num_hidden_layers: int = from_gguf("block_count", most=MOST_LAYERS)
     num_attention_heads: int = from_gguf("attention.head_count")
     head_dim: int = from_gguf("attention.key_length")
     qk_rope_head_dim: int = from_gguf("rope.dimension_count")
@@ -65,7 +61,7 @@ class Config:
     norm_topk_prob: bool = from_gguf("expert_weights_norm", True)
     routed_scaling_factor: float = from_gguf("expert_weights_scale", 1.0)
     num_hash_layers: int = from_gguf("hash_layer_count", 0)
-    swiglu_limit: float = from_gguf("swiglu_clamp_exp", convert=_one)
+    swiglu_limit: float = from_gguf("swiglu_clamp_exp")
     sliding_window: int = from_gguf("attention.sliding_window")
     compress_ratios: tuple[int, ...] = from_gguf("attention.compress_ratios")
     compress_rope_theta: float = from_gguf("attention.compress_rope_freq_base")
@@ -75,10 +71,15 @@ class Config:
     index_head_dim: int = from_gguf("attention.indexer.key_length")
     index_topk: int = from_gguf("attention.indexer.top_k")
     hc_mult: int = from_gguf("hyper_connection.count")
-    hc_sinkhorn_iters: int = from_gguf("hyper_connection.sinkhorn_iterations")
+    hc_sinkhorn_iters: int = from_gguf("hyper_connection.sinkhorn_iterations", most=MOST_LAYERS)
     hc_eps: float = from_gguf("hyper_connection.epsilon")
     max_position_embeddings: int = from_gguf("context_length")
     rms_norm_eps: float = from_gguf("attention.layer_norm_rms_epsilon")
+
+    def __post_init__(self) -> None:
+        if len(self.compress_ratios) < self.num_hidden_layers or min(self.compress_ratios) < 0:
+            given = f"{list(self.compress_ratios)} for {self.num_hidden_layers} layers"
+            raise FormatError(f"[config] compress_ratios must have a ratio of 0 or more for each layer; got {given}")
 
 
 def states(c: Config) -> dict[str, StateSpec]:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from tensorgraph.errors import FormatError
 from tensorgraph.graph import Graph, Node
 from tensorgraph.models import deepseek_v2, deepseek_v32
 from tensorgraph.models.architecture import Architecture
@@ -20,7 +21,12 @@ from tensorgraph.state import StateSpec
 class Config(deepseek_v32.Config):
     """`indexer_types`: per layer "full" (its own selection) or "shared" (that of the layer before)."""
 
-    indexer_types: tuple[str, ...] = ()
+    indexer_types: tuple[Literal["full", "shared"], ...] = ()
+
+    def __post_init__(self) -> None:
+        types = self.indexer_types
+        if types and (len(types) < self.num_hidden_layers or types[0] != "full"):
+            raise FormatError(f"[config] indexer_types must have one a layer, the first 'full'; got {list(types)}")
 
     def is_full(self, i: int) -> bool:
         return not self.indexer_types or self.indexer_types[i] == "full"

@@ -6,12 +6,13 @@ Source: arXiv:2307.09288, arXiv:2407.21783.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from tensorgraph.graph import Graph, Node
 from tensorgraph.models.architecture import Architecture
 from tensorgraph.models.blocks import embed, feed_forward, flatten, head, heads, norm
 from tensorgraph.models.builder import Builder
-from tensorgraph.models.config import RopeScaling, from_gguf
+from tensorgraph.models.config import MOST_LAYERS, RopeScaling, from_gguf
 from tensorgraph.ops import flash_attn, rope
 from tensorgraph.ops.position import llama3_freq_factors
 from tensorgraph.state import StateSpec
@@ -24,7 +25,7 @@ class Config:
     vocab_size: int = from_gguf("vocab_size")
     hidden_size: int = from_gguf("embedding_length")
     intermediate_size: int = from_gguf("feed_forward_length")
-    num_hidden_layers: int = from_gguf("block_count")
+    num_hidden_layers: int = from_gguf("block_count", most=MOST_LAYERS)
     num_attention_heads: int = from_gguf("attention.head_count")
     num_key_value_heads: int | None = from_gguf("attention.head_count_kv", None)
     head_dim: int | None = from_gguf("attention.key_length", None)
@@ -76,8 +77,12 @@ def rotate(g: Builder, x: Node, c: Config) -> Node:
         original = scaling.original_max_position_embeddings
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         factors = g.literal("rope_freqs", llama3_freq_factors(n_dims, c.rope_theta, scaling.factor, low, high, original))
-    stretch = 1.0 / scaling.factor if scaling.rope_type == "linear" else 1.0
-    return rope(x, g.positions, factors, n_dims=n_dims, base=c.rope_theta, freq_scale=stretch)
+    stretch = 1.0 / scaling.factor if scaling.rope_type in ("linear", "yarn") else 1.0
+    yarn: dict[str, Any] = {}
+    if scaling.rope_type == "yarn":
+        yarn = {"ext_factor": 1.0, "beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
+        yarn |= {"magnitude": scaling.magnitude, "original_context": scaling.original_max_position_embeddings}
+    return rope(x, g.positions, factors, n_dims=n_dims, base=c.rope_theta, freq_scale=stretch, **yarn)
 
 
 Architecture("llama", config=Config, states=states, build=build, published=("LlamaForCausalLM", "MistralForCausalLM"))

@@ -62,6 +62,8 @@ def compile(
         if options.verify_passes:
             verify(lowered)
     folded = FoldConstants()(lowered)
+    if options.verify_passes:
+        verify(folded.graph)
     scheduled = schedule(folded.graph, devices, options.placement)
     outputs = list(scheduled.graph.outputs.values())
     order = [n for s in scheduled.splits for n in s.nodes]
@@ -74,13 +76,14 @@ def compile(
 
 def plan_key(graph: Graph, devices: Sequence[Device], options: CompileOptions) -> str:
     """The topology key: the graph's structure, the devices and the options; no value, no pointer."""
-    text = f"{graph.key}|{','.join(d.name for d in devices)}|{options.key}"
+    placed = [node.name for node in graph.nodes] if options.placement else []  # names count where placement goes by them
+    text = f"{graph.key}|{','.join(d.name for d in devices)}|{options.key}|{placed}"
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 @dataclass
 class PlanCache:
-    """Finished plans by topology. Literals are values, so a plan that is found gets those of the graph that asked."""
+    """Finished plans by topology. One that is found gets the literals of the graph, and the devices, that asked."""
 
     hits: int = 0
     misses: int = 0
@@ -95,7 +98,7 @@ class PlanCache:
         key = plan_key(graph, devices, options)
         if key in self._plans:
             self.hits += 1
-            return replace(self._plans[key], literals=graph.literals)
+            return replace(self._plans[key], literals=graph.literals, devices=devices)
         self.misses += 1
         began = time.perf_counter()
         self._plans[key] = compile(graph, devices, options)

@@ -79,6 +79,6 @@ def get_devices(names: str | Device | Sequence[str | Device]) -> tuple[Device, .
     """Devices by name: a backend's (`"reference"`), or one of several of a backend (`"reference:1"`); in order of preference."""
     listed = names.split(",") if isinstance(names, str) else [names] if isinstance(names, Device) else list(names)
     devices = tuple(d if isinstance(d, Device) else registry.backends.get(d.partition(":")[0].strip())(d.strip()) for d in listed)
-    if len({d.name for d in devices}) != len(devices):
-        raise UnsupportedError(f"[devices] each may be given once; got {', '.join(d.name for d in devices)}")
+    if not devices or len({d.name for d in devices}) != len(devices):
+        raise UnsupportedError(f"[devices] wanted at least one, each once; got {', '.join(d.name for d in devices) or 'none'}")
     return devices

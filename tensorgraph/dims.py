@@ -1,7 +1,8 @@
 """Runtime extents: an axis length that is known only when a step runs.
 
 An extent is an `int`, a `Dim`, or a polynomial of Dims with integer coefficients and floor divisions. Axes use affine
-ones; strides and element counts are products of them. Values are canonical, so equal extents compare and hash equal.
+ones; strides and element counts are products of them. Values are canonical: equal polynomials, and equal quotients of
+polynomials without quotients in them, compare and hash equal.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import gcd
 from typing import Union
 
 from tensorgraph.errors import GraphError, ShapeError
@@ -69,7 +71,14 @@ class Symbol:
             return exact
         if not isinstance(divisor, int) or divisor < 1:
             raise ShapeError(f"[dim] cannot divide {self} by {divisor}")
-        return FloorDiv(self, divisor)
+        terms = {(): 0} | self._terms()  # what divides comes out; the rest is reduced, so that equal quotients are equal
+        whole = {k: c // divisor for k, c in terms.items() if not k or c % divisor == 0}
+        rest = {k: c - whole.get(k, 0) * divisor for k, c in terms.items()}
+        common = gcd(divisor, *(c for k, c in rest.items() if k))
+        left = _canonical({k: c // common for k, c in rest.items()})
+        if isinstance(left, FloorDiv):
+            return _canonical(whole) + left.dividend // (left.divisor * (divisor // common))
+        return _canonical(whole) + (FloorDiv(left, divisor // common) if isinstance(left, Symbol) else 0)
 
     def __le__(self, bound: int) -> Guard:
         return Guard(((self, None, bound),))
@@ -199,8 +208,12 @@ class Guard:
 
     bounds: tuple[tuple[Symbol, int | None, int | None], ...] = ()
 
-    def __and__(self, other: Guard) -> Guard:
+    def __and__(self, other: Guard | bool) -> Guard | bool:
+        if isinstance(other, bool):  # a bound on an extent that is a number
+            return self if other else False
         return Guard(self.bounds + other.bounds)
+
+    __rand__ = __and__
 
     def __bool__(self) -> bool:
         raise GraphError(f"[guard] {self} is known only when a step runs; pass it as a guard, not to `if`")
@@ -250,8 +263,12 @@ def _sum(extents: Iterable[Extent]) -> Extent:
 def divide_exact(extent: Extent, divisor: Extent) -> Extent | None:
     """`extent / divisor` where every term divides without remainder, else None."""
     divisor_terms = _terms_of(divisor)
-    if len(divisor_terms) != 1:
-        return 1 if extent == divisor else None
+    if not divisor_terms:
+        return None
+    if len(divisor_terms) > 1:  # one term times the whole sum
+        last = _canonical(dict(list(divisor_terms.items())[-1:]))
+        quotients = (divide_exact(_canonical({k: c}), last) for k, c in _terms_of(extent).items())
+        return next((q for q in quotients if q is not None and q * divisor == extent), None)
     ((symbols, factor),) = divisor_terms.items()
     quotient: dict[tuple[Symbol, ...], int] = {}
     for key, coefficient in _terms_of(extent).items():

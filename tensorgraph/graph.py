@@ -13,7 +13,7 @@ import networkx as nx
 import numpy as np
 
 from tensorgraph import registry
-from tensorgraph.dims import Dim, Extent, Guard, Shape, Symbol, as_extent, product, shape_text
+from tensorgraph.dims import ALWAYS, Dim, Extent, Guard, Shape, Symbol, as_extent, maximum, product, shape_text
 from tensorgraph.dtypes import DType, as_dtype, f32
 from tensorgraph.errors import GraphError, ShapeError, UnknownNameError
 from tensorgraph.source import source_line
@@ -103,8 +103,8 @@ class Node:
         if not -self.ndim <= axis < self.ndim:
             raise ShapeError(f"[slice] {shape_text(self.shape)} has no axis {axis} ({source_line()})")
         length, start, stop = self.shape[axis], _index(start), _index(stop)
-        known = isinstance(length, int) and isinstance(start, int) and isinstance(stop, int)
-        if step < 1 or (known and not 0 <= start <= stop <= length):  # type: ignore[operator]
+        ordered = not (isinstance(start, int) and isinstance(stop, int)) or 0 <= start <= stop
+        if step < 1 or not ordered or (isinstance(length, int) and maximum(stop) > length):
             given = f"{start}:{stop}:{step} on axis {axis} of {shape_text(self.shape)}"
             raise ShapeError(f"[slice] wanted 0 <= start <= stop <= length and step >= 1; got {given} ({source_line()})")
         return self._view(self.index_map.slice(axis % self.ndim, start, stop, step))
@@ -155,7 +155,11 @@ class Node:
     def __neg__(self) -> Node:
         return registry.ops.get("scale")(self, scale=-1.0)
 
+    def __rsub__(self, other: float) -> Node:
+        return -self + other
+
     __radd__, __rmul__ = __add__, __mul__
+    __array_ufunc__ = None  # NumPy's arrays leave `array + node` to the node, which says what is wrong with it
 
     def cast(self, dtype: DType | str) -> Node:
         return registry.ops.get("cast")(self, dtype=as_dtype(dtype))
@@ -168,6 +172,8 @@ class Node:
 def _binary(op: str, a: Node, b: Node | float) -> Node:
     if isinstance(b, Node):
         return registry.ops.get(op)(a, b)
+    if not isinstance(b, (int, float, np.number)) or (op == "div" and b == 0):
+        raise GraphError(f"[{op}] wanted a value of a graph or a number (to divide by: not 0); got {b!r} ({source_line()})")
     if op in ("mul", "div"):
         scale, bias = (b if op == "mul" else 1.0 / b), 0.0
     else:
@@ -228,23 +234,24 @@ def append(stream: str, x: Node, rows: Extent, dtype: DType) -> Node:
     return Node("append", (x,), (rows, *x.shape[1:]), dtype, {"stream": stream}, ("x",), stream)
 
 
-def choose(alternatives: Mapping[str, tuple[Node, Guard]], name: str = "") -> Node:
+def choose(alternatives: Mapping[str, tuple[Node, Guard | bool]], name: str = "") -> Node:
     """Several forms of one value; when a step runs, the first whose guard holds is computed and the others are not.
+
+    A bound on an extent that is a number is a bool already: False leaves the form out.
 
     Raises:
         ShapeError: the forms differ in shape or dtype.
         GraphError: the last one has a guard (there must be a form for every step).
     """
-    nodes = [node for node, _ in alternatives.values()]
-    first = nodes[0]
-    for label, (node, _) in alternatives.items():
-        if (node.shape, node.dtype) != (first.shape, first.dtype):
-            raise ShapeError(f"[choose] wanted {first!r} from every form; {label!r} gives {node!r} ({source_line()})")
-    guards = tuple(guard for _, guard in alternatives.values())
-    if guards[-1].bounds:
-        raise GraphError(f"[choose] the last form must be always possible; got: if {guards[-1]} ({source_line()})")
-    attrs = {"guards": guards}
-    return Node("choose", tuple(nodes), first.shape, first.dtype, attrs, tuple(alternatives), name)
+    forms = {label: (n, ALWAYS if g is True else g) for label, (n, g) in alternatives.items() if g is not False}
+    nodes, guards = tuple(n for n, _ in forms.values()), tuple(g for _, g in forms.values() if isinstance(g, Guard))
+    if not guards or guards[-1].bounds:
+        given = f"if {guards[-1]}" if guards else "no form"
+        raise GraphError(f"[choose] the last form must be always possible; got: {given} ({source_line()})")
+    for label, node in zip(forms, nodes, strict=True):
+        if (node.shape, node.dtype) != (nodes[0].shape, nodes[0].dtype):
+            raise ShapeError(f"[choose] wanted {nodes[0]!r} from every form; {label!r} gives {node!r} ({source_line()})")
+    return Node("choose", nodes, nodes[0].shape, nodes[0].dtype, {"guards": guards}, tuple(forms), name)
 
 
 def topological(roots: Iterable[Node]) -> list[Node]:
@@ -275,8 +282,9 @@ class Graph:
         self.outputs: Mapping[str, Node]
         self.effects: tuple[Node, ...]
         self.__dict__.update(outputs=MappingProxyType({**(outputs or {}), **more}), effects=tuple(effects))
-        if not self.outputs:
-            raise GraphError("[graph] wanted at least one output")
+        wrong = [f"{name}={value!r}" for name, value in self.outputs.items() if not isinstance(value, Node)]
+        if wrong or not self.outputs:
+            raise GraphError(f"[graph] wanted at least one output, each a value; got {wrong or 'none'} ({source_line()})")
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"a graph is immutable; wanted to set {name!r}")
@@ -347,14 +355,10 @@ class Graph:
     @cached_property
     def key(self) -> str:
         """A hash of the topology: ops, attributes, dtypes, shapes with named extents, streams; no value, no pointer."""
-        digest = hashlib.sha256()
-        for node in self.nodes:
-            digest.update(structure_line(node, [self.number[i] for i in node.inputs]).encode())
-        for dim in self.dims.values():
-            digest.update(f"{dim.name}<={dim.max};".encode())
-        for name, node in self.outputs.items():
-            digest.update(f"{name}={self.number[node]};".encode())
-        return digest.hexdigest()[:32]
+        lines = [structure_line(node, [self.number[i] for i in node.inputs]) for node in self.nodes]
+        lines += [f"{dim.name}<={dim.max};" for dim in self.dims.values()]
+        lines += [f"{name}={self.number[node]};" for name, node in (*self.outputs.items(), *(("", n) for n in self.effects))]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()[:32]
 
     def to_networkx(self) -> nx.MultiDiGraph:
         """The def-use graph, for export and coarse questions; nodes are numbered as `print` numbers them."""
@@ -373,8 +377,7 @@ class Graph:
 def structure_line(node: Node, inputs: Sequence[int]) -> str:
     """What makes two nodes compute the same: one line of the topology."""
     attrs = ",".join(f"{k}={node.attrs[k]}" for k in sorted(node.attrs))
-    slots = ",".join(node.slots)
-    return f"{node.op}({slots}:{','.join(map(str, inputs))}){{{attrs}}}{node.dtype}{shape_text(node.shape)}\n"
+    return f"{node.op}({','.join(node.slots)}:{','.join(map(str, inputs))}){{{attrs}}}{node.dtype}{shape_text(node.shape)}\n"
 
 
 def _extents(node: Node) -> Iterator[Any]:

@@ -85,20 +85,13 @@ def _last_uses(order: Sequence[Node], kept: Sequence[Node]) -> dict[Node, int]:
         for source in node.inputs if node.op != "view" else ():
             for root in storage_roots(source):
                 last[root] = position
-    reach = {node: position for position, node in enumerate(order)}
-    for node in order:  # what lies in a choice lives as long as the choice is used
-        if node.op == "choose":
-            for root in storage_roots(node):
-                last[root] = max(last.get(root, 0), last.get(node, reach[node]))
     for node in kept:
         for root in storage_roots(node):
             last[root] = len(order)
     return last
 
 
-def _inplace_input(
-    node: Node, position: int, last: dict[Node, int], buffers: dict[Node, Buffer], size_bytes: int
-) -> Node | None:
+def _inplace_input(node: Node, position: int, last: dict[Node, int], buffers: dict[Node, Buffer], size_bytes: int) -> Node | None:
     """An input whose memory the result may take: declared so, dense, as large, and not needed afterwards."""
     if node.op in STRUCTURAL:
         return None

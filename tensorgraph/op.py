@@ -66,7 +66,7 @@ class Lowering:
 
     name: str
     build: Callable[..., Node]
-    guard: Callable[[Node], Guard]
+    guard: Callable[[Node], Guard | bool]
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class Op:
         self.expansion = fn
         return fn
 
-    def lowering(self, name: str, guard: Callable[[Node], Guard] = lambda node: ALWAYS) -> Callable[..., Any]:
+    def lowering(self, name: str, guard: Callable[[Node], Guard | bool] = lambda node: ALWAYS) -> Callable[..., Any]:
         """Declares a guarded form; the first declared whose guard holds is run, the op itself where none does."""
 
         def declare(fn: Callable[..., Node]) -> Callable[..., Node]:

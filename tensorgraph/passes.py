@@ -35,9 +35,9 @@ def _on_base(view: Node, base: Node) -> Node:
     if base.op == "view":
         index_map = base.index_map.reshape(view.index_map.shape) if view.index_map.is_dense else None
         if index_map is not None:
-            return replace(view, inputs=(base.base,), attrs={"map": index_map})
+            return replace(view, inputs=(base.base,), dtype=base.dtype, attrs={"map": index_map})
         base = registry.ops.get("cont")(base)
-    return replace(view, inputs=(base,))
+    return replace(view, inputs=(base,), dtype=base.dtype)  # a folded base of a block type has become f32
 
 
 def _with_name(value: Node, name: str) -> Node:
@@ -157,7 +157,7 @@ class LowerGuarded:
         return replace(choose({name: forms[name] for name in (*kept, last)}, node.name), where=node.where)
 
     def _scratch(self, node: Node, form: str) -> int:
-        """Bytes, at the largest extents, of what only this form computes."""
+        """Bytes, at the largest extents, of what this form computes and the last, which stays in any case, does not."""
         root = node.inputs[node.slots.index(form)]
-        shared = set(topological(i for i in node.inputs if i is not root))
+        shared = set(topological([node.inputs[-1]]))
         return sum(node_bytes(n) for n in topological([root]) if n not in shared and n.op not in STRUCTURAL)

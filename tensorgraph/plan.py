@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
 from tensorgraph.device import Device, Part, Run, StateAccess, Values
-from tensorgraph.dims import Bindings, shape_text, unify
+from tensorgraph.dims import Bindings, Dim, shape_text, unify
 from tensorgraph.dtypes import DType
 from tensorgraph.errors import InputError, UnknownNameError
 from tensorgraph.graph import STRUCTURAL, Graph, Node
@@ -63,9 +63,7 @@ class Plan:
 
     def choose(self, dims: Bindings) -> tuple[int, ...]:
         """Which form of each choice a step of these extents takes."""
-        return tuple(
-            next(i for i, guard in enumerate(node.attrs["guards"]) if guard.holds(dims)) for node in self.choices
-        )
+        return tuple(next(i for i, guard in enumerate(node.attrs["guards"]) if guard.holds(dims)) for node in self.choices)
 
     def active(self, choice: Sequence[int]) -> frozenset[Node]:
         """The nodes that a step computes when its choices fall so."""
@@ -146,6 +144,8 @@ class Executable:
     ) -> None:
         self.plan, self._uploaded = plan, uploaded
         self._devices = {d.name: d for d in plan.devices}
+        # expressions last: they are checked once their Dims are bound
+        self._inputs = sorted(plan.graph.inputs.items(), key=lambda i: any(not isinstance(e, (int, Dim)) for e in i[1].shape))
         self._programs: dict[tuple[int, ...], list[Program]] = {}
         self._constants: dict[str, dict[Node, Any]] = {name: {} for name in self._devices}
         self._attach(weights)
@@ -160,24 +160,25 @@ class Executable:
         for node in plan.graph.outputs.values():
             if node.op == "constant":
                 wanted.setdefault(node, set()).add(plan.scheduled.device[node])
-        folded = self._fold(weights) if any(n.attrs["name"].startswith("fold:") for n in wanted) else {}
+        computed = plan.prologue.outputs if plan.prologue else {}
         for node, devices in wanted.items():
             name = node.attrs["name"]
-            local = name in folded or name in plan.literals
+            part = Graph({"y": computed[name]}) if name in computed else None
+            local = name in plan.literals or (part is not None and not plan.literals.keys().isdisjoint(part.constants))
+            held = {} if local else self._uploaded
+            label = f"fold {part.key}" if part is not None else name  # the same in all plans of a model, unlike fold:N
             for device in devices:
-                held = {} if local else self._uploaded
-                if (device, name) not in held:
-                    array = folded[name] if name in folded else plan.literals[name] if name in plan.literals else source(name)
+                if (device, label) not in held:
+                    array = self._fold(part, weights) if part else plan.literals[name] if local else np.asarray(source(name))
                     _check_array("weight", name, node, array)
-                    held[device, name] = self._devices[device].upload(array, node.dtype, constant=True)
-                self._constants[device][node] = held[device, name]
+                    held[device, label] = self._devices[device].upload(array, node.dtype, constant=True)
+                self._constants[device][node] = held[device, label]
 
-    def _fold(self, weights: WeightSource | Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
-        """The constants that are computed from others."""
+    def _fold(self, part: Graph, weights: WeightSource | Mapping[str, np.ndarray] | None) -> np.ndarray:
+        """A constant that is computed from others."""
         plan = self.plan
-        assert plan.prologue is not None
-        prologue = Plan(plan.key, schedule(plan.prologue, plan.devices), plan.devices, {}, None, plan.literals)
-        return Executable(prologue, weights, {}).run({})
+        prologue = Plan(plan.key, schedule(part, plan.devices), plan.devices, {}, None, plan.literals)
+        return Executable(prologue, weights, {}).run({})["y"]
 
     def run(
         self, inputs: Mapping[str, np.ndarray], *, state: StateAccess | None = None, dims: Bindings | None = None
@@ -217,17 +218,15 @@ class Executable:
                 f"unknown: {', '.join(unknown) or 'none'}"
             )
         bound = dict(given)
-        for name, node in wanted.items():
-            given_type, dtype = np.asarray(inputs[name]).dtype, node.dtype
-            if dtype.numpy is not None and not np.can_cast(given_type, dtype.numpy, "same_kind"):
-                raise InputError(f"[run] {name} must be {dtype}; got {given_type}")
-        for _ in range(2):  # an expression can be checked once its Dims are bound
-            for name, node in wanted.items():
-                shape = np.shape(inputs[name])
-                fits = len(shape) == node.ndim and all(unify(bound, e, n) for e, n in zip(node.shape, shape, strict=True))
-                if not fits:
-                    limits = "".join(f", {d} <= {d.max}" for e in node.shape if not isinstance(e, int) for d in e.dims())
-                    raise InputError(f"[run] {name} must be {shape_text(node.shape)}{limits}; got {list(shape)}")
+        for name, node in self._inputs:
+            array, dtype = np.asarray(inputs[name]), node.dtype.numpy
+            if dtype is not None and array.dtype != dtype and not np.can_cast(array.dtype, dtype, "same_kind"):
+                raise InputError(f"[run] {name} must be {node.dtype}; got {array.dtype}")
+            if array.ndim != node.ndim or not all(map(partial(unify, bound), node.shape, array.shape)):
+                dims = dict.fromkeys(d for e in node.shape if not isinstance(e, int) for d in e.dims())
+                limits = "".join(f", {d} <= {d.max}" for d in dims)
+                known = "".join(f"; {d} is {bound[d.name]}" for d in dims if d.name in bound)
+                raise InputError(f"[run] {name} must be {shape_text(node.shape)}{limits}; got {list(array.shape)}{known}")
         unbound = [name for name in self.plan.graph.dims if name not in bound]
         wrong = [f"{d} = {bound[d.name]}" for d in self.plan.graph.dims.values() if not 0 <= bound.get(d.name, 0) <= d.max]
         if wrong:
@@ -299,4 +298,3 @@ def _check_array(kind: str, name: str, node: Node, array: np.ndarray) -> None:
         wanted[-1] = dtype.size_bytes(int(wanted[-1]))  # type: ignore[arg-type]
     if list(array.shape) != wanted or (not dtype.is_block and array.dtype != dtype.numpy):
         raise InputError(f"[bind] the {kind} {name!r} must be {dtype}{wanted}; got {array.dtype}{list(array.shape)}")
-

@@ -126,7 +126,7 @@ class Session:
         seq: int | None = None,
         ids: Iterable[int] = (),
     ) -> None:
-        self.engine, self.context = engine, context or engine.model.context
+        self.engine, self.context = engine, engine.model.context if context is None else context
         self.step_tokens = step_tokens
         if self.context < 1 or step_tokens < 1:
             raise InputError(f"[session] wanted context and step_tokens >= 1; got {self.context}, {step_tokens}")
@@ -148,7 +148,8 @@ class Session:
         """Append tokens and evaluate them.
 
         Returns the logits of the last token [V], or with `all_logits` of every new one [T, V], f32. With `outputs` (names of
-        nodes, `logits` among them if wanted) a mapping of those instead; their first axis covers all new tokens.
+        nodes, `logits` among them if wanted) a mapping of those instead: rows of all new tokens where the first axis is T or O;
+        others are given whole, one after another for each step. Row numbers count the visible rows of the whole batch.
 
         Raises: InputError: no tokens, one outside the vocabulary, or more than the context holds; the session is unchanged.
         """
@@ -160,6 +161,8 @@ class Session:
     ) -> list[Any]:
         """Evaluate several sessions of one store together, as one ragged batch a step; results as `eval` gives them."""
         checked = [(session, session._check(ids)) for session, ids in work]
+        if len({id(session) for session, _ in checked}) != len(checked):
+            raise StateError("[batch] wanted each session once; got one twice")
         if len({id(session._store) for session, _ in checked}) != 1:
             raise StateError("[batch] wanted sessions of one store (made by `fork` or `sibling`); got none, or of several")
         wanted = tuple(outputs) if outputs is not None else (LOGITS,)
@@ -210,7 +213,7 @@ class Session:
             ids = [int(i) for i in json.loads(extra["ids"])]
             if len(ids) != self._store.length(seq) or len(ids) > self.context:
                 raise ValueError
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             self._store.free(seq)
             raise FormatError(f"[load] {os.fspath(path)}: the token ids do not fit the state or the context") from error
         self._store.free(self._open())
@@ -238,7 +241,10 @@ class Session:
 
     def _check(self, ids: Iterable[int]) -> np.ndarray:
         self._open()
-        array = np.asarray(list(ids) if not isinstance(ids, np.ndarray) else ids)
+        try:
+            array = np.asarray(list(ids) if not isinstance(ids, np.ndarray) else ids)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"[eval] wanted a list of token ids; got {ids!r:.60}") from error
         if array.ndim != 1 or not len(array) or array.dtype.kind not in "iu":
             raise InputError(f"[eval] wanted at least one token id; got {array.dtype}{list(array.shape)}")
         vocab_size = self.engine.model.vocab_size

@@ -73,8 +73,7 @@ class Step:
             for i, (cls, pool) in enumerate(store._pools.items()):
                 start, stop = [n // cls.every for n in self._start], [n // cls.every for n in self._stop]
                 tables = [
-                    pool.extend(state.tables[i], a, b, self._fresh[i])
-                    for state, a, b in zip(before, start, stop, strict=True)
+                    pool.extend(state.tables[i], a, b, self._fresh[i]) for state, a, b in zip(before, start, stop, strict=True)
                 ]
                 low = [cls.first_read(n) for n in self._start]
                 new, seen = (Rows(pool.page_rows, tables, first, stop) for first in (start, low))

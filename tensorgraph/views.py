@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tensorgraph.dims import Bindings, Extent, Shape, divide_exact, evaluate, evaluate_shape, product, shape_text
+from tensorgraph.dims import Bindings, Extent, Shape, Symbol, divide_exact, evaluate, evaluate_shape, product, shape_text
 from tensorgraph.errors import ShapeError
 from tensorgraph.source import source_line
 
@@ -22,11 +22,15 @@ def contiguous_strides(shape: Sequence[Extent]) -> Shape:
 
 @dataclass(frozen=True)
 class IndexMap:
-    """Element `i` of the view is element `offset + sum(i[d] * strides[d])` of the base, counted in elements."""
+    """Element `i` of the view is element `offset + sum(i[d] * strides[d])` of the base, counted in elements.
+
+    `within` are the extents that a step must find >= 0 for its slices to lie within their axes, where that is not certain.
+    """
 
     shape: Shape
     strides: Shape
     offset: Extent = 0
+    within: tuple[Symbol, ...] = ()
 
     @staticmethod
     def dense(shape: Sequence[Extent]) -> IndexMap:
@@ -43,7 +47,7 @@ class IndexMap:
         return self.offset == 0
 
     def permute(self, axes: Sequence[int]) -> IndexMap:
-        return IndexMap(tuple(self.shape[a] for a in axes), tuple(self.strides[a] for a in axes), self.offset)
+        return IndexMap(tuple(self.shape[a] for a in axes), tuple(self.strides[a] for a in axes), self.offset, self.within)
 
     def slice(self, axis: int, start: Extent, stop: Extent, step: int = 1) -> IndexMap:
         length = stop - start
@@ -51,7 +55,8 @@ class IndexMap:
         shape[axis] = length if step == 1 else (length + (step - 1)) // step
         offset = self.offset + start * strides[axis]
         strides[axis] = strides[axis] * step
-        return IndexMap(tuple(shape), tuple(strides), offset)
+        unsure = (e for e in (start, self.shape[axis] - stop) if isinstance(e, Symbol) and e.min < 0)
+        return IndexMap(tuple(shape), tuple(strides), offset, (*self.within, *unsure))
 
     def broadcast(self, shape: Sequence[Extent]) -> IndexMap:
         """NumPy's rule: axes of length 1 and missing leading axes repeat."""
@@ -64,14 +69,14 @@ class IndexMap:
             strides.append(stride if mine == wanted else 0)
         if lead < 0:
             raise ShapeError(f"[broadcast] {shape_text(self.shape)} does not broadcast to {shape_text(shape)} ({source_line()})")
-        return IndexMap(tuple(shape), tuple(strides), self.offset)
+        return IndexMap(tuple(shape), tuple(strides), self.offset, self.within)
 
     def reshape(self, shape: Sequence[Extent]) -> IndexMap | None:
         """The same elements in row order under another shape; None where strides cannot say it (a copy is needed)."""
         if self.is_dense:
-            return IndexMap(tuple(shape), contiguous_strides(shape))
+            return IndexMap(tuple(shape), contiguous_strides(shape), 0, self.within)
         if 0 in self.shape:
-            return IndexMap(tuple(shape), contiguous_strides(shape), self.offset)
+            return IndexMap(tuple(shape), contiguous_strides(shape), self.offset, self.within)
         old = [(n, s) for n, s in zip(self.shape, self.strides, strict=True) if n != 1]
         strides: list[Extent] = []
         at = 0
@@ -102,7 +107,7 @@ class IndexMap:
                 step = step * extent
             strides.extend(reversed(group))
             at, position = old_end, new_end
-        return IndexMap(tuple(shape), tuple(strides), self.offset) if at == len(old) else None
+        return IndexMap(tuple(shape), tuple(strides), self.offset, self.within) if at == len(old) else None
 
     def resolve(self, bindings: Bindings) -> tuple[tuple[int, ...], tuple[int, ...], int]:
         """Shape, strides and offset as numbers, in elements."""
@@ -110,7 +115,8 @@ class IndexMap:
 
     def __str__(self) -> str:
         offset = f" + {self.offset}" if self.offset != 0 else ""
-        return f"{shape_text(self.shape)} strides {shape_text(self.strides)}{offset}"
+        within = f" within {shape_text(self.within)}" if self.within else ""
+        return f"{shape_text(self.shape)} strides {shape_text(self.strides)}{offset}{within}"
 
 
 def _smaller(a: Extent, b: Extent) -> bool:

@@ -59,6 +59,8 @@ def logits(
     from tensorgraph.models.text.model import load
 
     sequences = [read_ids(name) for name in ids]
+    if not out.parent.is_dir() or out.is_dir():  # said before the work is done
+        raise InputError(f"[logits] wanted --out as a file in a folder that is there; got {str(out)!r}")
     with options.working("loading"):
         loaded = load(model, backend=backend, kv_type=kv_type)
     with loaded:
@@ -85,6 +87,8 @@ def read_ids(name: str) -> np.ndarray:
     path = Path(match[1] if match else name)
     try:
         if match:
+            if path.is_file() and not zipfile.is_zipfile(path):  # NumPy would take it for a pickle
+                raise InputError(f"[ids] {path} holds no token ids: it is no .npz file")
             with np.load(path) as arrays:
                 wanted = match[2] or ("input_ids" if "input_ids" in arrays.files else arrays.files[0])
                 if wanted not in arrays.files or (match[2] is None and wanted != "input_ids" and len(arrays.files) > 1):
@@ -95,9 +99,9 @@ def read_ids(name: str) -> np.ndarray:
             found = np.asarray(json.loads(path.read_bytes()))
     except FileNotFoundError:
         raise InputError(f"[ids] there is no file {str(path)!r}") from None
-    except (ValueError, OSError, IndexError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except (ValueError, OSError, IndexError, EOFError, RecursionError, zipfile.BadZipFile) as error:
         raise InputError(f"[ids] {path} holds no token ids: {error}") from error
     if found.ndim != 1 or not found.size or found.dtype.kind not in "iu":
         raise InputError(f"[ids] wanted a list of whole numbers in {name}; got {found.dtype}{list(found.shape)}")

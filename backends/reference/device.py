@@ -48,8 +48,9 @@ class ReferenceDevice(Device):
         steps: list[Step] = []
         last = {source: i for i, node in enumerate(part.nodes) for source in (node, *node.inputs)}
         dead: dict[int, list[Node]] = {}
+        ours = set(part.nodes) - part.keep
         for node, i in last.items():
-            if node in set(part.nodes) and node not in part.keep:
+            if node in ours:
                 dead.setdefault(i, []).append(node)
         for i, node in enumerate(part.nodes):
             steps.append(_step(node, part))
@@ -109,14 +110,15 @@ def _op_step(node: Node) -> Step:
 def _view_step(node: Node) -> Step:
     index_map, base = node.index_map, node.base
     is_dense = index_map.is_dense
-    static = all(isinstance(e, int) for e in (*index_map.shape, *index_map.strides, index_map.offset))
+    static = all(isinstance(e, int) for e in (*index_map.shape, *index_map.strides, index_map.offset, *index_map.within))
     resolved = index_map.resolve({}) if static else None
 
     def view(values: Values, step: Run) -> None:
         shape, strides, offset = resolved or index_map.resolve(step.dims)
         flat = np.ascontiguousarray(values[base]).reshape(-1)
         last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-        if min(shape, default=1) < 0 or (0 not in shape and not 0 <= offset <= last < flat.size):
+        beyond = min(shape, default=1) < 0 or any(e.evaluate(step.dims) < 0 for e in index_map.within)
+        if beyond or (0 not in shape and not 0 <= offset <= last < flat.size):
             at = f"elements {offset} to {last} of {node.base!r}, which has {flat.size} in this step"
             raise InputError(f"[view] wanted {list(shape)} within its base; got {at} ({node.where})")
         if is_dense:

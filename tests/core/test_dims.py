@@ -116,8 +116,17 @@ def test_quotients_by_dims() -> None:
     assert divide_exact(T * S, T * T) is None
     assert divide_exact(T * 3, 2) is None
     assert divide_exact(T + 1, T + 1) == 1
+    assert divide_exact((T + 1) * 6, T + 1) == 6 and divide_exact((T * 2 + S) * S, T * 2 + S) == S
+    assert divide_exact((T + 1) * 6 + 1, T + 1) is None and divide_exact(T + 1, 0) is None
     assert (T * 4 + 8) // 4 == T + 2
     assert str(T // 4) == "T//4" and str((T + 1) // 4) == "(T + 1)//4"
+
+
+def test_equal_quotients_are_equal() -> None:
+    assert T // 4 // 2 == T // 8 and (T * 3 // 4) // 3 == T // 4 and (T // 4 * 2) // 6 == T // 12
+    assert (T * 2) // 4 == T // 2 and (T * 6 + 5) // 4 == (T * 3 + 2) // 2 and (T * 2 + 1) // 4 == T // 2
+    assert (T + 5) // 4 == (T + 1) // 4 + 1 and (T * 4 + 3) // 4 == T and (T * 4 + S) // 4 == T + S // 4
+    assert (T - 1) // 4 == (T + 3) // 4 - 1 and T // 4 != (T + 1) // 4
 
 
 def test_the_ceiling_idiom_has_the_maximum_of_a_ceiling() -> None:
@@ -149,6 +158,11 @@ def test_guards_joined_hold_together(t: int, s: int) -> None:
     assert guard.holds({"T": t, "S": s}) == (t <= 8 and s >= 40)
     assert ALWAYS.holds({}) and str(ALWAYS) == "always"
     assert str(guard) == "T <= 8 and S >= 40"
+
+
+def test_a_bound_on_a_number_joins_a_guard() -> None:
+    assert (T <= 3) & (8 <= 9) == (T <= 3) == (8 <= 9) & (T <= 3)  # noqa: PLR0133, SIM300
+    assert ((T <= 3) & (9 <= 8)) is False  # noqa: PLR0133
 
 
 def test_a_guard_is_not_a_truth() -> None:

@@ -10,6 +10,7 @@ import networkx as nx
 import numpy as np
 import pytest
 
+from tensorgraph.compiler import compile
 from tensorgraph.dims import ALWAYS, Dim
 from tensorgraph.dtypes import f16, f32
 from tensorgraph.errors import GraphError, ShapeError, TensorGraphError, UnknownNameError
@@ -86,6 +87,8 @@ def test_wiring_and_the_order_of_outputs_are_topology() -> None:
     a, b = input("a", (4,)), input("b", (4,))
     assert Graph(y=a - b).key != Graph(y=b - a).key
     assert Graph(y=a, z=b).key != Graph(y=b, z=a).key
+    k = append("k", input("x", (T, 4)), S, f16)
+    assert Graph(y=k).key != Graph({"y": k}, effects=[k]).key
     assert Graph(y=relu(a) + relu(a)).key != Graph(y=(r := relu(a)) + r).key
     assert (
         Graph(y=rope(input("q", (T, 2, 4)), input("p", (T,), "i32"))).key
@@ -114,6 +117,27 @@ def test_a_literal_is_what_it_was_when_the_graph_was_built() -> None:
     assert node.data is not None and node.data.tolist() == [1, 1, 1]
     with pytest.raises(ValueError, match="read-only"):
         node.data[0] = 2
+
+
+def test_numbers_in_arithmetic() -> None:
+    x, given = input("x", (4,)), np.array([1, 2, 4, 8], np.float32)
+    graph = Graph(a=x + 1, b=2.5 + x, c=x - 3, d=3 - x, e=x * np.float32(2), f=0.5 * x, g=x / 4, h=-x)
+    results = compile(graph).run(x=given)
+    expected = [given + 1, given + 2.5, given - 3, 3 - given, given * 2, given / 2, given / 4, -given]
+    for result, wanted in zip(results.values(), expected, strict=True):
+        np.testing.assert_array_equal(result, wanted)
+
+
+@pytest.mark.parametrize("build", [lambda x: x + np.ones(4), lambda x: np.ones(4) * x, lambda x: x - "1", lambda x: x / 0])
+def test_what_is_no_number_in_arithmetic(build: Callable[[Node], Node]) -> None:
+    said = r"\[\w+\] wanted a value of a graph or a number .*; got .* \(test_graph.py:\d+\)"
+    with pytest.raises(GraphError, match=said):
+        build(input("x", (4,)))
+
+
+def test_an_output_is_a_value_of_a_graph() -> None:
+    with pytest.raises(GraphError, match=r"\[graph\] wanted at least one output, each a value; got \['y=3'\] \(test_graph.py:"):
+        Graph({"y": 3})  # type: ignore[dict-item]
 
 
 def test_a_graph_is_what_its_outputs_and_effects_reach() -> None:
@@ -228,5 +252,7 @@ def test_well_formed_graphs_pass() -> None:
 def test_choices_that_do_not_fit() -> None:
     with pytest.raises(ShapeError, match=r"\[choose\] wanted .* from every form; 'b' gives"):
         choose({"a": (Y, T <= 2), "b": (VIEW, ALWAYS)})
+    with pytest.raises(GraphError, match=r"\[choose\] the last form must be always possible; got: no form"):
+        choose({})
     with pytest.raises(GraphError, match=r"\[choose\] the last form must be always possible; got: if T <= 3"):
         choose({"a": (Y, ALWAYS), "b": (soft_max(X), T <= 3)})

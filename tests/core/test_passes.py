@@ -156,6 +156,7 @@ def test_a_folded_block_type_becomes_f32() -> None:
     decoded = run(cast(cast(input("a", (2, 32)), dtype="q4_0"), dtype="f32"), a=weights["w"])
     assert 0 < np.abs(decoded - weights["w"]).max() < 1
     np.testing.assert_allclose(run(mul_mat(quantised, x), weights, x=inputs), inputs @ decoded.T, rtol=1e-5, atol=1e-5)
+    verify(FoldConstants()(Graph(y=mul_mat(quantised[1:], x), row=quantised[0])).graph)  # a view is of its base's dtype
 
 
 # Fused ops and guarded forms.
@@ -230,6 +231,12 @@ def test_guards_choose_the_form_by_the_extents_of_the_step(formed: Op) -> None:
     assert [plan.choose({"T": t}) for t in (2, 6, 4)] == [(0,), (1,), (2,)]
 
 
+def test_guards_of_numbers_are_known_when_the_graph_is_compiled(formed: Op) -> None:
+    assert [added(formed(input("x", (t, 4))), t) for t in (1, 2, 3, 6)] == [1, 1, 0, 2]
+    plan = compile(Graph(y=formed(input("x", (4, 4)))))
+    assert ops_of(plan.graph) == ["test_formed"]
+
+
 def test_only_the_chosen_form_is_computed(formed: Op) -> None:
     plan = compile(Graph(y=formed(input("x", (T, 4)))))
     kinds = {t: {n.op for n in plan.active(plan.choose({"T": t})) if n.op not in STRUCTURAL} for t in (1, 4, 8)}
@@ -270,6 +277,14 @@ def test_what_both_forms_need_is_no_scratch_of_one() -> None:
     kept = LowerGuarded(scratch_bytes=8 * 4 * 4)(Graph(y=choose(forms)))
     assert "choose" in ops_of(kept)
     assert "choose" not in ops_of(LowerGuarded(scratch_bytes=8 * 4 * 4 - 1)(Graph(y=choose(forms))))
+
+
+def test_what_only_guarded_forms_share_is_scratch_of_each() -> None:
+    x = input("x", (T, 4))
+    large = sum_rows(repeat(x.reshape(T, 4, 1), shape=(T, 4, 64))).reshape(T, 4)
+    forms = {"a": (scale(large, scale=1.0), T <= 2), "b": (scale(large, scale=2.0), T <= 4), "c": (x + 1.0, ALWAYS)}
+    assert ops_of(LowerGuarded(scratch_bytes=4096)(Graph(y=choose(forms)))) == ["scale"]
+    assert "choose" in ops_of(LowerGuarded(scratch_bytes=1 << 20)(Graph(y=choose(forms))))
 
 
 def test_a_name_survives_the_loss_of_its_forms(formed: Op) -> None:

@@ -131,6 +131,25 @@ def test_devices_and_options_are_part_of_the_key() -> None:
     assert plan_key(graph, one, CompileOptions(verify_passes=True)) == plan_key(graph, one, CompileOptions())
 
 
+def test_names_are_part_of_the_key_where_placement_goes_by_them() -> None:
+    def places(first: str, second: str) -> list[str]:
+        node = relu(scale(input("x", (4,)), scale=2.0).named(first)).named(second)
+        plan = cache.get(Graph(y=node), pair(), CompileOptions(placement={"here": "reference:1"}))
+        return [split.device for split in plan.scheduled.splits]
+
+    cache = PlanCache()
+    assert places("here", "there") == ["reference:1"] and places("there", "here") == ["reference:0", "reference:1"]
+
+
+def test_a_plan_that_is_found_runs_on_the_devices_that_asked() -> None:
+    cache, devices = PlanCache(), [pair(), pair()]
+    for both in devices:
+        node = relu(scale(input("x", (4,)), scale=2.0)).named("far")
+        plan = cache.get(Graph(y=node), both, CompileOptions(placement={"far": "reference:1"}))
+        plan.run(x=np.ones(4, np.float32))
+    assert cache.hits == 1 and [both[1].traffic.copies for both in devices] == [1, 1]
+
+
 def test_two_models_of_one_topology_share_a_plan_and_keep_their_values() -> None:
     """Other weights, and other literals: also where one folds them into something else."""
     cache = PlanCache()
@@ -175,7 +194,26 @@ def test_literals_and_folded_values_are_not_shared_with_the_weights() -> None:
         folding = Graph(y=get_rows(scale(constant("v", shape=(2, 2)), scale=literal), input("ids", (T,), "i32")))
         folded = compile(folding).bind({"v": np.ones((2, 2), np.float32)}, uploaded=uploaded)
         assert folded.run({"ids": np.array([1])})["y"].tolist() == [[literal, literal]]
-    assert {name for _, name in uploaded} == {"w.gate", "w.up", "w.down"}
+    assert {name for _, name in uploaded if not name.startswith("fold ")} == {"w.gate", "w.up", "w.down"}
+
+
+def test_what_is_folded_from_weights_is_computed_once_for_all_plans_that_share_them() -> None:
+    asked: list[str] = []
+
+    def find(name: str) -> Array:
+        asked.append(name)
+        return np.full((4, 2), ord(name), np.float32)
+
+    a, b = (scale(constant(name, shape=(4, 2)), scale=2.0, bias=1.0) for name in "ab")
+    ids = input("ids", (T,), "i32")
+    uploaded: dict[tuple[str, str], Any] = {}
+    for graph, wanted in (
+        (Graph(y=get_rows(a, ids)), {"y": 195}),
+        (Graph(y=get_rows(b, ids), z=get_rows(a, ids)), {"y": 197, "z": 195}),
+    ):
+        results = compile(graph).bind(find, uploaded=uploaded).run({"ids": np.array([3])})
+        assert {name: value.tolist() for name, value in results.items()} == {n: [[v, v]] for n, v in wanted.items()}
+    assert asked == ["a", "b"] and len(uploaded) == 2
 
 
 # What cannot be run.
@@ -221,7 +259,7 @@ def test_one_dim_has_one_value() -> None:
     bound = compile(Graph(y=input("a", (T, 1)) + input("b", (T, 1)), z=input("c", (T * 2 + 1,)))).bind()
     a, c = np.zeros((3, 1), np.float32), np.zeros(7, np.float32)
     assert bound.run({"a": a, "b": a, "c": c})["y"].shape == (3, 1)
-    with pytest.raises(InputError, match=r"\[run\] b must be \[T, 1\], T <= 8; got \[4, 1\]"):
+    with pytest.raises(InputError, match=r"\[run\] b must be \[T, 1\], T <= 8; got \[4, 1\]; T is 3"):
         bound.run({"a": a, "b": np.zeros((4, 1), np.float32), "c": c})
     with pytest.raises(InputError, match=r"\[run\] c must be \[2\*T \+ 1\], T <= 8; got \[6\]"):
         bound.run({"c": c[:6], "a": a, "b": a})
@@ -247,6 +285,7 @@ def test_extents_that_no_input_gives() -> None:
         ({"w.up": None}, UnknownNameError, r"\[bind\] the weight 'w.up' is missing; given: w.gate, w.down"),
         ({"w.up": np.zeros((64, 31), np.float32)}, InputError, r"the weight 'w.up' must be f32\[64, 32\]; got float32\[64, 31\]"),
         ({"w.up": np.zeros((64, 32), np.float16)}, InputError, r"the weight 'w.up' must be f32\[64, 32\]; got float16\[64, 32\]"),
+        ({"w.up": [1, 2]}, InputError, r"the weight 'w.up' must be f32\[64, 32\]; got int64\[2\]"),
         ({"w.up": np.zeros(64, np.float32)}, InputError, r"the weight 'w.up' must be f32\[64, 32\]; got float32\[64\]"),
     ],
 )

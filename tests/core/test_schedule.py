@@ -169,8 +169,10 @@ def test_what_no_device_supports() -> None:
 def test_devices_that_are_not_there() -> None:
     with pytest.raises(UnsupportedError, match=r"'blk.0.w' is placed on 'gpu'; the devices are reference:0, reference:1"):
         on_two(chain(1), {"blk.*": "gpu"})
-    with pytest.raises(UnsupportedError, match=r"\[devices\] each may be given once; got reference, reference"):
+    with pytest.raises(UnsupportedError, match=r"\[devices\] wanted .* each once; got reference, reference"):
         get_devices("reference, reference")
+    with pytest.raises(UnsupportedError, match=r"\[devices\] wanted at least one, each once; got none"):
+        get_devices([])
     assert [d.name for d in get_devices("reference,reference:1")] == ["reference", "reference:1"]
 
 

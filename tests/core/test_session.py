@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from tensorgraph import registry
 from tensorgraph.compiler import PlanCache
-from tensorgraph.errors import InputError, StateError, TensorGraphError, UnknownNameError
+from tensorgraph.errors import FormatError, InputError, StateError, TensorGraphError, UnknownNameError
 from tensorgraph.session import Engine, Session
 from tensorgraph.state_store import Step
 from tests.models import tiny
@@ -25,6 +26,8 @@ def session(architecture: str = "llama", **options: Any) -> Session:
 REFUSED: dict[str, tuple[Callable[[Session], Any], type[Exception], str]] = {
     "no tokens": (lambda s: s.eval([]), InputError, r"\[eval\] wanted at least one token id; got float64\[0\]"),
     "fractions": (lambda s: s.eval([1.5]), InputError, r"wanted at least one token id; got float64\[1\]"),
+    "no list": (lambda s: s.eval(5), InputError, r"\[eval\] wanted a list of token ids; got 5"),  # type: ignore[arg-type]
+    "a ragged table": (lambda s: s.eval([[1], [2, 3]]), InputError, "wanted a list of token ids"),  # type: ignore[list-item]
     "a table": (lambda s: s.eval(np.zeros((2, 2), np.int32)), InputError, r"wanted at least one token id; got int32\[2, 2\]"),
     "an unknown token": (
         lambda s: s.eval([1, 2, 512]),
@@ -55,7 +58,7 @@ def test_a_refusal_leaves_the_session_as_it_was(name: str) -> None:
         assert s.eval([1, 5]).tobytes() == fresh.eval([1, 5]).tobytes()
 
 
-@pytest.mark.parametrize("options", [{"context": -1}, {"step_tokens": 0}])
+@pytest.mark.parametrize("options", [{"context": -1}, {"context": 0}, {"step_tokens": 0}])
 def test_sizes_of_a_session(options: dict[str, int]) -> None:
     with pytest.raises(InputError, match=r"\[session\] wanted context and step_tokens >= 1"):
         session(**options)
@@ -76,6 +79,24 @@ def test_a_batch_is_of_one_store() -> None:
         with pytest.raises(StateError, match=r"\[batch\] wanted sessions of one store"):
             Session.batch([(a, [1]), (b, [2])])
         assert a.length == b.length == 0
+
+
+def test_a_session_is_in_a_batch_once() -> None:
+    with session(context=10, step_tokens=4) as s:
+        with pytest.raises(StateError, match=r"\[batch\] wanted each session once"):
+            Session.batch([(s, [1] * 6), (s, [2] * 6)])
+        assert s.length == 0
+
+
+@pytest.mark.parametrize("ids", ["[Infinity, 1]", "[" * 100_000, "[1]", '{"1": 2}', "[1, null]"])
+def test_saved_ids_that_do_not_fit(tmp_path: Path, ids: str) -> None:
+    with session() as s:
+        s.eval([3, 1])
+        s._store.save(s._open(), tmp_path / "saved", {"ids": ids})
+        used = s._store.used_pages
+        with pytest.raises(FormatError, match="token ids do not fit"):
+            s.load(tmp_path / "saved")
+        assert s.ids == [3, 1] and s._store.used_pages == used
 
 
 def test_a_bad_member_stops_the_whole_batch() -> None:

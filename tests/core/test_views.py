@@ -196,6 +196,7 @@ def test_views_that_change_nothing_are_the_node_itself() -> None:
         (lambda x: x[:, -5], r"\[slice\] wanted"),
         (lambda x: x[0, 0, 0, 0], r"\[slice\] too many indices for \[T, 4, 6\]"),
         (lambda x: x[..., 0, ...], r"\[slice\] wanted one ... at most"),
+        (lambda x: x[:, :T], r"\[slice\] wanted .* got 0:T:1 on axis 1 of"),  # T may be 5, and would read the next row
         (lambda x: x[:, [0, 1]], r"\[slice\] wanted ints, Dims, slices, ... or None as indices; got \[0, 1\]"),
         (lambda x: x.broadcast(T, 4, 7), r"\[broadcast\] \[T, 4, 6\] does not broadcast to \[T, 4, 7\]"),
         (lambda x: x.broadcast(4, 6), r"\[broadcast\] \[T, 4, 6\] does not broadcast to \[4, 6\]"),
@@ -226,6 +227,23 @@ def test_a_view_beyond_what_a_step_has_is_refused(build: Callable[[Node], Node])
 
 
 @pytest.mark.parametrize(
+    "build",
+    [
+        lambda x: x[0, :S],
+        lambda x: x[:1, :S],
+        lambda x: x[1:, T - 4 :],
+        lambda x: x.permute(1, 0)[:S].reshape(-1),
+        lambda x: x[:, T - 4 :].broadcast(2, 2, 4),
+    ],
+)
+def test_a_slice_beyond_its_axis_is_refused(build: Callable[[Node], Node]) -> None:
+    """Not read from the row before or behind, which lies within the array."""
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    with pytest.raises(InputError, match=r"\[view\] wanted .* within its base; .*which has 6 in this step \(test_views.py:"):
+        compile(Graph(y=build(input("x", (2, T))))).bind().run({"x": values}, dims={"S": 4})
+
+
+@pytest.mark.parametrize(
     ("shape", "wanted", "result"),
     [
         ((T, 12), (T, 3, -1), (T, 3, 4)),
@@ -233,6 +251,7 @@ def test_a_view_beyond_what_a_step_has_is_refused(build: Callable[[Node], Node])
         ((T, S * 2), (S, -1), (S, T * 2)),
         ((T * 4 + 8, 3), (4, -1), (4, (T + 2) * 3)),
         ((2, 3), (6, 1), (6, 1)),
+        ((T + 1, 2, 3), (T + 1, -1), (T + 1, 6)),
     ],
 )
 def test_minus_one_is_worked_out(shape: Shape, wanted: Shape, result: Shape) -> None:

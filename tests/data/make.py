@@ -35,8 +35,8 @@ VOCABULARIES = ("gpt-2", "llama-bpe", "deepseek-llm", "qwen2", "llama-spm")
 OP_FAMILIES = (
     "unary glu binary norm soft_max rope flash_attn_ext mul_mat mul_mat_id get_rows set_rows sort reduce cpy shape dsv4"
 ).split()
-OP_DTYPES = set(
-    "f32 f16 bf16 i32 i64 q8_0 q4_0 q4_1 q5_0 q5_1 mxfp4 nvfp4 q1_0 q2_0 tq1_0 tq2_0 iq4_nl iq4_xs q2_K q3_K q4_K q5_K q6_K".split()
+OP_DTYPES = set("f32 f16 bf16 i32 i64 q8_0 q4_0 q4_1 q5_0 q5_1 mxfp4 nvfp4 q1_0 q2_0".split()) | set(
+    "tq1_0 tq2_0 iq4_nl iq4_xs q2_K q3_K q4_K q5_K q6_K".split()
 )
 
 

@@ -61,6 +61,12 @@ def test_a_generation_is_the_reference_continuation(session: TextSession) -> Non
     assert answer.prompt_tokens == len(stored["input_ids"]) and 0 < answer.first_text_s < 60 and answer.decode_rate > 0
 
 
+def test_ids_may_be_an_array(session: TextSession) -> None:
+    answer = session.generate(reference("llama")["input_ids"], max_tokens=4)
+    list(answer)
+    assert answer.ids == reference("llama")["greedy_tokens"][:4].tolist()
+
+
 def test_text_streams_in_pieces_that_are_the_decoded_ids(llama: TextModel, session: TextSession) -> None:
     answer = session.generate(PROMPT, max_tokens=40)
     first = next(answer)
@@ -215,11 +221,13 @@ def test_other_threads_leave_signals_alone() -> None:
     [
         ([5, 512], "token id 512 .* vocabulary of 512"),
         ([-1], "token id -1"),
-        ([], "at least one token id"),
+        ([], "a prompt of at least one token"),
+        ({"role": "user", "content": "hi"}, "a list of messages; got dict"),
+        (b"hi", "a list of messages; got bytes"),
         (list(range(10, 100)), "context holds 40 tokens; 0 tokens are there and 90 are new"),
     ],
 )
-def test_a_prompt_that_cannot_be_is_a_sentence(llama: TextModel, prompt: list[int], said: str) -> None:
+def test_a_prompt_that_cannot_be_is_a_sentence(llama: TextModel, prompt: Any, said: str) -> None:
     with llama.session(context=40) as session:
         with pytest.raises(InputError, match=said):
             session.generate(prompt)

@@ -100,6 +100,9 @@ def test_where_steps_are_cut(length: int, prefill: int | None, chunk: int | None
         ("ids.json", b"[1, [2]]", "no token ids"),
         ("ids.json", b"[1", "no token ids"),
         ("ids.json", b"\xff\xfe\x00", "no token ids"),
+        ("ids.json", b"[" * 200_000, "no token ids"),
+        ("ids.npz", None, "no file"),
+        ("ids.npz", b"[1, 2]", "it is no .npz file"),
         ("ids.npz", b"PK\x03\x04", "no token ids"),
         ("ids.npz", b"", "no token ids"),
     ],
@@ -133,7 +136,9 @@ def test_a_sequence_longer_than_the_context_is_a_sentence(tmp_path: Path) -> Non
 
 def test_a_folder_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "ids.json").write_text("[1]")
-    assert "No such file" in refused("logits", gguf("llama"), "--ids", tmp_path / "ids.json", "--out", tmp_path / "no/out")
+    for out in (tmp_path / "no/out", tmp_path):
+        line = refused("logits", tmp_path / "none.gguf", "--ids", tmp_path / "ids.json", "--out", out)
+        assert "a file in a folder that is there" in line  # before the model is looked for
 
 
 def test_a_wrong_option_shows_the_usage() -> None:
