@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
+from tensorgraph.errors import ShapeError
 from tensorgraph.graph import Node
 from tensorgraph.models.builder import Builder
 from tensorgraph.ops import fill, gather, mul_mat_id, scatter, sum_rows, swiglu, swiglu_clamp, top_k
-from tensorgraph.source import hide_source
+from tensorgraph.source import hide_source, source_line
 
 hide_source(__file__)
 
@@ -27,9 +28,13 @@ def route(
 
     Shapes: scores [T, E], bias [E] -> ids [T, k].
     """
+    n_experts = scores.shape[-1]
+    if isinstance(n_experts, int) and not (0 < k <= n_experts and 0 < topk_group <= n_group):
+        given = f"{k} of {n_experts} experts, {topk_group} of {n_group} groups"
+        raise ShapeError(f"[route] wanted no more experts and groups than there are; got {given} ({source_line()})")
     chosen = scores if bias is None else scores + bias
     if n_group > 1:
-        n_tokens, n_experts = chosen.shape
+        n_tokens = chosen.shape[0]
         grouped = chosen.reshape(n_tokens, n_group, -1)  # [T, G, E / G]
         best = gather(grouped, top_k(grouped, k=group_top))
         kept = top_k(sum_rows(best).reshape(n_tokens, n_group), k=topk_group)  # [T, topk_group]

@@ -159,7 +159,8 @@ class Node:
         return -self + other
 
     __radd__, __rmul__ = __add__, __mul__
-    __array_ufunc__ = None  # NumPy's arrays leave `array + node` to the node, which says what is wrong with it
+    # Iterating would index without end, since a Dim has no last element; NumPy leaves `array + node` to the node.
+    __iter__ = __contains__ = __array_ufunc__ = None
 
     def cast(self, dtype: DType | str) -> Node:
         return registry.ops.get("cast")(self, dtype=as_dtype(dtype))
@@ -202,10 +203,7 @@ def _bounds(key: slice, length: Extent) -> tuple[Extent, Extent]:
 
 
 def input(name: str, shape: Sequence[Extent], dtype: DType | str = f32) -> Node:
-    """A value given by name each time a plan runs.
-
-    Shapes: any; axes may be Dims, whose values are read off the arrays given.
-    """
+    """A value given by name each time a plan runs; axes may be Dims, whose values are read off the arrays given."""
     return Node("input", (), tuple(map(as_extent, shape)), as_dtype(dtype), {"name": name}, (), name)
 
 

@@ -125,7 +125,6 @@ def _number(root: Node, leaves: frozenset[Node], known: dict[str, int]) -> int:
 
 
 _KINDS = {"int": i32, "float": f32, "real": f32, "any": f32}
-_PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
 
 
 def _sample_attr(attr: Attr, position: int) -> Any:
@@ -151,5 +150,5 @@ def _sample_input(argument: Argument, axes: dict[str, Extent], dtype: DType) -> 
             shape.append(int(axis))
         elif not axis.startswith("*"):
             static = axis not in ("T", "S", "N")
-            shape.append(axes.setdefault(axis, 2 * _PRIMES[len(axes)] if static else Dim(axis, 64)))
+            shape.append(axes.setdefault(axis, 202 + 2 * len(axes) if static else Dim(axis, 64)))
     return input(argument.name, shape, dtype)

@@ -165,7 +165,7 @@ class Session:
             raise StateError("[batch] wanted each session once; got one twice")
         if len({id(session._store) for session, _ in checked}) != 1:
             raise StateError("[batch] wanted sessions of one store (made by `fork` or `sibling`); got none, or of several")
-        wanted = tuple(outputs) if outputs is not None else (LOGITS,)
+        wanted = (LOGITS,) if outputs is None else (outputs,) if isinstance(outputs, str) else tuple(outputs)
         results = _feed(checked, wanted, all_logits)
         if outputs is not None:
             return results

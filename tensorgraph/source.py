@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from types import FrameType
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 _hidden = [_PACKAGE + os.sep, os.path.join(os.path.dirname(_PACKAGE), "ops") + os.sep]
@@ -17,15 +18,12 @@ def hide_source(file: str) -> None:
 
 def source_line() -> str:
     """`file.py:31` of the nearest caller that is neither the core nor an op: the model's own line."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
-        internal = _is_internal.get(file)
-        if internal is None:
-            internal = _is_internal[file] = os.path.abspath(file).startswith(tuple(_hidden)) or file.startswith("<")
-        if not internal:
+        if file not in _is_internal:
+            _is_internal[file] = os.path.abspath(file).startswith(tuple(_hidden)) or file.startswith("<")
+        if not _is_internal[file]:
             return f"{os.path.basename(file)}:{frame.f_lineno}"
-        if frame.f_back is None:
-            break
         frame = frame.f_back
     return ""

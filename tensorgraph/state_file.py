@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from tensorgraph.dtypes import DType
-from tensorgraph.errors import FormatError, StateError
+from tensorgraph.errors import FormatError, InputError, StateError
 from tensorgraph.state import StateSpec, StreamClass
 
 MAX_LENGTH = 2**31 - 1  # positions are i32
@@ -49,6 +49,8 @@ def save_state(path: _Path, saved: SavedState, specs: Mapping[str, StateSpec], k
     try:
         save_file(dict(saved.rows), part, {_METADATA: json.dumps(about)})
         os.replace(part, path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"[save] {os.fspath(path)} cannot be written: {error}") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -58,6 +60,8 @@ def load_state(path: _Path, specs: Mapping[str, StateSpec], kv_dtype: DType) -> 
 
     Raises: FormatError if it is damaged; StateError if it holds other streams.
     """
+    if not os.path.isfile(path):
+        raise InputError(f"[load] there is no file {os.fspath(path)}")
     try:
         with safe_open(path, framework="numpy") as file:
             about = _parse(path, file.metadata())

@@ -16,6 +16,8 @@ def verify(graph: Graph) -> Graph:
             or dtype that the op would not infer, a stream appended twice or read beside its append, or a dim, input or
             constant declared twice.
     """
+    if not isinstance(graph, Graph):
+        raise GraphError(f"[compile] wanted a Graph; got {graph!r}: name the outputs, Graph(y=...)")
     seen: set[Node] = set()
     appended: set[str] = set()
     for node in graph.nodes:

@@ -9,7 +9,7 @@ import numpy as np
 
 from tensorgraph.dims import Extent, Shape, divide_exact, shape_text
 from tensorgraph.dtypes import DType, f32
-from tensorgraph.errors import DTypeError, GraphError, ShapeError
+from tensorgraph.errors import AttributeValueError, DTypeError, GraphError, ShapeError
 from tensorgraph.graph import Node
 from tensorgraph.op import Attr, Op
 from tensorgraph.ops.attention.attend import Rule, attend
@@ -65,13 +65,15 @@ Raises: InputError, when run, for an id below -1 or not below S.
 def prepare(
     q: Node,
     *segments: Segment,
-    scale: float,
+    scale: float | None = None,
     softcap: float = 0.0,
     sinks: Node | None = None,
     pos: Node | None = None,
     seq: Node | None = None,
     d_v: int | None = None,
 ) -> tuple[dict[str, Node | None], dict[str, Any]]:
+    if scale is None:
+        raise AttributeValueError(f"[flash_attn] scale is missing ({source_line()})")
     slots: dict[str, Node | None] = {"q": q, "sinks": sinks, "pos": pos, "seq": seq}
     rules = []
     for i, s in enumerate(segments):
