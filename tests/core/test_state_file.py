@@ -16,11 +16,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from tensorgraph.dtypes import f16, f32
-from tensorgraph.errors import (
-    FormatError,
-    StateError,
-    TensorGraphError,
-)
+from tensorgraph.errors import FormatError, InputError, StateError, TensorGraphError
 from tensorgraph.state import StateSpec, StreamClass
 from tensorgraph.state_store import StateStore
 from tests.core.state_cases import SPECS, assert_same, extend, visible
@@ -55,7 +51,7 @@ def test_a_truncated_file_is_refused(saved: tuple[StateStore, dict[str, np.ndarr
             load_altered(store, path, content[:n])
     with pytest.raises(FormatError):
         load_altered(store, path, content + b"\0")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(InputError, match="there is no file"):
         store.load(path.with_name("missing"))
 
 
