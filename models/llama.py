@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tensorgraph.errors import UnsupportedError
 from tensorgraph.graph import Graph, Node
 from tensorgraph.models.architecture import Architecture
 from tensorgraph.models.blocks import embed, feed_forward, flatten, head, heads, norm
@@ -34,6 +35,7 @@ class Config:
     rope_theta: float = from_gguf("rope.freq_base", 10000.0)
     rope_dim: int | None = from_gguf("rope.dimension_count", None)
     sliding_window: int | None = from_gguf("attention.sliding_window", None)
+    num_local_experts: int = from_gguf("expert_count", 0)
     rope_scaling: RopeScaling = RopeScaling()
 
     @property
@@ -51,6 +53,8 @@ def states(c: Config) -> dict[str, StateSpec]:
 
 
 def build(g: Builder, c: Config) -> Graph:
+    if c.num_local_experts:
+        raise UnsupportedError(f"[llama] this file is a mixture of {c.num_local_experts} experts (Mixtral), which is not there")
     x = embed(g, c.vocab_size, c.hidden_size)  # [T, D]
     for i in range(c.num_hidden_layers):
         b = g.block(i)

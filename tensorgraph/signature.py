@@ -90,7 +90,7 @@ class Signature:
             wanted = int(axis) if axis.isdigit() else axes.setdefault(axis, extent)
             fits = fits and wanted == extent
         if not fits:
-            wanted_axes = [str(_known(axis, axes)) for axis in argument.axes]
+            wanted_axes = [known for axis in argument.axes if (known := str(_known(axis, axes)))]
             raise ShapeError(
                 f"[{op}] {argument.name} must be [{', '.join(wanted_axes)}]; got {shape_text(node.shape)} {_where(node)}"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,17 @@ import pytest
 
 from tensorgraph.compiler import compile, run_op
 from tensorgraph.dims import Dim
-from tensorgraph.errors import AttributeValueError, GraphError, InputError, ShapeError
+from tensorgraph.dtypes import f16
+from tensorgraph.errors import AttributeValueError, GraphError, InputError, ShapeError, UnsupportedError
+from tensorgraph.extents import Extents
 from tensorgraph.graph import input
+from tensorgraph.models.architecture import model_from_config
 from tensorgraph.models.experts import route
-from tensorgraph.ops import relu
+from tensorgraph.ops import mul_mat, relu
 from tensorgraph.ops.attention import Segment
 from tensorgraph.session import Session
 from tests.models.tiny import engine
+from tests.reference import reference_path
 
 
 def test_a_node_is_not_iterated_over() -> None:
@@ -57,3 +62,15 @@ def test_one_output_by_its_name_alone() -> None:
     session = Session(engine("llama"))
     found = session.eval([1, 2, 3], outputs="blk.0.attn_out")
     assert list(found) == ["blk.0.attn_out"] and found["blk.0.attn_out"].shape == (3, 128)
+
+
+def test_a_mixture_of_experts_of_the_llama_family(tmp_path: Path) -> None:
+    given = json.loads(reference_path("llama/config.json").read_text()) | {"num_local_experts": 8}
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    with pytest.raises(UnsupportedError, match=r"mixture of 8 experts \(Mixtral\)"):
+        model_from_config(tmp_path / "config.json").graph(Extents(), f16)
+
+
+def test_no_batch_axes_leave_no_comma() -> None:
+    with pytest.raises(ShapeError, match=r"\[mul_mat\] b must be \[2, 4\]; got \[2, 3\]"):
+        mul_mat(input("a", [5, 4]), input("b", [2, 3]))
