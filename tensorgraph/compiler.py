@@ -98,7 +98,9 @@ class PlanCache:
         key = plan_key(graph, devices, options)
         if key in self._plans:
             self.hits += 1
-            return replace(self._plans[key], literals=graph.literals, devices=devices)
+            found = self._plans[key]
+            same = found.literals is graph.literals and found.devices == devices
+            return found if same else replace(found, literals=graph.literals, devices=devices)
         self.misses += 1
         began = time.perf_counter()
         self._plans[key] = compile(graph, devices, options)

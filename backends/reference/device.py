@@ -92,15 +92,15 @@ def _op_step(node: Node) -> Step:
     op = registry.ops.get(node.op)
     floats = tuple(i.dtype.is_float for i in node.inputs)
     rounded = None if node.dtype.is_block else node.dtype.numpy
+    fixed = dict(node.attrs)
+    extents = fixed.pop("shape", None)
 
     def compute(values: Values, step: Run) -> None:
         arrays = {}
         for slot, source, is_float in zip(node.slots, node.inputs, floats, strict=True):
             value = values[source]
             arrays[slot] = value.astype(np.float64) if is_float and value.dtype != np.float64 else value
-        attrs = dict(node.attrs)
-        if "shape" in attrs:
-            attrs["shape"] = evaluate_shape(attrs["shape"], step.dims)
+        attrs = fixed if extents is None else fixed | {"shape": evaluate_shape(extents, step.dims)}
         result = np.asarray(op.compute(arrays, attrs))
         values[node] = result if rounded is None or result.dtype == rounded else result.astype(rounded)
 
