@@ -1,4 +1,4 @@
-# run, test, test-deep and lint each set .venv up where it is missing or stale; nothing here needs a compiler.
+# run, bench, test, test-deep and lint each set .venv up where it is missing or stale; nothing here needs a compiler.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -16,10 +16,11 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null && $(PYTHON) -c 'print("runs")' 2>/dev/n
 $(shell rm -f $(STAMP))
 endif
 
-.PHONY: help run test test-deep lint clean
+.PHONY: help run bench test test-deep lint clean
 
 help:
 	@echo "make run        sets up .venv and asks SmolLM2 a question (PROMPT='...')"
+	@echo "make bench      tokens a second of SmolLM2 (PEER=PYTHON beside llama.cpp: an interpreter with llama-cpp-python)"
 	@echo "make test       the tests, and a twelfth of the deep ones (SHARD=K/N picks it)"
 	@echo "make test-deep  the tests, all of the deep ones too"
 	@echo "make lint       ruff and mypy"
@@ -27,6 +28,9 @@ help:
 
 run: $(STAMP)
 	@.venv/bin/tensorgraph run smollm2 --chat -p "$$PROMPT" -n 64
+
+bench: $(STAMP)
+	@.venv/bin/tensorgraph bench smollm2 -t 1 -t 2 $(if $(PEER),--peer "$(PEER)")
 
 test: $(STAMP)
 	@$(PYTEST) --deep-shard $(SHARD)

@@ -14,11 +14,11 @@ from tensorgraph import registry
 from tensorgraph.device import Device, get_devices
 from tensorgraph.dtypes import as_dtype
 from tensorgraph.graph import Graph, Node, input
-from tensorgraph.memory import plan_memory
 from tensorgraph.passes import EliminateCommon, ExpandFused, FoldConstants, LowerGuarded
 from tensorgraph.patterns import fuse_declared
-from tensorgraph.plan import Plan
+from tensorgraph.plan import Plan, lay_out
 from tensorgraph.schedule import schedule
+from tensorgraph.state import Layout
 from tensorgraph.verify import verify
 
 
@@ -30,11 +30,14 @@ class CompileOptions:
     scratch_bytes: int = 1 << 31  # the most that one guarded form's intermediates may take
     lowerings: tuple[str, ...] = ()  # forms to take wherever they exist, whatever their guards
     fuse: bool = True  # replace plain ops by the fused ops that they expand
+    exact: bool = False  # products of quantised weights with activations in f32
+    layouts: Mapping[str, Layout] = field(default_factory=dict)  # of streams that are not held as rows
     verify_passes: bool = False  # check the graph after every pass (tests do)
 
     @property
     def key(self) -> str:
-        return repr((sorted(self.placement.items()), self.scratch_bytes, self.lowerings, self.fuse))
+        named = sorted(self.placement.items()), sorted(self.layouts.items())
+        return repr((*named, self.scratch_bytes, self.lowerings, self.fuse, self.exact))
 
 
 def compile(
@@ -65,19 +68,13 @@ def compile(
     if options.verify_passes:
         verify(folded.graph)
     scheduled = schedule(folded.graph, devices, options.placement)
-    outputs = list(scheduled.graph.outputs.values())
-    order = [n for s in scheduled.splits for n in s.nodes]
-    memory = {
-        device: plan_memory(order, outputs, {n for n in order if scheduled.device[n] == device})
-        for device in dict.fromkeys(s.device for s in scheduled.splits)
-    }
-    return Plan(plan_key(graph, devices, options), scheduled, devices, memory, folded.prologue, graph.literals)
+    return lay_out(plan_key(graph, devices, options), scheduled, devices, options, folded.prologue, graph.literals)
 
 
 def plan_key(graph: Graph, devices: Sequence[Device], options: CompileOptions) -> str:
     """The topology key: the graph's structure, the devices and the options; no value, no pointer."""
     placed = [node.name for node in graph.nodes] if options.placement else []  # names count where placement goes by them
-    text = f"{graph.key}|{','.join(d.name for d in devices)}|{options.key}|{placed}"
+    text = f"{graph.key}|{','.join(d.key for d in devices)}|{options.key}|{placed}"
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

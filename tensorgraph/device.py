@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from tensorgraph import registry
 from tensorgraph.dtypes import DType
 from tensorgraph.errors import UnsupportedError
-from tensorgraph.graph import Node
+from tensorgraph.graph import Graph, Node
+from tensorgraph.memory import Group, MemoryPlan
+from tensorgraph.state import Layout, StateSpec
+
+if TYPE_CHECKING:
+    from tensorgraph.compiler import CompileOptions
 
 Values = MutableMapping[Node, Any]
 
@@ -40,6 +46,10 @@ class Part:
     nodes: tuple[Node, ...]  # in order; views and choices among them, constants and inputs not
     keep: frozenset[Node]  # those whose values are needed after this part
     taken: Mapping[Node, int] = field(default_factory=dict)  # for each choice, the number of the form whose value it has
+    groups: tuple[Group, ...] = ()  # the nodes as `Device.groups` joined them
+    memory: MemoryPlan = field(default_factory=MemoryPlan)  # of the whole plan, on this device
+    constants: Mapping[Node, Any] = field(default_factory=dict)  # uploaded
+    options: Any = None  # what the compilation was told
 
 
 @dataclass
@@ -54,16 +64,38 @@ class Device(ABC):
     """A place that holds values and runs nodes."""
 
     name: str
+    takes_constants = True  # whether programs find constants among their values, too, not only in their part
 
     def __init__(self) -> None:
         self.traffic = Traffic()
+        self.lock = threading.RLock()  # held while a plan runs: a device has one arena
+
+    @property
+    def key(self) -> str:
+        """What plans made for this device depend on: its name, and its kind where that is not all."""
+        return self.name
 
     @abstractmethod
     def supports(self, node: Node) -> bool:
         """Whether this device has a kernel for a node, with its dtypes and strides."""
 
+    def set_threads(self, threads: int | Literal["auto"]) -> None:  # noqa: B027 (a device may have no threads)
+        """How many threads compute: a number, or "auto"."""
+
+    def constant_layout(self, constant: Node, users: Sequence[Node]) -> str:
+        """How a constant with these users is to be held."""
+        return "dense"
+
+    def stream_layout(self, spec: StateSpec, users: Sequence[tuple[Node, str]]) -> Layout:
+        """How a stream is to be held whose rows these users read, each in one slot."""
+        return "rows"
+
+    def groups(self, nodes: Sequence[Node], graph: Graph, options: CompileOptions) -> Sequence[Group]:
+        """The nodes of a split joined into what is computed in one go."""
+        return [Group.of(node) for node in nodes]
+
     @abstractmethod
-    def upload(self, array: np.ndarray, dtype: DType, *, constant: bool = False) -> Any:
+    def upload(self, array: np.ndarray, dtype: DType, *, constant: bool = False, layout: str = "dense") -> Any:
         """A value on this device; block types come as `uint8 [..., row_bytes]`, constants stay for the plan's life."""
 
     @abstractmethod

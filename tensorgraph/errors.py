@@ -34,6 +34,10 @@ class UnsupportedError(TensorGraphError):
     """No device can do what a graph asks for."""
 
 
+class KernelError(TensorGraphError):
+    """A kernel's code cannot be generated or loaded for its target."""
+
+
 class FormatError(TensorGraphError, ValueError):
     """A file is damaged or hostile; the message gives the file and the offset in bytes."""
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from tensorgraph.dims import Dim
 from tensorgraph.state import StreamClass
+from tensorgraph.state_pages import ClassStep
 from tensorgraph.state_store import Step
 
 
@@ -44,25 +46,37 @@ class Extents:
         return Dim(f"S{stream.name}", min(all_rows, window))
 
 
-def step_inputs(step: Step, tokens: np.ndarray, out_ids: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """A step's inputs by the names that graphs declare them under, and its extents.
+def step_inputs(
+    step: Step, tokens: np.ndarray, out_ids: np.ndarray, wanted: Iterable[str]
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """A step's inputs, those of the wanted names, as graphs declare them, and its extents.
 
     Inputs: `tokens`, `positions`, `seqs` [T]; `out_ids` [O]; and for each stream class c `rows.c.pos`, `rows.c.seq` [S],
     `rows.c.new` (row), `rows.c.new_first` (position of the row's first token), `rows.c.new_seq` [N], all i32.
     """
-    inputs = {"tokens": tokens.astype(np.int32), "positions": step.positions, "seqs": step.seqs}
-    inputs["out_ids"] = out_ids.astype(np.int32)
     dims = {"T": len(tokens), "O": len(out_ids)}
-    for stream, rows in step.classes.items():
+    rows = {}
+    for stream, found in step.classes.items():
         name = stream.name
-        inputs |= {
-            f"rows.{name}.pos": rows.seen.rows,
-            f"rows.{name}.seq": rows.seen.seqs,
-            f"rows.{name}.new": rows.new.rows,
-            f"rows.{name}.new_first": rows.new.rows * stream.every,
-            f"rows.{name}.new_seq": rows.new.seqs,
-        }
-        dims["S" if name == "1" else f"S{name}"] = len(rows.seen)
+        rows[name] = stream, found
+        dims["S" if name == "1" else f"S{name}"] = len(found.seen)
         if stream.every > 1:
-            dims[f"N{stream.every}"] = len(rows.new)
+            dims[f"N{stream.every}"] = len(found.new)
+    inputs = {}
+    for name in wanted:
+        if name in _OF_TOKENS:
+            inputs[name] = tokens if name == "tokens" else out_ids if name == "out_ids" else getattr(step, name)
+        else:
+            _, stream_name, what = name.split(".")
+            inputs[name] = _OF_ROWS[what](*rows[stream_name])
     return inputs, dims
+
+
+_OF_TOKENS = frozenset(("tokens", "positions", "seqs", "out_ids"))
+_OF_ROWS: dict[str, Callable[[StreamClass, ClassStep], np.ndarray]] = {
+    "pos": lambda stream, rows: rows.seen.rows,
+    "seq": lambda stream, rows: rows.seen.seqs,
+    "new": lambda stream, rows: rows.new.rows,
+    "new_first": lambda stream, rows: rows.new.rows * stream.every,
+    "new_seq": lambda stream, rows: rows.new.seqs,
+}

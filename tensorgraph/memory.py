@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from tensorgraph import registry
 from tensorgraph.graph import STRUCTURAL, Node
@@ -23,6 +24,30 @@ class Buffer:
     end: int
 
 
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Nodes that a device computes in one go: what it leaves in memory, and what else it needs there while it runs, in bytes."""
+
+    nodes: tuple[Node, ...]
+    stored: tuple[Node, ...]
+    scratch: Mapping[Hashable, int] = field(default_factory=dict)
+
+    @staticmethod
+    def of(node: Node) -> Group:
+        """A node by itself."""
+        return Group((node,), (node,) if needs_storage(node) else ())
+
+    @cached_property
+    def reads(self) -> tuple[Node, ...]:
+        """The values of others that it takes."""
+        own = set(self.nodes)
+        return tuple(dict.fromkeys(i for n in self.nodes for i in n.inputs if i not in own))
+
+    def size_of(self, node: Node) -> int:
+        """Bytes that a stored node takes, at the largest extents."""
+        return node_bytes(node)
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """Offsets of one device's intermediates, for the largest extents; in-place results share their input's.
@@ -30,7 +55,7 @@ class MemoryPlan:
     `peak_bytes` is the arena's size, `total_bytes` what the intermediates would take without sharing.
     """
 
-    buffers: dict[Node, Buffer] = field(default_factory=dict)
+    buffers: dict[Hashable, Buffer] = field(default_factory=dict)  # of nodes, and of the scratch of groups by its keys
     peak_bytes: int = 0
     total_bytes: int = 0
 
@@ -49,51 +74,57 @@ def storage_roots(node: Node) -> list[Node]:
     return [node]
 
 
-def plan_memory(order: Sequence[Node], kept: Sequence[Node] = (), held: Collection[Node] | None = None) -> MemoryPlan:
-    """Offsets for the nodes of `order` that need storage; `kept` nodes stay readable to the end.
+def plan_memory(order: Sequence[Group | Node], kept: Sequence[Node] = (), held: Collection[Node] | None = None) -> MemoryPlan:
+    """Offsets for what the groups of `order` (a node alone is one) store; `kept` nodes stay readable to the end.
 
     Of several devices, `order` is what all of them do and `held` what lies on one: a copy to another is a use here.
 
     First position to last use, best fit among the free ranges, neighbours joined again when they fall free.
     """
-    last = _last_uses(order, kept)
+    groups = [item if isinstance(item, Group) else Group.of(item) for item in order]
+    last = _last_uses(groups, kept)
     arena = _Arena()
-    buffers: dict[Node, Buffer] = {}
-    dying: dict[int, list[Node]] = {}
+    buffers: dict[Hashable, Buffer] = {}
+    dying: dict[int, list[Hashable]] = {}
     total = 0
-    for position, node in enumerate(order):
-        if needs_storage(node) and (held is None or node in held):
-            size_bytes = -(-node_bytes(node) // ALIGNMENT) * ALIGNMENT
+    for position, group in enumerate(groups):
+        wanted: dict[Hashable, int] = {n: group.size_of(n) for n in group.stored if held is None or n in held}
+        if held is None or group.nodes[0] in held:
+            wanted |= group.scratch
+        for thing, n_bytes in wanted.items():
+            size_bytes = -(-n_bytes // ALIGNMENT) * ALIGNMENT
             total += size_bytes
-            end = last.get(node, position)
-            taken = _inplace_input(node, position, last, buffers, size_bytes)
+            end = last.get(thing, position) if isinstance(thing, Node) else position
+            taken = _inplace_input(group, thing, position, last, buffers, size_bytes)
             if taken is not None:
                 offset = buffers[taken].offset
                 dying[position].remove(taken)
             else:
                 offset = arena.take(size_bytes)
-            buffers[node] = Buffer(offset, size_bytes, position, end)
-            dying.setdefault(end, []).append(node)
+            buffers[thing] = Buffer(offset, size_bytes, position, end)
+            dying.setdefault(end, []).append(thing)
         for dead in dying.pop(position, ()):
             arena.give(buffers[dead].offset, buffers[dead].size_bytes)
     return MemoryPlan(buffers, arena.peak, total)
 
 
-def _last_uses(order: Sequence[Node], kept: Sequence[Node]) -> dict[Node, int]:
-    last: dict[Node, int] = {}
-    for position, node in enumerate(order):
-        for source in node.inputs if node.op != "view" else ():
+def _last_uses(groups: Sequence[Group], kept: Sequence[Node]) -> dict[Hashable, int]:
+    last: dict[Hashable, int] = {}
+    for position, group in enumerate(groups):
+        for source in group.reads if group.nodes[0].op != "view" else ():
             for root in storage_roots(source):
                 last[root] = position
     for node in kept:
         for root in storage_roots(node):
-            last[root] = len(order)
+            last[root] = len(groups)
     return last
 
 
-def _inplace_input(node: Node, position: int, last: dict[Node, int], buffers: dict[Node, Buffer], size_bytes: int) -> Node | None:
+def _inplace_input(
+    group: Group, node: Hashable, position: int, last: dict[Hashable, int], buffers: dict[Hashable, Buffer], size_bytes: int
+) -> Node | None:
     """An input whose memory the result may take: declared so, dense, as large, and not needed afterwards."""
-    if node.op in STRUCTURAL:
+    if not isinstance(node, Node) or node.op in STRUCTURAL or len(group.nodes) > 1:
         return None
     for slot in registry.ops.get(node.op).inplace:
         source = node.at(slot)

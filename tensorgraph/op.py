@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,6 +104,7 @@ class Op:
         source: str = "",
     ) -> None:
         self.name, self.tolerance, self.source = name, tolerance, source
+        self.module: str = sys._getframe(1).f_globals["__name__"]  # kernels stand beside it: MODULE_cpu, MODULE_cuda
         self.signature = Signature.parse(signature) if signature else None
         self.attrs = dict(attrs or {})
         self.inplace = frozenset((inplace or {}).values())
@@ -224,6 +227,15 @@ class Op:
             if slots.get(argument.name) is None and not argument.optional:
                 raise GraphError(f"[{self.name}] {argument.name} is missing ({source_line()})")
         return {n: slots.get(n) for n in names}, {k: v for k, v in given.items() if k not in names}
+
+    def kernel(self, backend: str) -> Any:
+        """How a backend computes this op, by the module MODULE_BACKEND beside the one that declares it; None where it does not."""
+        if backend not in self.kernels:
+            beside = f"{self.module}_{backend}"
+            if beside not in sys.modules and importlib.util.find_spec(beside) is not None:
+                importlib.import_module(beside)
+            self.kernels.setdefault(backend, None)
+        return self.kernels[backend]
 
     # Meaning.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -14,14 +15,14 @@ from tensorgraph.dims import Bindings, Dim, shape_text, unify
 from tensorgraph.dtypes import DType
 from tensorgraph.errors import InputError, UnknownNameError
 from tensorgraph.graph import STRUCTURAL, Graph, Node
-from tensorgraph.memory import MemoryPlan
+from tensorgraph.memory import Group, MemoryPlan, plan_memory
 from tensorgraph.op import node_bytes
 from tensorgraph.registry import ops
 from tensorgraph.schedule import Schedule, schedule
 from tensorgraph.text import node_text
 
 WeightSource = Callable[[str], np.ndarray]
-Program = tuple[Device, Callable[[Values, Run], None], tuple[Node, ...]]
+Program = tuple[Device, Callable[[Values, Run], None], Values, tuple[tuple[str, Node], ...]]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Plan:
     memory: Mapping[str, MemoryPlan]
     prologue: Graph | None
     literals: Mapping[str, np.ndarray] = field(default_factory=dict)
+    groups: tuple[tuple[Group, ...], ...] = ()  # of each split, as its device joined its nodes
+    options: Any = None
 
     @property
     def graph(self) -> Graph:
@@ -133,6 +136,26 @@ class Plan:
         return "\n".join(lines)
 
 
+def lay_out(
+    key: str,
+    scheduled: Schedule,
+    devices: Sequence[Device],
+    options: Any,
+    prologue: Graph | None = None,
+    literals: Mapping[str, np.ndarray] | None = None,
+) -> Plan:
+    """The plan of a scheduled graph: its nodes in groups, as its devices join them, and a place in memory for what is stored."""
+    named = {d.name: d for d in devices}
+    groups = tuple(tuple(named[s.device].groups(s.nodes, scheduled.graph, options)) for s in scheduled.splits)
+    order = [group for split in groups for group in split]
+    outputs = list(scheduled.graph.outputs.values())
+    memory = {
+        device: plan_memory(order, outputs, {n for s in scheduled.splits if s.device == device for n in s.nodes})
+        for device in dict.fromkeys(s.device for s in scheduled.splits)
+    }
+    return Plan(key, scheduled, tuple(devices), memory, prologue, literals or {}, groups, options)
+
+
 class Executable:
     """A plan with its weights: `run` computes the outputs of one step."""
 
@@ -148,6 +171,7 @@ class Executable:
         self._inputs = sorted(plan.graph.inputs.items(), key=lambda i: any(not isinstance(e, (int, Dim)) for e in i[1].shape))
         self._programs: dict[tuple[int, ...], list[Program]] = {}
         self._constants: dict[str, dict[Node, Any]] = {name: {} for name in self._devices}
+        self._lock = _All([d.lock for d in sorted(plan.devices, key=lambda d: d.name)])
         self._attach(weights)
 
     def _attach(self, weights: WeightSource | Mapping[str, np.ndarray] | None) -> None:
@@ -168,16 +192,18 @@ class Executable:
             held = {} if local else self._uploaded
             label = f"fold {part.key}" if part is not None else name  # the same in all plans of a model, unlike fold:N
             for device in devices:
-                if (device, label) not in held:
+                layout = self._devices[device].constant_layout(node, plan.graph.users.get(node, ()))
+                key = device, label if layout == "dense" else f"{label} {layout}"
+                if key not in held:
                     array = self._fold(part, weights) if part else plan.literals[name] if local else np.asarray(source(name))
                     _check_array("weight", name, node, array)
-                    held[device, label] = self._devices[device].upload(array, node.dtype, constant=True)
-                self._constants[device][node] = held[device, label]
+                    held[key] = self._devices[device].upload(array, node.dtype, constant=True, layout=layout)
+                self._constants[device][node] = held[key]
 
     def _fold(self, part: Graph, weights: WeightSource | Mapping[str, np.ndarray] | None) -> np.ndarray:
         """A constant that is computed from others."""
         plan = self.plan
-        prologue = Plan(plan.key, schedule(part, plan.devices), plan.devices, {}, None, plan.literals)
+        prologue = lay_out(plan.key, schedule(part, plan.devices), plan.devices, plan.options, None, plan.literals)
         return Executable(prologue, weights, {}).run({})["y"]
 
     def run(
@@ -189,18 +215,31 @@ class Executable:
 
         Raises: InputError: an input is missing, unknown, or does not fit its shape or dtype.
         """
-        bound = self._bind_dims(inputs, dims or {})
-        choice = self.plan.choose(bound)
-        values: Values = {}
-        for device, program, needs in self._program(choice):
-            held = self._constants[device.name]
-            for node in needs:
-                if node.op == "input":
-                    values[node] = device.upload(np.asarray(inputs[node.attrs["name"]]), node.dtype)
-                else:
-                    values[node] = held[node]
-            program(values, Run(bound, state))
-        return {name: self._result(node, values, inputs) for name, node in self.plan.graph.outputs.items()}
+        return self.step(inputs, self._bind_dims(inputs, dims or {}), state)
+
+    @cached_property
+    def needed(self) -> tuple[str, ...]:
+        """The names of the inputs whose values are read at all."""
+        read = {r.base for split in self.plan.groups for group in split for r in group.reads}
+        read |= {n.base for n in self.plan.graph.outputs.values()}
+        return tuple(name for name, node in self.plan.graph.inputs.items() if node in read)
+
+    @cached_property
+    def by_token(self) -> frozenset[str]:
+        """The outputs that have a row for each new token, or for each whose logits are wanted."""
+        outputs = self.plan.graph.outputs.items()
+        return frozenset(name for name, n in outputs if n.ndim and isinstance(n.shape[0], Dim) and n.shape[0].name in ("T", "O"))
+
+    def step(self, inputs: Mapping[str, np.ndarray], dims: Bindings, state: StateAccess | None) -> dict[str, np.ndarray]:
+        """`run` unchecked: of the inputs, those that are `needed`, in their dtype; the values of all Dims."""
+        with self._lock:
+            values: Values = {}
+            for device, program, fixed, needs in self._program(self.plan.choose(dims)):
+                for name, node in needs:
+                    values[node] = device.upload(inputs[name], node.dtype)
+                values.update(fixed)
+                program(values, Run(dims, state))
+            return {name: self._result(node, values, inputs) for name, node in self.plan.graph.outputs.items()}
 
     def _result(self, node: Node, values: Values, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         device = self._devices[self.plan.scheduled.device[node]]
@@ -254,12 +293,31 @@ class Executable:
             nodes = tuple(n for n in split.nodes if n in active)
             if not nodes:
                 continue
-            needs = tuple({s: None for n in nodes for s in n.inputs if s.op in ("input", "constant")})
             keep = frozenset(n for n in nodes if n.op != "copy" and (n in outputs or any(u > i for u in used_by.get(n, ()))))
             device = self._devices[split.device]
             copies = [(n, self._devices[self.plan.scheduled.device[n.inputs[0]]]) for n in nodes if n.op == "copy"]
-            part = Part(tuple(n for n in nodes if n.op != "copy"), keep, taken)
-            yield device, _after_copies(device, copies, device.compile(part)), needs
+            groups = tuple(g for g in self.plan.groups[i] if not active.isdisjoint(g.nodes))
+            held, memory = self._constants[device.name], self.plan.memory[device.name]
+            part = Part(tuple(n for n in nodes if n.op != "copy"), keep, taken, groups, memory, held, self.plan.options)
+            read = dict.fromkeys(r.base for group in groups for r in group.reads)
+            needs = tuple((n.attrs["name"], n) for n in read if n.op == "input")
+            fixed = {n: held[n] for n in read if n.op == "constant" and device.takes_constants}
+            yield device, _after_copies(device, copies, device.compile(part)), fixed, needs
+
+
+class _All(AbstractContextManager[None]):
+    """Several locks at once, always taken in the same order."""
+
+    def __init__(self, locks: Sequence[Any]) -> None:
+        self._locks = tuple(locks)
+
+    def __enter__(self) -> None:
+        for lock in self._locks:
+            lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        for lock in reversed(self._locks):
+            lock.release()
 
 
 def _after_copies(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -20,7 +22,7 @@ from tensorgraph.errors import FormatError, InputError, StateError
 from tensorgraph.extents import Extents, step_inputs
 from tensorgraph.graph import Graph, Node
 from tensorgraph.plan import Executable
-from tensorgraph.state import StateSpec
+from tensorgraph.state import Layout, StateSpec
 from tensorgraph.state_store import Snapshot, StateStore
 
 LOGITS = "logits"
@@ -55,7 +57,7 @@ class Stats:
 class Engine:
     """A model on devices: its plans, its weights there, and counters; shared by the model's sessions.
 
-    Not thread safe: one step at a time.
+    One step at a time: threads that step sessions of one engine wait for each other.
     """
 
     def __init__(
@@ -68,11 +70,13 @@ class Engine:
         cache: PlanCache | None = None,
     ) -> None:
         self.model, self.devices, self.options = model, get_devices(backend), options or CompileOptions()
-        self.kv_dtype = as_dtype(kv_dtype)
+        self.kv_dtype, self.vocab_size = as_dtype(kv_dtype), model.vocab_size
         self.cache = cache if cache is not None else PlanCache()
         self.stats = Stats()
+        self.lock = threading.RLock()
         self._graphs: dict[tuple[Extents, tuple[str, ...]], Graph] = {}
         self._bound: dict[str, Executable] = {}
+        self._ready: dict[tuple[Extents, tuple[str, ...]], Executable] = {}
         self._uploaded: dict[tuple[str, str], Any] = {}
 
     def graph(self, extents: Extents, outputs: tuple[str, ...] = (LOGITS,)) -> Graph:
@@ -89,10 +93,28 @@ class Engine:
 
     def executable(self, extents: Extents, outputs: tuple[str, ...] = (LOGITS,)) -> Executable:
         """The plan of a step, compiled or found, with the model's weights attached."""
-        plan = self.cache.get(self.graph(extents, outputs), self.devices, self.options)
+        ready = self._ready.get((extents, outputs))
+        if ready is not None:
+            self.cache.hits += 1
+            return ready
+        options = replace(self.options, layouts=self.layouts)
+        plan = self.cache.get(self.graph(extents, outputs), self.devices, options)
         if plan.key not in self._bound:
             self._bound[plan.key] = plan.bind(self.model.weight, uploaded=self._uploaded)
+        self._ready[extents, outputs] = self._bound[plan.key]
         return self._bound[plan.key]
+
+    @cached_property
+    def layouts(self) -> dict[str, Layout]:
+        """The streams that are not held as rows, chosen from all that read them; by row where several devices might."""
+        if len(self.devices) > 1:
+            return {}
+        graph, specs = self.model.graph(Extents(), self.kv_dtype), self.model.states()
+        chosen: dict[str, Layout] = {}
+        for name, node in graph.streams.items():
+            users = [(u, slot) for u in graph.users[node] for slot, i in zip(u.slots, u.inputs, strict=True) if i is node]
+            chosen[name] = self.devices[0].stream_layout(specs[name], users)
+        return {name: layout for name, layout in chosen.items() if layout != "rows"}
 
 
 @dataclass(frozen=True)
@@ -130,7 +152,8 @@ class Session:
         self.step_tokens = step_tokens
         if self.context < 1 or step_tokens < 1:
             raise InputError(f"[session] wanted context and step_tokens >= 1; got {self.context}, {step_tokens}")
-        self._store = store or StateStore(engine.model.states(), kv_dtype=engine.kv_dtype)
+        self._store = store or StateStore(engine.model.states(), kv_dtype=engine.kv_dtype, layouts=engine.layouts)
+        self._extents: dict[int, Extents] = {}
         self._seq: int | None = self._store.new() if seq is None else seq
         self._ids: list[int] = list(ids)  # may run ahead of the state for a moment; `length` says how many count
 
@@ -231,6 +254,12 @@ class Session:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
+    def extents(self, n_sessions: int = 1) -> Extents:
+        """The largest step of a batch of so many sessions."""
+        if n_sessions not in self._extents:
+            self._extents[n_sessions] = Extents(self.step_tokens, self.context, 1 << (n_sessions - 1).bit_length())
+        return self._extents[n_sessions]
+
     def _another(self, seq: int, ids: Iterable[int]) -> Self:
         return type(self)(self.engine, context=self.context, step_tokens=self.step_tokens, store=self._store, seq=seq, ids=ids)
 
@@ -247,9 +276,9 @@ class Session:
             raise InputError(f"[eval] wanted a list of token ids; got {ids!r:.60}") from error
         if array.ndim != 1 or not len(array) or array.dtype.kind not in "iu":
             raise InputError(f"[eval] wanted at least one token id; got {array.dtype}{list(array.shape)}")
-        vocab_size = self.engine.model.vocab_size
-        bad = np.flatnonzero((array < 0) | (array >= vocab_size))
-        if len(bad):
+        vocab_size = self.engine.vocab_size
+        if array.min() < 0 or array.max() >= vocab_size:
+            bad = np.flatnonzero((array < 0) | (array >= vocab_size))
             raise InputError(f"[eval] token id {array[bad[0]]} (number {bad[0]}) is outside the vocabulary of {vocab_size}")
         if self.length + len(array) > self.context:
             have = f"{self.length} tokens are there and {len(array)} are new"
@@ -259,6 +288,9 @@ class Session:
 
 def _feed(work: Sequence[tuple[Session, np.ndarray]], outputs: tuple[str, ...], all_logits: bool) -> list[dict[str, Any]]:
     """Feed sessions, in steps of at most `step_tokens` new tokens; the results of each, joined over its steps."""
+    room = work[0][0].step_tokens
+    if sum(len(ids) for _, ids in work) <= room:
+        return _step([_Chunk(session, ids, len(ids) if all_logits else 1) for session, ids in work], outputs)
     parts: list[dict[str, list[np.ndarray]]] = [{name: [] for name in outputs} for _ in work]
     left = [ids for _, ids in work]
     while any(map(len, left)):
@@ -292,28 +324,39 @@ class _Chunk(NamedTuple):
 def _step(chunks: Sequence[_Chunk], outputs: tuple[str, ...]) -> list[dict[str, np.ndarray]]:
     """One ragged batch: all of it becomes part of the sequences, or nothing."""
     first = chunks[0].session
-    engine, store = first.engine, first._store
-    ends = np.cumsum([len(c.ids) for c in chunks]).tolist()
-    out_ids = np.concatenate([np.arange(end - c.n_out, end) for c, end in zip(chunks, ends, strict=True)])
-    extents = Extents(first.step_tokens, first.context, 1 << (len(chunks) - 1).bit_length())
-    executable = engine.executable(extents, outputs)
-    began = time.perf_counter()
-    with store.begin([(c.session._open(), len(c.ids)) for c in chunks]) as step:
-        inputs, dims = step_inputs(step, np.concatenate([c.ids for c in chunks]), out_ids)
-        used = {name: inputs[name] for name in executable.plan.graph.inputs}
-        results = executable.run(used, state=step, dims=dims)
-        for chunk in chunks:
-            chunk.session._ids[chunk.session.length :] = chunk.ids.tolist()
-        step.commit()
-    engine.stats.steps += 1
-    engine.stats.tokens += ends[-1]
-    engine.stats.run_s += time.perf_counter() - began
-    graph, out_at, split = engine.graph(extents, outputs), 0, []
+    engine = first.engine
+    tokens, out_ids, ends = _tokens(chunks)
+    extents = first.extents(len(chunks))
+    with engine.lock:
+        executable = engine.executable(extents, outputs)
+        began = time.perf_counter()
+        with first._store.begin([(c.session._open(), len(c.ids)) for c in chunks]) as step:
+            inputs, dims = step_inputs(step, tokens, out_ids, executable.needed)
+            results = executable.step(inputs, dims, step)
+            for chunk in chunks:
+                chunk.session._ids[chunk.session.length :] = chunk.ids.tolist()
+            step.commit()
+        engine.stats.steps += 1
+        engine.stats.tokens += ends[-1]
+        engine.stats.run_s += time.perf_counter() - began
+    if len(chunks) == 1:  # all rows are its own
+        return [{name: value if name in executable.by_token else value[None] for name, value in results.items()}]
+    graph, out_at, split = executable.plan.graph, 0, []
     for chunk, end in zip(chunks, ends, strict=True):
         rows = {"T": slice(end - len(chunk.ids), end), "O": slice(out_at, out_at + chunk.n_out)}
         out_at += chunk.n_out
         split.append({name: _rows_of(graph.outputs[name], value, rows) for name, value in results.items()})
     return split
+
+
+def _tokens(chunks: Sequence[_Chunk]) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """The tokens of all chunks, the numbers of those whose logits are wanted, and where each chunk ends."""
+    if len(chunks) == 1:
+        ids, n_out = chunks[0].ids, chunks[0].n_out
+        return ids.astype(np.int32), np.arange(len(ids) - n_out, len(ids), dtype=np.int32), [len(ids)]
+    ends = np.cumsum([len(c.ids) for c in chunks]).tolist()
+    out_ids = [np.arange(end - c.n_out, end, dtype=np.int32) for c, end in zip(chunks, ends, strict=True)]
+    return np.concatenate([c.ids for c in chunks]).astype(np.int32), np.concatenate(out_ids), ends
 
 
 def _rows_of(node: Node, value: np.ndarray, rows: Mapping[str, slice]) -> np.ndarray:

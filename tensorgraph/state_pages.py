@@ -41,6 +41,7 @@ class PagePool:
         self.refs = np.zeros(0, np.int64)
         self.unused: list[int] = []  # ids that were used before
         self.top = 0  # ids from here on never were, and are still zero
+        self.moved = 0  # how often the pages have moved
 
     @property
     def n_used(self) -> int:
@@ -50,6 +51,7 @@ class PagePool:
         """Make room for page ids below `n_pages`."""
         n_old = len(self.refs)
         if n_pages > n_old:
+            self.moved += 1
             for name, old in self.arrays.items():
                 self.arrays[name] = np.zeros((n_pages, *old.shape[1:]), old.dtype)  # memory untouched until written to
                 self.arrays[name][:n_old] = old[:n_old]

@@ -64,7 +64,7 @@ class Step:
 
     def __init__(self, store: StateStore, seqs: list[int], before: list[_State], counts: list[int]) -> None:
         self.is_open = True
-        self._store, self._ids, self._before = store, seqs, before
+        self.store, self._ids, self._before = store, seqs, before
         self._start = [state.length for state in before]
         self._stop = [n + count for n, count in zip(self._start, counts, strict=True)]
         self._fresh: list[list[NDArray[np.int64]]] = [[] for _ in store._pools]
@@ -106,7 +106,7 @@ class Step:
         given, wanted = np.asarray(rows), (len(step.new), *spec.row_shape)
         if given.shape != wanted:
             raise ShapeError(f'[append] wanted rows {list(wanted)} for "{stream}"; got {list(given.shape)}')
-        self._store._write(stream, step.new.slots, given)
+        self.store._write(stream, step.new.slots, given)
 
     def read(self, stream: str) -> NDArray[Any]:
         """The visible rows, in the stream's dtype and the order of the class's `seen`.
@@ -114,19 +114,19 @@ class Step:
         Shapes: [S, *row_shape].
         Raises: StateError, UnknownNameError.
         """
-        return self._store._read(stream, self._find(stream, "read")[1].seen.slots)
+        return self.store._read(stream, self._find(stream, "read")[1].seen.slots)
 
     def _find(self, stream: str, what: str) -> tuple[StateSpec, ClassStep]:
         if not self.is_open:
             raise StateError(f'[{what}] wanted an open step for "{stream}"; got one that was committed or rolled back')
-        spec = self._store._spec(stream, what)
+        spec = self.store._spec(stream, what)
         return spec, self.classes[spec.stream_class]
 
     def commit(self) -> None:
         """Make the new tokens part of their sequences, and let whole pages fall out of `keep`."""
         if not self.is_open:
             raise StateError("[commit] wanted an open step; got one that was committed or rolled back")
-        store = self._store
+        store = self.store
         kept: list[list[Table]] = []
         for cls, pool in store._pools.items():
             lows = [cls.first_read(max(0, n - store.slack)) for n in self._stop]
@@ -145,11 +145,11 @@ class Step:
     def rollback(self) -> None:
         """Leave every sequence as it was before the step, whatever was appended; nothing if the step has ended."""
         if self.is_open:
-            self.is_open, self._store._open = False, None
+            self.is_open, self.store._open = False, None
             self._release_fresh()
 
     def _release_fresh(self) -> None:
-        for pool, fresh in zip(self._store._pools.values(), self._fresh, strict=True):
+        for pool, fresh in zip(self.store._pools.values(), self._fresh, strict=True):
             for pages in fresh:
                 pool.release(pages)
 
@@ -219,6 +219,11 @@ class StateStore:
     def size_bytes(self) -> int:
         """Bytes of all pages, used or not."""
         return sum(array.nbytes for pool in self._pools.values() for array in pool.arrays.values())
+
+    @property
+    def moved(self) -> int:
+        """How often pages have moved in memory so far."""
+        return sum(pool.moved for pool in self._pools.values())
 
     @property
     def used_pages(self) -> dict[StreamClass, int]:

@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 from tensorgraph import __version__
 from tensorgraph.errors import TensorGraphError
 from tensorgraph.tools import inspect, logits, plan, run, tokenize
+from tensorgraph.tools.bench import command as bench
 
 INTERRUPTED = 130
 BAD_INPUT = 2
@@ -40,7 +41,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (run.run, logits.logits, tokenize.tokenize, inspect.inspect, plan.plan):
+for command in (run.run, logits.logits, tokenize.tokenize, inspect.inspect, plan.plan, bench.bench):
     app.command()(command)
 
 

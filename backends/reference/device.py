@@ -32,7 +32,7 @@ class ReferenceDevice(Device):
     def supports(self, node: Node) -> bool:
         return node.op in STRUCTURAL or registry.ops.get(node.op).reference_fn is not None
 
-    def upload(self, array: np.ndarray, dtype: DType, *, constant: bool = False) -> np.ndarray:
+    def upload(self, array: np.ndarray, dtype: DType, *, constant: bool = False, layout: str = "dense") -> np.ndarray:
         value = registry.decoders.get(dtype.name)(array) if dtype.is_block and array.dtype == np.uint8 else np.asarray(array)
         if not dtype.is_block and dtype.numpy is not None and value.dtype != dtype.numpy:
             value = value.astype(dtype.numpy)

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from tensorgraph.ops.position.rope import llama3_freq_factors, rope
+from tensorgraph.ops.position.rotate import rope_table, rotate
 
-__all__ = ["llama3_freq_factors", "rope"]
+__all__ = ["llama3_freq_factors", "rope", "rope_table", "rotate"]

@@ -13,30 +13,34 @@ from tensorgraph.dims import Extent, Shape, shape_text
 from tensorgraph.dtypes import DType
 from tensorgraph.errors import AttributeValueError, ShapeError
 from tensorgraph.graph import Node
-from tensorgraph.op import Attr, Op
+from tensorgraph.op import Attr, Op, Prepared
 from tensorgraph.signature import Signature
 from tensorgraph.source import source_line
 
 Array = np.ndarray[Any, Any]
 
-_SIGNATURE = "x[T, *R, D]: real, pos[T]: int, freq_factors[F]?: f32 -> y[T, *R, D]: x"
-_BOUND = Signature.parse(_SIGNATURE)
+_BOUND = Signature.parse("x[T, *R, D]: real, pos[T]: int, freq_factors[F]?: f32 -> y[T, *R, D]: x")
+
+ANGLE_ATTRS = {
+    "base": Attr(float, 10000.0, low=1.0),
+    "inverse": Attr(bool, False),
+    "freq_scale": Attr(float, 1.0),
+    "ext_factor": Attr(float, 0.0, low=0.0, high=1.0),
+    "beta_fast": Attr(float, 32.0),
+    "beta_slow": Attr(float, 1.0),
+    "original_context": Attr(int, 0, low=0),
+    "magnitude": Attr(float, 1.0),
+}
+"""What the angles depend on, beside the number of channels."""
 
 rope = Op(
     "rope",
-    _SIGNATURE,
     attrs={
         "n_dims": Attr(int, 0, low=0),
-        "base": Attr(float, 10000.0, low=1.0),
+        "base": ANGLE_ATTRS["base"],
         "layout": Attr(str, "interleaved", choices=("interleaved", "half_split")),
         "offset": Attr(int, 0, low=0),
-        "inverse": Attr(bool, False),
-        "freq_scale": Attr(float, 1.0),
-        "ext_factor": Attr(float, 0.0, low=0.0, high=1.0),
-        "beta_fast": Attr(float, 32.0),
-        "beta_slow": Attr(float, 1.0),
-        "original_context": Attr(int, 0, low=0),
-        "magnitude": Attr(float, 1.0),
+        **ANGLE_ATTRS,
     },
     inplace={"y": "x"},
     source="arXiv:2104.09864 eq. 34; YaRN arXiv:2309.00071 section 3.2",
@@ -50,7 +54,15 @@ cos and sin are multiplied by `magnitude` and nothing else; `inverse` rotates ba
 
 Shapes: x [T, ..., D], pos [T], freq_factors [n_dims / 2] -> x's.
 Dtypes: x f32, f16, bf16; angles in f64, products in f32.
+
+Its expansion, into `rope_table` and `rotate`, is for devices that have these two. No pattern is made of it: lengths and
+attributes that are drawn apart from each other do not fit, so there is no signature for samples to be made of.
 """
+
+
+@rope.prepare
+def prepare(x: Node, pos: Node, freq_factors: Node | None = None, **attrs: Any) -> Prepared:
+    return {"x": x, "pos": pos, "freq_factors": freq_factors}, attrs
 
 
 @rope.shape
@@ -64,45 +76,35 @@ def shape(slots: Mapping[str, Node], attrs: Mapping[str, Any]) -> tuple[Shape, D
     if n_dims % 2 or n_dims < 0 or offset + n_dims > width:
         wanted = f"an even number of channels within {width}"
         raise ShapeError(f"[rope] wanted {wanted}; got {n_dims} from channel {offset} ({source_line()})")
-    factors = slots.get("freq_factors")
-    if factors is not None and factors.shape[0] != n_dims // 2:
-        got = shape_text(factors.shape)
-        raise ShapeError(f"[rope] freq_factors must be [{n_dims // 2}]; got {got} ({source_line()})")
-    if attrs["ext_factor"] != 0 and (attrs["original_context"] == 0 or attrs["base"] == 1):
-        wanted = "original_context and a base above 1 where ext_factor is not 0"
-        given = f"{attrs['original_context']} and {attrs['base']}"
-        raise AttributeValueError(f"[rope] wanted {wanted}; got {given} ({source_line()})")
+    check_angles("rope", n_dims, slots.get("freq_factors"), attrs)
     return found
 
 
+def check_angles(op: str, n_dims: int, factors: Node | None, attrs: Mapping[str, Any]) -> None:
+    """Check what the angles of n_dims channels are computed from.
+
+    Raises: ShapeError, AttributeValueError.
+    """
+    if factors is not None and factors.shape[0] != n_dims // 2:
+        got = shape_text(factors.shape)
+        raise ShapeError(f"[{op}] freq_factors must be [{n_dims // 2}]; got {got} ({source_line()})")
+    if attrs["ext_factor"] != 0 and (attrs["original_context"] == 0 or attrs["base"] == 1):
+        wanted = "original_context and a base above 1 where ext_factor is not 0"
+        given = f"{attrs['original_context']} and {attrs['base']}"
+        raise AttributeValueError(f"[{op}] wanted {wanted}; got {given} ({source_line()})")
+
+
 @rope.reference
-def reference(
-    x: Array,
-    pos: Array,
-    freq_factors: Array | None,
-    *,
-    n_dims: int,
-    base: float,
-    layout: str,
-    offset: int,
-    inverse: bool,
-    freq_scale: float,
-    ext_factor: float,
-    beta_fast: float,
-    beta_slow: float,
-    original_context: int,
-    magnitude: float,
-) -> Array:
+def reference(slots: Mapping[str, Array], *, n_dims: int, layout: str, offset: int, **angles: Any) -> Array:
+    x = slots["x"]
     n_dims = n_dims or x.shape[-1] - offset
-    per_position = _per_position(n_dims, base, freq_scale, ext_factor, beta_fast, beta_slow, original_context)
-    if freq_factors is not None:
-        per_position = per_position / freq_factors
-    angle = pos.reshape(-1, *(1,) * (x.ndim - 1)) * per_position  # [T, 1, ..., n_dims / 2]
-    cos, sin = np.cos(angle), np.sin(angle)
-    if magnitude != 1:
-        cos, sin = cos * magnitude, sin * magnitude
-    if inverse:
-        sin = -sin
+    cos, sin = cos_sin(slots["pos"], slots.get("freq_factors"), n_dims=n_dims, **angles)
+    return turn(x, cos, sin, n_dims=n_dims, layout=layout, offset=offset)
+
+
+def turn(x: Array, cos: Array, sin: Array, *, n_dims: int, layout: str, offset: int) -> Array:
+    """x [T, ..., D] with its pairs of channels turned by the angles of cos and sin [T, n_dims / 2]."""
+    cos, sin = (c.reshape(len(x), *(1,) * (x.ndim - 2), n_dims // 2) for c in (cos, sin))
     half, end = n_dims // 2, offset + n_dims
     if layout == "interleaved":
         first, second = slice(offset, end, 2), slice(offset + 1, end, 2)
@@ -115,8 +117,33 @@ def reference(
     return y
 
 
+def cos_sin(
+    pos: Array,
+    freq_factors: Array | None,
+    *,
+    n_dims: int,
+    base: float,
+    inverse: bool,
+    freq_scale: float,
+    ext_factor: float,
+    beta_fast: float,
+    beta_slow: float,
+    original_context: int,
+    magnitude: float,
+) -> tuple[Array, Array]:
+    """cos and sin [T, n_dims / 2] of each position's angles, by which x is turned."""
+    per_position = turn_per_position(n_dims, base, freq_scale, ext_factor, beta_fast, beta_slow, original_context)
+    if freq_factors is not None:
+        per_position = per_position / freq_factors
+    angle = pos[:, None] * per_position
+    cos, sin = np.cos(angle), np.sin(angle)
+    if magnitude != 1:
+        cos, sin = cos * magnitude, sin * magnitude
+    return cos, -sin if inverse else sin
+
+
 @lru_cache(maxsize=64)
-def _per_position(
+def turn_per_position(
     n_dims: int, base: float, scale: float, ext_factor: float, fast: float, slow: float, original: int
 ) -> Array:
     """Angle of each pair at position 1, without freq_factors."""
@@ -155,11 +182,11 @@ def flops(node: Node) -> Extent:
 
 
 @rope.law
-def inverse_restores(run: Callable[..., Array], x: Array, pos: Array, freq_factors: Array | None, **attrs: Any) -> None:
+def inverse_restores(run: Callable[..., Array], slots: Mapping[str, Array], **attrs: Any) -> None:
     """Rotating back restores x where the magnitude is 1."""
-    attrs["magnitude"] = 1.0
-    y = run(x, pos, freq_factors, **attrs)
-    back = run(y, pos, freq_factors, **{**attrs, "inverse": not attrs["inverse"]})
+    attrs["magnitude"], x = 1.0, slots["x"]
+    y = run(slots, **attrs)
+    back = run({**slots, "x": y}, **{**attrs, "inverse": not attrs["inverse"]})
     unit = {2: 2**-7, 4: 2**-19}[x.dtype.itemsize]
     top = np.abs(np.float64(x)).max(initial=0.0)
     np.testing.assert_allclose(np.float64(back), np.float64(x), rtol=0, atol=unit * top)

@@ -35,7 +35,7 @@ class StrictDevice(ReferenceDevice):
     def supports(self, node: Node) -> bool:
         return node.op not in self.refused and super().supports(node)
 
-    def upload(self, array: np.ndarray[Any, Any], dtype: DType, *, constant: bool = False) -> Any:
+    def upload(self, array: np.ndarray[Any, Any], dtype: DType, *, constant: bool = False, layout: str = "dense") -> Any:
         return Held(self, super().upload(array, dtype, constant=constant))
 
     def download(self, value: Any, dtype: DType) -> np.ndarray[Any, Any]:

@@ -173,7 +173,7 @@ def test_the_dims_of_a_step_are_those_of_a_session() -> None:
             with store.begin([(store.new(), 250 - n_new)]) as before:
                 before.commit()
             with store.begin([(0, n_new)]) as last:
-                _, dims = step_inputs(last, np.zeros(n_new), np.zeros(1))
+                _, dims = step_inputs(last, np.zeros(n_new), np.zeros(1), ())
             assert step["dims"] == dims
 
 

@@ -1,0 +1,198 @@
+"""The CPU device: native kernels, one arena, and programs that the executor walks."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any, Literal
+
+import numpy as np
+
+from tensorgraph import registry
+from tensorgraph.backends.cpu.code_cache import CodeCache, default_folder
+from tensorgraph.backends.cpu.constants import Held, aligned
+from tensorgraph.backends.cpu.executor import Executor, usable_cores
+from tensorgraph.backends.cpu.grouping import CpuGroup, group_nodes
+from tensorgraph.backends.cpu.jit import Jit
+from tensorgraph.backends.cpu.kernel import Context, Kernel, NodeKernel
+from tensorgraph.backends.cpu.operands import stored_type
+from tensorgraph.backends.cpu.program import OperandKey, Program, write_kernel
+from tensorgraph.backends.cpu.target import Target, find_target, host
+from tensorgraph.backends.cpu.weights import LAYOUTS, pack
+from tensorgraph.device import Device, Part, Run, Values
+from tensorgraph.dtypes import DType
+from tensorgraph.errors import InputError, UnsupportedError
+from tensorgraph.graph import STRUCTURAL, Graph, Node
+from tensorgraph.state import Layout, StateSpec
+
+Threads = int | Literal["auto"]
+
+
+class Code:
+    """Kernels of one target, compiled once a process and shared by its devices."""
+
+    def __init__(self, target: Target) -> None:
+        folder = default_folder()
+        self.target = target
+        self.jit = Jit(target, CodeCache(folder) if folder else None)
+        self._texts: dict[Any, str] = {}
+        self._addresses: dict[str, int] = {}
+        self.executor = Executor(self.jit)
+        self._threads: Threads = "auto"
+
+    def text(self, emit: Any, names: Sequence[str], keys: Sequence[OperandKey | None], attrs: tuple[tuple[str, Any], ...]) -> str:
+        key = (emit, names, keys, attrs)
+        if key not in self._texts:
+            self._texts[key] = write_kernel(Kernel(self.target), emit, names, keys, dict(attrs))
+        return self._texts[key]
+
+    def compile(self, texts: Sequence[str]) -> list[int]:
+        missing = list(dict.fromkeys(t for t in texts if t not in self._addresses))
+        if missing:
+            self.executor.close()  # no process is forked while threads run; they come back with the next run
+            self._addresses.update(zip(missing, self.jit.compile(missing), strict=True))
+        return [self._addresses[text] for text in texts]
+
+    def run(self, threads: Threads, table: int, n_steps: int) -> int:
+        """Walk a table with so many threads; the code of a kernel that refused its input, else 0."""
+        if threads != self._threads:
+            self.executor.set_threads(threads)
+            self._threads = threads
+        return self.executor.run(table, n_steps)
+
+
+@cache
+def code_for(target: Target) -> Code:
+    return Code(target)
+
+
+class CpuDevice(Device):
+    """This machine's processor. `cpu` makes code for it as it is, `cpu:avx2` (or another target's name) for less."""
+
+    takes_constants = False
+
+    def __init__(self, name: str = "cpu") -> None:
+        super().__init__()
+        self.name = name
+        wanted = name.partition(":")[2]
+        self.target = find_target(wanted) if wanted else host()
+        self.code = code_for(self.target)
+        self.threads: Threads = "auto"
+        self.arena = aligned(0)
+        self.scratch, self.scratch_stride = aligned(0), np.zeros(1, np.int64)
+        self.arena_version = self.scratch_version = 0
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}|{self.target.key}"
+
+    def set_threads(self, threads: Threads) -> None:
+        with self.lock:
+            self.threads = threads
+            self.require(0, 0)
+
+    def supports(self, node: Node) -> bool:
+        if node.op in STRUCTURAL:
+            return True
+        kernel: NodeKernel | None = registry.ops.get(node.op).kernel("cpu")
+        if kernel is None:
+            return False
+        try:
+            for value in (node, *node.inputs):
+                stored_type(value.dtype)
+        except UnsupportedError:
+            return False
+        return kernel.supports(node)
+
+    def constant_layout(self, constant: Node, users: Sequence[Node]) -> str:
+        able = [self._reads(user, slot) for user in users for slot, value in _slots(user) if value is constant]
+        return next((layout for layout in LAYOUTS if able and all(layout in each for each in able)), "dense")
+
+    def stream_layout(self, spec: StateSpec, users: Sequence[tuple[Node, str]]) -> Layout:
+        able = [self._reads(user, slot) for user, slot in users]
+        return "rows16" if able and all("rows16" in each for each in able) else "rows"
+
+    def _reads(self, user: Node, slot: str) -> tuple[str, ...]:
+        kernel: NodeKernel | None = None if user.op in STRUCTURAL else registry.ops.get(user.op).kernel("cpu")
+        return kernel.reads(user, slot) if kernel is not None else ()
+
+    def groups(self, nodes: Sequence[Node], graph: Graph, options: Any) -> Sequence[CpuGroup]:
+        layouts: Mapping[str, str] = options.layouts if options is not None else {}
+        found: dict[Node, str] = {}
+
+        def layout(node: Node) -> str:
+            if node not in found:
+                if node.op == "constant":
+                    found[node] = self.constant_layout(node, graph.users[node])
+                elif node.op in ("append", "read"):
+                    kept = layouts.get(node.attrs["stream"], "rows")
+                    users = [(u, s) for u in graph.users[node] for s, value in _slots(u) if value is node]
+                    direct = node not in graph.outputs.values() and all(kept in self._reads(u, s) for u, s in users)
+                    found[node] = kept if direct else "dense"
+                else:
+                    found[node] = "dense"
+            return found[node]
+
+        context = Context(self.target, bool(options is not None and options.exact), layout, layouts)
+        return group_nodes(nodes, graph, context, fuse=options is None or options.fuse)
+
+    def upload(self, array: np.ndarray, dtype: DType, *, constant: bool = False, layout: str = "dense") -> Any:
+        if layout != "dense":
+            return pack(array, dtype, layout, self)
+        value = np.asarray(array)
+        if dtype.is_block:
+            value = registry.decoders.get(dtype.name)(value) if value.dtype == np.uint8 else value.astype(np.float32)
+        elif value.dtype != dtype.numpy:
+            value = value.astype(dtype.numpy)
+        if not constant:
+            return np.ascontiguousarray(value)
+        held = aligned(value.nbytes)
+        np.ndarray(value.shape, value.dtype, held)[...] = value
+        return Held(held, "dense", value.shape, value.dtype)
+
+    def download(self, value: Any, dtype: DType) -> np.ndarray:
+        if isinstance(value, Held):
+            value = value.array()
+        return np.array(value, np.float32 if dtype.is_block else dtype.numpy, order="C")
+
+    def compile(self, part: Part) -> Callable[[Values, Run], None]:
+        return Program(self, part)
+
+    # What programs ask for.
+
+    def kernel_text(
+        self, emit: Any, names: Sequence[str], keys: Sequence[OperandKey | None], attrs: tuple[tuple[str, Any], ...]
+    ) -> str:
+        return self.code.text(emit, names, keys, attrs)
+
+    def jit_compile(self, texts: Sequence[str]) -> list[int]:
+        with self.lock:
+            return self.code.compile(texts)
+
+    def require(self, arena_bytes: int, scratch_bytes: int) -> None:
+        """Make room in the arena and in each thread's scratch; what is there may move."""
+        if arena_bytes > len(self.arena):
+            self.arena = aligned(arena_bytes)
+            self.arena_version += 1
+        stride = -(-scratch_bytes // 64) * 64
+        n_threads = usable_cores() if self.threads == "auto" else self.threads
+        wanted = max(stride, int(self.scratch_stride[0])) * n_threads
+        if wanted > len(self.scratch) or stride > self.scratch_stride[0]:
+            self.scratch_stride[0] = max(stride, int(self.scratch_stride[0]))
+            self.scratch = aligned(wanted)
+            self.scratch_version += 1
+
+    def run(self, table: np.ndarray, messages: Mapping[int, str]) -> None:
+        """Walk a table of steps.
+
+        Raises: InputError: a kernel refused its input.
+        """
+        code = self.code.run(self.threads, table.ctypes.data, len(table))
+        if code:
+            values = (ctypes.c_int64 * 3).from_address(self.code.executor.status_address + 8)
+            raise InputError(messages[code].format(*values))
+
+
+def _slots(node: Node) -> list[tuple[str, Node]]:
+    return list(zip(node.slots, node.inputs, strict=True)) if node.op not in STRUCTURAL else [("", i) for i in node.inputs]

@@ -1,0 +1,221 @@
+"""Runs programs (see `native_loop`) on any number of threads, with the same bits from each number.
+
+Workers are Python threads that stay inside the native loop, without the interpreter's lock, until the executor closes. No run
+depends on them: whatever they do not claim the calling thread does itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tensorgraph.backends.cpu import native_loop as loop
+from tensorgraph.backends.cpu.jit import Jit
+from tensorgraph.backends.cpu.thread_choice import ThreadChoice
+from tensorgraph.errors import AttributeValueError
+
+MOST_THREADS = 1024
+_CLOCK_S = 5e-3  # the clock's rate is taken over no less
+_Int = ctypes.c_int64
+_RUN = ctypes.CFUNCTYPE(_Int, _Int, _Int, _Int)
+_WORK = ctypes.CFUNCTYPE(None, _Int, _Int)
+_TICKS = ctypes.CFUNCTYPE(_Int)
+
+
+def usable_cores() -> int:
+    """How many processors this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Executor:
+    """Runs programs of native steps; workers start with the first run that can use them. Safe to call from several threads.
+
+    Args:
+        threads: how many take part, the calling one among them; "auto" is one for each usable core, or the caller alone
+            for programs of a size that were lately faster so.
+
+    Attributes:
+        status: what kernels left in the last run or profile: a code and three details; None where all went well.
+        status_address: of four i64, where a kernel stores these if something is wrong; the code, which is not 0, last.
+    """
+
+    def __init__(self, jit: Jit, threads: int | str = "auto") -> None:
+        self.jit = jit
+        self.status: list[int] | None = None
+        self._memory = _lines(1)
+        self.status_address = int(self._memory.ctypes.data)
+        self._code = _Code(jit, timed=False)
+        self._ticks = _TICKS(jit.compile([loop.ticks_text(jit.target)])[0])
+        self._origin = (self._ticks(), time.perf_counter())
+        self._lock = threading.RLock()
+        self._teams: dict[bool, _Team] = {}  # the one that takes times apart, so that the other never pays for it
+        self._finalizers: list[weakref.finalize[..., Executor]] = []
+        self._choice: ThreadChoice | None = None
+        self.set_threads(threads)
+        _EXECUTORS.add(self)
+
+    @property
+    def max_threads(self) -> int:
+        """The most threads that take part in a run."""
+        return self._threads
+
+    def set_threads(self, threads: int | str) -> None:
+        """Change how many threads take part in later runs.
+
+        Raises: AttributeValueError for anything but "auto" and 1 to 1024.
+        """
+        count = usable_cores() if threads == "auto" else threads
+        if not isinstance(count, int) or not 1 <= count <= MOST_THREADS:
+            raise AttributeValueError(f'[executor] wanted 1 to {MOST_THREADS} threads or "auto"; got {threads!r}')
+        with self._lock:
+            self.close()
+            self._threads = count
+            self._choice = ThreadChoice() if threads == "auto" and count > 1 else None
+
+    def run(self, table_address: int, n_steps: int) -> list[int] | None:
+        """Run a program, an int64 table [n_steps, 8]; what its kernels left, code and three details, or None: all went well."""
+        with self._lock:
+            team = self._teams.get(False) or self._start(timed=False)
+            choice = self._choice
+            if choice is None:
+                code = team.run(team.address, table_address, n_steps)
+            else:
+                run = team.alone if choice.alone else team.run
+                code = run(team.address, table_address, n_steps)
+                choice.note(team.at(loop.WEIGHT), team.at(loop.TICKS))
+            self.status = [code, *self._memory[1:4].tolist()] if code else None
+            return self.status
+
+    def profile(self, table_address: int, n_steps: int) -> NDArray[np.float64]:
+        """Run a program; the seconds from begin to end of each step [n_steps], which include waiting for the last chunk."""
+        with self._lock:
+            team = self._teams.get(True) or self._start(timed=True)
+            spent = np.zeros(n_steps, np.int64)
+            team.put(loop.SPENT, int(spent.ctypes.data))
+            code = team.run(team.address, table_address, n_steps)
+            self.status = [code, *self._memory[1:4].tolist()] if code else None
+            return spent * self._seconds_per_tick()
+
+    def counters(self) -> list[dict[str, int]]:
+        """Of each thread, the calling one first, since the workers started: chunks it ran, runs it was in, times it slept."""
+        names = {"chunks": loop.CHUNKS, "runs": loop.RUNS, "parks": loop.PARKS}
+        with self._lock:
+            team = self._teams.get(False)
+            lines = [loop.THREADS + loop.LINE_BYTES * thread for thread in range(self._threads)]
+            return [{name: team.at(line + at) if team else 0 for name, at in names.items()} for line in lines]
+
+    def close(self) -> None:
+        """End the workers and wait until they have; a later run starts them again."""
+        with self._lock:
+            finalizers, self._finalizers = self._finalizers, []
+            self._teams = {}
+            for finalizer in finalizers:
+                finalizer()
+
+    def _start(self, *, timed: bool) -> _Team:
+        code = _Code(self.jit, timed=True) if timed else self._code
+        team = _Team(code, self._threads, self.status_address)
+        self._finalizers.append(weakref.finalize(self, team.end))  # before there are threads, so that none is forgotten
+        team.begin()
+        self._teams[timed] = team
+        return team
+
+    def _seconds_per_tick(self) -> float:
+        ticks, at = self._origin
+        while (passed := time.perf_counter() - at) < _CLOCK_S:
+            time.sleep(_CLOCK_S - passed)
+        return passed / (self._ticks() - ticks)
+
+    def _forget_workers(self) -> None:
+        """In a forked child, where only the thread that forked goes on."""
+        self._lock = threading.RLock()
+        for finalizer in self._finalizers:
+            finalizer.detach()
+        self._finalizers, self._teams = [], {}
+        self._memory[:] = 0
+
+
+class _Code:
+    """The loops as functions that Python calls; keeps them loaded."""
+
+    def __init__(self, jit: Jit, *, timed: bool) -> None:
+        texts = [text(jit.target, timed) for text in (loop.alone_text, loop.caller_text, loop.worker_text)]
+        alone, caller, worker = jit.compile(texts)
+        self.jit, self.alone, self.caller, self.worker = jit, _RUN(alone), _RUN(caller), _WORK(worker)
+        self.futex = loop.LoopFunction(jit.target, {}).futex
+
+
+class _Team:
+    """The shared block of memory, and the threads that work on it."""
+
+    def __init__(self, code: _Code, threads: int, status_address: int) -> None:
+        self.code, self.pid = code, os.getpid()
+        self.memory = _lines(loop.THREADS // loop.LINE_BYTES + threads)
+        self.address, self.words = int(self.memory.ctypes.data), memoryview(self.memory)  # as quick to read as a list
+        self.put(loop.STATUS, status_address)
+        self.alone: Callable[[int, int, int], int] = code.alone
+        self.run: Callable[[int, int, int], int] = code.caller if threads > 1 else code.alone
+        arguments = [(code, self.memory, thread) for thread in range(1, threads)]
+        self.workers = [threading.Thread(target=_work, args=a, name=f"tensorgraph-{a[-1]}", daemon=True) for a in arguments]
+
+    def begin(self) -> None:
+        """Start the workers; where the system refuses one, go on with those there are."""
+        try:
+            for worker in self.workers:
+                worker.start()
+        except RuntimeError:
+            pass
+
+    def end(self) -> None:
+        """Tell the workers to leave, and wait until they have."""
+        if os.getpid() != self.pid:
+            return
+        self.put(loop.STOP, 1)
+        for worker in self.workers:
+            while worker.is_alive():
+                self._wake()
+                worker.join(0.01)
+
+    def at(self, offset: int) -> int:
+        return self.words[offset // 8]
+
+    def put(self, offset: int, value: int) -> None:
+        self.words[offset // 8] = value
+
+    def _wake(self) -> None:
+        if self.code.futex is not None:
+            self.put(loop.WAKES, (self.at(loop.WAKES) + 1) & 0x7FFFFFFF)
+            ctypes.CDLL(None).syscall(_Int(self.code.futex), _Int(self.address + loop.WAKES), _Int(loop.WAKE), _Int(1 << 30))
+
+
+def _work(code: _Code, memory: NDArray[np.int64], thread: int) -> None:
+    """A worker's life; holds on to what the native loop uses."""
+    code.worker(int(memory.ctypes.data), thread)
+
+
+def _lines(count: int) -> NDArray[np.int64]:
+    """Zeros on `count` lines of their own."""
+    words = loop.LINE_BYTES // 8
+    raw: NDArray[Any] = np.zeros((count + 1) * words, np.int64)
+    start = -raw.ctypes.data % loop.LINE_BYTES // 8
+    return raw[start : start + count * words]
+
+
+_EXECUTORS: weakref.WeakSet[Executor] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for executor in list(_EXECUTORS):
+        executor._forget_workers()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,105 @@
+"""Products of interleaved weights with many rows of activations, in tiles of 2 x 16 weight rows and up to 8 activation rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tensorgraph.backends.cpu.activations import Rows
+from tensorgraph.backends.cpu.ir import Int, Value
+from tensorgraph.backends.cpu.kernel import Kernel
+from tensorgraph.backends.cpu.matvec import panel_dot
+from tensorgraph.backends.cpu.operands import Operand
+from tensorgraph.backends.cpu.target import Target
+from tensorgraph.backends.cpu.weights import find_panel, interleaved, n_tiles
+from tensorgraph.dims import Extent
+from tensorgraph.dtypes import DType
+
+PANELS = 2
+MOST_TOKENS = 8
+"""A row buffer must be readable for this many rows behind its last."""
+BLOCK_BYTES = 384 << 10  # of weights that stay in the cache while all rows pass
+Epilogue = Callable[[Value, Value, list[Value]], None]
+"""`epilogue(tile, token, sums)`: the products of rows `16 tile` to `16 tile + 15` of each weight with one activation row."""
+
+
+def tokens_per_tile(target: Target) -> int:
+    """Activation rows whose sums the target's registers hold."""
+    return {64: 8, 32: 4}.get(target.vector_bytes, 2)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a product is cut into pieces of equal size, weights outside: [blocks of weights, tiles of tokens, groups of panels].
+
+    Attributes:
+        n_blocks, groups: blocks of weights, and groups of panels in each; the last may have fewer.
+        n_groups: groups of panels in all.
+        per_group: tiles of 16 rows of each weight that a group has.
+        tokens: activation rows of a piece.
+    """
+
+    n_blocks: int
+    groups: int
+    n_groups: int
+    per_group: int
+    tokens: int
+
+    def items(self, n_rows: Extent) -> Extent:
+        """Pieces of a product with so many activation rows."""
+        return (n_rows + (self.tokens - 1)) // self.tokens * (self.n_blocks * self.groups)
+
+
+def plan_tiles(target: Target, dtypes: Sequence[DType], rows: int, width: int) -> Tiling:
+    """The pieces of a product of [rows, width] weights of these types, side by side."""
+    per_group = max(1, PANELS // len(dtypes))
+    n_groups = -(-n_tiles(rows) // per_group)
+    group_bytes = sum(width // interleaved(d).block * interleaved(d).unit_bytes for d in dtypes) * per_group
+    n_blocks = max(1, -(-n_groups * group_bytes // BLOCK_BYTES))
+    groups = max(1, -(-n_groups // n_blocks))
+    return Tiling(max(1, -(-n_groups // groups)), groups, n_groups, per_group, tokens_per_tile(target))
+
+
+def multiply(
+    k: Kernel,
+    weights: Sequence[Operand],
+    x: Rows,
+    n_rows: Int,
+    epilogue: Epilogue,
+    *,
+    batch: Int = 1,
+    matrix: Callable[[Value], Int] = lambda n: 0,
+) -> None:
+    """This chunk's part of the products of weights, side by side, with `batch * n_rows` adjacent rows of activations.
+
+    The call's items must be those of the weights' `Tiling`, times the batch.
+
+    Args:
+        x: the first of the rows.
+        epilogue: called once for each tile of 16 rows and each activation row, which counts over the batch.
+        matrix: which of the weights' matrices, counted over their leading axes, a number of the batch is multiplied by.
+    """
+    height, width = weights[0].shape[-2:]
+    assert isinstance(height, int) and isinstance(width, int)
+    tiling = plan_tiles(k.target, [w.dtype for w in weights], height, width)
+    count = k.i64(n_rows)
+    token_tiles = (count + (tiling.tokens - 1)) // tiling.tokens
+
+    with k.rows([batch, tiling.n_blocks, token_tiles, tiling.groups]) as (number, block, token_tile, within):
+        group, token = block * tiling.groups + within, token_tile * tiling.tokens
+        tile, row, of = group * tiling.per_group, number * count + token, matrix(number)
+
+        def piece(n_tiles_each: int) -> None:
+            panels = [find_panel(w, tile + i, of) for i in range(n_tiles_each) for w in weights]
+            sums = panel_dot(k, panels, x.from_row(row, tiling.tokens), panels[0].size_bytes * n_tiles_each)
+            for t in range(tiling.tokens):
+                with k.when((token + t).lt(count)):
+                    for i in range(n_tiles_each):
+                        epilogue(tile + i, row + t, [sums[i * len(weights) + w][t] for w in range(len(weights))])
+
+        complete = tiling.n_groups * tiling.per_group == n_tiles(height)
+        with k.when(group.lt(tiling.n_groups if complete else tiling.n_groups - 1)):
+            piece(tiling.per_group)
+        if not complete:
+            with k.when(group.eq(tiling.n_groups - 1)):
+                piece(1)

@@ -1,0 +1,211 @@
+"""Types and values of LLVM IR as kernels hold them: arithmetic on a Value writes an instruction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, Union
+
+if TYPE_CHECKING:
+    from tensorgraph.backends.cpu.emit import Function
+
+Kind = Literal["i", "f", "p"]
+Number = Union["Value", int, float]
+Int = Union["Value", int]
+"""A whole number: known while emitting, or in a register."""
+
+_FLOATS = {16: "half", 32: "float", 64: "double"}
+
+
+@dataclass(frozen=True)
+class Type:
+    """An integer (`i`, signed where it matters), a float (`f`) or an address (`p`); `lanes` of it, 0 for a scalar."""
+
+    kind: Kind
+    bits: int
+    lanes: int = 0
+
+    def x(self, lanes: int) -> Type:
+        """A vector of this."""
+        return replace(self, lanes=lanes)
+
+    @cached_property
+    def scalar(self) -> Type:
+        return replace(self, lanes=0)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.bits // 8 * max(self.lanes, 1)
+
+    @cached_property
+    def text(self) -> str:
+        one = "ptr" if self.kind == "p" else f"i{self.bits}" if self.kind == "i" else _FLOATS[self.bits]
+        return f"<{self.lanes} x {one}>" if self.lanes else one
+
+    @cached_property
+    def suffix(self) -> str:
+        """As overloaded intrinsics are named: `v16f32`."""
+        one = "p0" if self.kind == "p" else f"{self.kind}{self.bits}"
+        return f"v{self.lanes}{one}" if self.lanes else one
+
+    def __str__(self) -> str:
+        return self.text
+
+
+I1, I8, I16, I32, I64 = (Type("i", bits) for bits in (1, 8, 16, 32, 64))
+F16, F32, F64 = (Type("f", bits) for bits in (16, 32, 64))
+PTR = Type("p", 64)
+
+_COMPARE = {"lt": ("slt", "olt"), "le": ("sle", "ole"), "gt": ("sgt", "ogt"), "ge": ("sge", "oge"), "eq": ("eq", "oeq"), "ne": ("ne", "une")}
+
+
+class Value:
+    """A register or a constant of one type.
+
+    `+ - * /` and `& | ^ << >>` (arithmetic shift) take a Value of the same type or a number; a scalar beside a vector is
+    repeated. An address plus a number is so many bytes on. Comparisons are methods (`lt`, `eq`, ...) and give i1.
+    """
+
+    __slots__ = ("fn", "ref", "type")
+
+    def __init__(self, fn: Function, ref: str, type: Type) -> None:
+        self.fn, self.ref, self.type = fn, ref, type
+
+    @property
+    def lanes(self) -> int:
+        return self.type.lanes
+
+    def _binary(self, other: Number, integer: str, floating: str, *, swap: bool = False) -> Value:
+        a: Value = self
+        b = self.fn.as_type(other, self.type)
+        if b.type.lanes and not a.type.lanes:
+            a = self.fn.splat(a, b.type.lanes)
+        if swap:
+            a, b = b, a
+        if a.type != b.type:
+            raise TypeError(f"[emit] wanted two of {a.type}; got {b.type}")
+        return self.fn.instruction(f"{integer if a.type.kind == 'i' else floating} {a.type} {a.ref}, {b.ref}", a.type)
+
+    def __add__(self, other: Number) -> Value:
+        if self.type.kind == "p":
+            return self.fn.offset(self, other)
+        return self if isinstance(other, int) and other == 0 else self._binary(other, "add", "fadd")
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Number) -> Value:
+        return self if isinstance(other, int) and other == 0 else self._binary(other, "sub", "fsub")
+
+    def __rsub__(self, other: Number) -> Value:
+        return self._binary(other, "sub", "fsub", swap=True)
+
+    def __mul__(self, other: Number) -> Value:
+        if isinstance(other, int) and self.type.kind == "i" and not self.type.lanes:
+            if other == 0:
+                return self.fn.const(0, self.type)
+            if other == 1:
+                return self
+        return self._binary(other, "mul", "fmul")
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Number) -> Value:
+        return self._binary(other, "sdiv", "fdiv")
+
+    def __rtruediv__(self, other: Number) -> Value:
+        return self._binary(other, "sdiv", "fdiv", swap=True)
+
+    def __floordiv__(self, other: Int) -> Value:
+        """Of numbers that are not negative."""
+        return self if isinstance(other, int) and other == 1 else self._binary(other, "udiv", "fdiv")
+
+    def __mod__(self, other: Int) -> Value:
+        """Of numbers that are not negative."""
+        return self.fn.const(0, self.type) if isinstance(other, int) and other == 1 else self._binary(other, "urem", "frem")
+
+    def __neg__(self) -> Value:
+        if self.type.kind == "f":
+            return self.fn.instruction(f"fneg {self.type} {self.ref}", self.type)
+        return self._binary(0, "sub", "fsub", swap=True)
+
+    def __and__(self, other: Int) -> Value:
+        return self._binary(other, "and", "and")
+
+    def __or__(self, other: Int) -> Value:
+        return self._binary(other, "or", "or")
+
+    def __xor__(self, other: Int) -> Value:
+        return self._binary(other, "xor", "xor")
+
+    def __lshift__(self, other: Int) -> Value:
+        return self._binary(other, "shl", "shl")
+
+    def __rshift__(self, other: Int) -> Value:
+        return self._binary(other, "ashr", "ashr")
+
+    def shift_right(self, other: Int) -> Value:
+        """Filled with zeros from above."""
+        return self._binary(other, "lshr", "lshr")
+
+    def invert(self) -> Value:
+        return self._binary(-1, "xor", "xor")
+
+    def _compare(self, name: str, other: Number) -> Value:
+        b = self.fn.as_type(other, self.type)
+        a = self.fn.splat(self, b.type.lanes) if b.type.lanes and not self.type.lanes else self
+        integer, floating = _COMPARE[name]
+        text = f"fcmp {floating}" if a.type.kind == "f" else f"icmp {integer}"
+        return self.fn.instruction(f"{text} {a.type} {a.ref}, {b.ref}", I1.x(a.type.lanes))
+
+    def lt(self, other: Number) -> Value:
+        return self._compare("lt", other)
+
+    def le(self, other: Number) -> Value:
+        return self._compare("le", other)
+
+    def gt(self, other: Number) -> Value:
+        return self._compare("gt", other)
+
+    def ge(self, other: Number) -> Value:
+        return self._compare("ge", other)
+
+    def eq(self, other: Number) -> Value:
+        return self._compare("eq", other)
+
+    def ne(self, other: Number) -> Value:
+        """Of floats: also true where one is NaN."""
+        return self._compare("ne", other)
+
+    def is_nan(self) -> Value:
+        return self.fn.instruction(f"fcmp uno {self.type} {self.ref}, {self.ref}", I1.x(self.type.lanes))
+
+    def below(self, other: Int) -> Value:
+        """Unsigned less-than: one comparison for `0 <= x < other`."""
+        b = self.fn.as_type(other, self.type)
+        return self.fn.instruction(f"icmp ult {self.type} {self.ref}, {b.ref}", I1.x(self.type.lanes))
+
+    # Lanes.
+
+    def __getitem__(self, lane: Int) -> Value:
+        """One lane."""
+        at = self.fn.as_type(lane, I64)
+        return self.fn.instruction(f"extractelement {self.type} {self.ref}, i64 {at.ref}", self.type.scalar)
+
+    def with_lane(self, lane: Int, value: Number) -> Value:
+        at, put = self.fn.as_type(lane, I64), self.fn.as_type(value, self.type.scalar)
+        return self.fn.instruction(f"insertelement {self.type} {self.ref}, {put.type} {put.ref}, i64 {at.ref}", self.type)
+
+    def shuffle(self, lanes: Sequence[int], other: Value | None = None) -> Value:
+        """Lanes picked by number, those of `other` counted on."""
+        b = other.ref if other is not None else "poison"
+        mask = ", ".join(f"i32 {i}" for i in lanes)
+        text = f"shufflevector {self.type} {self.ref}, {self.type} {b}, <{len(lanes)} x i32> <{mask}>"
+        return self.fn.instruction(text, self.type.x(len(lanes)))
+
+    def bits_as(self, type: Type) -> Value:
+        """The same bits as another type."""
+        return self if type == self.type else self.fn.instruction(f"bitcast {self.type} {self.ref} to {type}", type)
+
+    def __repr__(self) -> str:
+        return f"<{self.type} {self.ref}>"

@@ -1,0 +1,142 @@
+"""Products of interleaved weights with rows of activations: the inner loops, for a few rows and for the tiles of many."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tensorgraph.backends.cpu.activations import BLOCK, BLOCK_BYTES, SCALE, SCALED_SUM, START, Kind, Rows
+from tensorgraph.backends.cpu.int8 import dot_four
+from tensorgraph.backends.cpu.ir import F32, I32, Int, Value
+from tensorgraph.backends.cpu.kernel import Kernel
+from tensorgraph.backends.cpu.operands import Operand
+from tensorgraph.backends.cpu.weights import ROWS, Panel, find_panel, interleaved
+from tensorgraph.dtypes import DType
+
+LINE = 64
+AHEAD_BYTES = 8192  # how far mat-vec reads ahead
+
+
+def kind_of(dtype: DType, exact: bool) -> Kind:
+    """In which form activations meet weights of a type."""
+    return "f32" if exact or interleaved(dtype).codes is None else "int8"
+
+
+def tile_dot(k: Kernel, weights: Operand, tile: Int, x: Rows, tiles: int = 1, batch: Int = 0) -> list[list[Value]]:
+    """`tiles` adjacent tiles of 16 rows times each row of x: [tile][row], f32 of 16 lanes, a lane for each weight row."""
+    panels = [find_panel(weights, k.i64(tile) + t, batch) for t in range(tiles)]
+    return panel_dot(k, panels, x)
+
+
+def panel_dot(k: Kernel, panels: Sequence[Panel], x: Rows, ahead_bytes: int = AHEAD_BYTES) -> list[list[Value]]:
+    """Panels of equal length times each row of x: [panel][row], f32 of 16 lanes; memory is read so many bytes ahead."""
+    if x.kind == "int8":
+        return _integer_dot(k, panels, x, ahead_bytes)
+    return _float_dot(k, panels, x, ahead_bytes)
+
+
+def _integer_dot(k: Kernel, panels: Sequence[Panel], x: Rows, ahead_bytes: int) -> list[list[Value]]:
+    lanes = min(k.lanes, ROWS)
+    parts = range(ROWS // lanes)
+    zero = k.zero(F32.x(lanes))
+    with k.loop(0, panels[0].n_units, 1, [zero for _ in panels for _ in range(x.count) for _ in parts]) as loop:
+        units, block = [p.unit(loop.i) for p in panels], x.address + loop.i * BLOCK_BYTES
+        _prefetch(k, panels, units, ahead_bytes)
+        sums = iter(loop.values)
+        old = [[[next(sums) for _ in parts] for _ in range(x.count)] for _ in panels]
+        new = [[[zero for _ in parts] for _ in range(x.count)] for _ in panels]
+        for part in parts:
+            whole = _block_dot(k, panels, units, part, lanes, block, x)
+            for p, (panel, unit) in enumerate(zip(panels, units, strict=True)):
+                codes = panel.form.codes
+                assert codes is not None
+                scale = codes.scale(k, unit, part, lanes)
+                least = codes.minimum(k, unit, part, lanes) if codes.minimum else None
+                for t in range(x.count):
+                    at = block + t * x.row_bytes
+                    by = scale * k.splat(k.load(at + SCALE, F32), lanes)
+                    total = k.fma(k.convert(whole[p][t], F32), by, old[p][t][part])
+                    if least is not None:
+                        total = k.fma(least, k.splat(k.load(at + SCALED_SUM, F32), lanes), total)
+                    new[p][t][part] = total
+        loop.next(*(v for a in new for b in a for v in b))
+    return _joined(k, loop.results, len(panels), x.count)
+
+
+def _block_dot(
+    k: Kernel, panels: Sequence[Panel], units: Sequence[Value], part: int, lanes: int, block: Value, x: Rows
+) -> list[list[Value]]:
+    """[panel][row] i32 of the weight rows in a part: one block's codes, less their centre, times the row's."""
+    codes = [p.form.codes for p in panels]
+    wide = I32.x(lanes)
+    sums: list[list[Value]] = []
+    for c in codes:
+        assert c is not None
+        starts = [block + (t * x.row_bytes + START[c.centre]) if c.centre else None for t in range(x.count)]
+        sums.append([k.zero(wide) if at is None else k.splat(k.load(at, I32), lanes) for at in starts])
+    groups = [c.groups(k, unit, part, lanes) for c, unit in zip(codes, units, strict=True) if c is not None]
+    for g in range(BLOCK // 4):
+        for t in range(x.count):
+            four = k.splat(k.load(block + (t * x.row_bytes + 4 * g), I32), lanes)
+            for p in range(len(panels)):
+                sums[p][t] = dot_four(k, sums[p][t], groups[p][g], four)
+    return sums
+
+
+def _float_dot(k: Kernel, panels: Sequence[Panel], x: Rows, ahead_bytes: int) -> list[list[Value]]:
+    lanes = min(k.lanes, ROWS)
+    parts = range(ROWS // lanes)
+    form = panels[0].form
+    width = panels[0].n_units * form.block
+    step = form.block if form.block > 1 else 8
+    chains = max(1, 4 // (len(panels) * x.count))  # sums side by side, since each waits for its last
+    n = len(panels) * x.count * len(parts) * chains
+
+    def turn(i: Value, n_elements: int, sums: Sequence[Value]) -> list[Value]:
+        sums = list(sums)
+        units, at = [p.unit(i // form.block) for p in panels], x.address + i * 4
+        if n_elements == step:
+            _prefetch(k, panels, units, ahead_bytes, step // form.block)
+        for e in range(n_elements):
+            xs = [k.splat(k.load(at + (t * x.row_bytes + 4 * e), F32), lanes) for t in range(x.count)]
+            for p, (panel, unit) in enumerate(zip(panels, units, strict=True)):
+                for part in parts:
+                    w = panel.form.values(k, unit, e, part, lanes)
+                    for t in range(x.count):
+                        s = ((p * x.count + t) * len(parts) + part) * chains + e % chains
+                        sums[s] = k.fma(w, xs[t], sums[s])
+        return sums
+
+    sums: Sequence[Value] = [k.zero(F32.x(lanes))] * n
+    whole = width // step * step
+    if whole:
+        with k.loop(0, whole, step, sums) as loop:
+            loop.next(*turn(loop.i, step, loop.values))
+        sums = loop.results
+    if whole < width:
+        sums = turn(k.i64(whole), width - whole, sums)
+    totals = []
+    for i in range(0, n, chains):
+        total = sums[i]
+        for other in sums[i + 1 : i + chains]:
+            total = total + other
+        totals.append(total)
+    return _joined(k, totals, len(panels), x.count)
+
+
+def _prefetch(k: Kernel, panels: Sequence[Panel], units: Sequence[Value], ahead_bytes: int, n_units: int = 1) -> None:
+    """The lines of as many units, so many bytes on."""
+    for panel, unit in zip(panels, units, strict=True):
+        for line in range(0, panel.form.unit_bytes * n_units, LINE):
+            k.prefetch(unit + (ahead_bytes + line))
+
+
+def _joined(k: Kernel, sums: Sequence[Value], n_panels: int, n_rows: int) -> list[list[Value]]:
+    """[panel][row][part] to vectors of 16 lanes."""
+    n_parts = len(sums) // (n_panels * n_rows)
+    joined = []
+    for i in range(0, len(sums), n_parts):
+        some = list(sums[i : i + n_parts])
+        while len(some) > 1:
+            some = [k.join(a, b) for a, b in zip(some[::2], some[1::2], strict=True)]
+        joined.append(some[0])
+    return [joined[p * n_rows : (p + 1) * n_rows] for p in range(n_panels)]

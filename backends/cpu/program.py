@@ -1,0 +1,331 @@
+"""Programs: the calls of a part of a plan as a table that the executor walks, and what changes in it from run to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from tensorgraph.backends.cpu.constants import Held
+from tensorgraph.backends.cpu.ir import I64, PTR, Int
+from tensorgraph.backends.cpu.kernel import HEADER, MESSAGES, Buffer, Call, Kernel, Ref
+from tensorgraph.backends.cpu.operands import Operand
+from tensorgraph.backends.cpu.streams import ClassTable
+from tensorgraph.device import Part, Run, Values
+from tensorgraph.dims import Dim, Extent, FloorDiv, Poly, Symbol, maximum
+from tensorgraph.dtypes import DType, as_dtype
+from tensorgraph.errors import GraphError, InputError, StateError, UnsupportedError
+from tensorgraph.graph import Node
+from tensorgraph.views import IndexMap
+
+if TYPE_CHECKING:
+    from tensorgraph.backends.cpu.device import CpuDevice
+
+Extents = tuple["int | None", ...]
+
+
+class OperandKey(NamedTuple):
+    """All that code depends on of an operand; None is what it reads when it runs."""
+
+    name: str
+    dtype: str
+    layout: str
+    shape: Extents
+    strides: Extents
+    offset: bool  # whether an offset is read when it runs
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an operand lies: in what, how many bytes on, and what it is read as."""
+
+    kind: str  # "arena", "constant", "external", "stream"
+    of: Any
+    offset_bytes: int
+    index_map: IndexMap
+    layout: str
+    dtype: DType
+
+
+class Program:
+    """A part of a plan on the CPU. Calling it computes the part.
+
+    Attributes:
+        calls: every call, in order; of a run those whose guards hold are made.
+    """
+
+    def __init__(self, device: CpuDevice, part: Part) -> None:
+        self.device, self.part = device, part
+        self.calls: tuple[Call, ...] = tuple(c for group in part.groups for c in getattr(group, "calls", ()))
+        self._numbers: dict[Extent, int] = {}  # of each extent, its place in the table of extents
+        self._args: list[tuple[str, Any]] = []
+        self._checks: dict[IndexMap, Node] = {}
+        self._external: dict[Node, np.ndarray] = {}
+        self._streams: dict[str, str] = {}  # stream to the class whose table its kernels read, found out in the first run
+        starts, texts = [], []
+        for call in self.calls:
+            starts.append(len(self._args))
+            texts.append(self._describe(call))
+        self._codes = device.jit_compile(texts)
+        device.require(part.memory.peak_bytes, max((c.scratch_bytes for c in self.calls), default=0))
+        self._starts = starts
+        self._guards = list(dict.fromkeys(c.guard for c in self.calls if c.guard.bounds))
+        self._tables: dict[tuple[bool, ...], np.ndarray] = {}
+        self._items = [self._number(c.items) for c in self.calls]
+        self._arrange_extents()
+        self._seen: tuple[Any, ...] = ()
+        self._classes: dict[str, ClassTable] = {}
+        self._outputs = [(n, *self._output(n)) for n in part.keep if n.op not in ("input", "constant")]
+
+    # What a run does.
+
+    def __call__(self, values: Values, run: Run) -> None:
+        self._check(run.dims)
+        self.extents[: self._n_dynamic] = self._evaluate(run.dims)
+        for node, buffer in self._external.items():
+            given = values[node]
+            buffer[: given.size] = given.reshape(-1)
+        seen = (self.device.arena_version, self.device.scratch_version)
+        if seen != self._seen:
+            self._bind()
+            self._seen = seen
+        if self._streams:
+            self._bind_streams(run)
+        holds = tuple(guard.holds(run.dims) for guard in self._guards)
+        table = self._tables.get(holds)
+        if table is None:
+            table = self._tables[holds] = self._table(holds)
+        self.device.run(table, MESSAGES)
+        arena = self.device.arena
+        for node, shape, offset, dtype in self._outputs:
+            extents = tuple(e if isinstance(e, int) else e.evaluate(run.dims) for e in shape)
+            values[node] = np.ndarray(extents, dtype, arena, offset)
+
+    def table(self, dims: Mapping[str, int]) -> tuple[np.ndarray, list[Call]]:
+        """The table that a run of these extents walks, and the calls of its lines."""
+        holds = tuple(guard.holds(dims) for guard in self._guards)
+        return self._table(holds), [c for c in self.calls if self._made(c, holds)]
+
+    def _made(self, call: Call, holds: Sequence[bool]) -> bool:
+        return not call.guard.bounds or holds[self._guards.index(call.guard)]
+
+    def _table(self, holds: tuple[bool, ...]) -> np.ndarray:
+        base, extents = self.args.ctypes.data, self.extents.ctypes.data
+        rows = [
+            [code, base + 8 * start, extents + 8 * self._place_of[items], call.grain, call.most_chunks, 0, 0, 0]
+            for call, code, start, items in zip(self.calls, self._codes, self._starts, self._items, strict=True)
+            if self._made(call, holds)
+        ]
+        return np.array(rows, np.int64).reshape(len(rows), 8)
+
+    # Addresses.
+
+    def _bind(self) -> None:
+        """Write every address; again whenever the arena or the threads' scratch has moved."""
+        device = self.device
+        extents, arena = self.extents.ctypes.data, device.arena.ctypes.data
+        found = {
+            "status": lambda _: device.code.executor.status_address,
+            "scratch": lambda _: device.scratch.ctypes.data,
+            "scratch stride": lambda _: device.scratch_stride.ctypes.data,
+            "extent": lambda number: extents + 8 * self._place_of[number],
+            "arena": lambda offset: arena + offset,
+            "address": lambda address: address,
+            "external": lambda given: self._external[given[0]].ctypes.data + given[1],
+            "stream": lambda _: 0,
+            "class": lambda _: 0,
+        }
+        for i, (kind, what) in enumerate(self._args):
+            self.args[i] = found[kind](what)
+        self._stream_args = [(i, what) for i, (kind, what) in enumerate(self._args) if kind == "stream"]
+        self._class_args = [(i, what) for i, (kind, what) in enumerate(self._args) if kind == "class"]
+        self._store_seen: Any = None
+
+    def _bind_streams(self, run: Run) -> None:
+        step = run.state
+        if step is None:
+            name = next(iter(self._streams))
+            raise StateError(f"[run] the plan uses the stream {name!r}; wanted the step of a state store; got none")
+        store = step.store  # type: ignore[attr-defined]
+        if self._store_seen != (store, store.moved):
+            for name in self._streams:
+                wanted, layout = self._streams[name], store.layouts[name]
+                if layout != wanted or store.page_rows != 16:
+                    raise StateError(f"[run] wanted pages of 16 rows held as {wanted} for {name!r}; got {store.page_rows}, {layout}")
+            for i, name in self._stream_args:
+                self.args[i] = store.pages(name).ctypes.data
+            for i, name in self._class_args:
+                cls = store.specs[name].stream_class
+                table = self._classes.setdefault(cls.name, ClassTable(cls))
+                self.args[i] = table.address
+            self._store_seen = (store, store.moved)
+        for table in self._classes.values():
+            if table.fill(step.classes[table.stream_class]):  # it had to grow, and moved
+                for i, name in self._class_args:
+                    self.args[i] = self._classes[store.specs[name].stream_class.name].address
+
+    # Extents.
+
+    def _number(self, extent: Extent) -> int:
+        return self._numbers.setdefault(extent, len(self._numbers))
+
+    def _arrange_extents(self) -> None:
+        """Those that change come first in the table; the function that computes them all at once."""
+        dynamic = [e for e in self._numbers if not isinstance(e, int)]
+        order = [*dynamic, *(e for e in self._numbers if isinstance(e, int))]
+        self._place_of = {self._numbers[e]: i for i, e in enumerate(order)}
+        self.extents = np.array([0] * len(dynamic) + order[len(dynamic) :], np.int64)
+        self._n_dynamic = len(dynamic)
+        self._evaluate: Callable[[Mapping[str, int]], tuple[int, ...]] = compiled(dynamic)
+        self.args = np.zeros(max(len(self._args), 1), np.int64)
+
+    def _check(self, dims: Mapping[str, int]) -> None:
+        for index_map, node in self._checks.items():
+            shape, strides, offset = index_map.resolve(dims)
+            size = node.base.size
+            n = size if isinstance(size, int) else size.evaluate(dims)
+            last = offset + sum((m - 1) * s for m, s in zip(shape, strides, strict=True))
+            beyond = min(shape, default=1) < 0 or any(e.evaluate(dims) < 0 for e in index_map.within)
+            if beyond or (0 not in shape and not 0 <= offset <= last < n):
+                at = f"elements {offset} to {last} of {node.base!r}, which has {n} in this step"
+                raise InputError(f"[view] wanted {list(shape)} within its base; got {at} ({node.where})")
+
+    # Building.
+
+    def _describe(self, call: Call) -> str:
+        """The text of a call's kernel; its addresses go to the end of the arguments."""
+        self._args += [("status", None), ("scratch", None), ("scratch stride", None)]
+        assert len(HEADER) == 3
+        keys: list[OperandKey | None] = []
+        for name, ref in call.operands.items():
+            keys.append(None if ref is None else self._operand(name, ref))
+        attrs = tuple(sorted(call.attrs.items()))
+        return self.device.kernel_text(call.emit, tuple(call.operands), tuple(keys), attrs)
+
+    def _operand(self, name: str, ref: Ref) -> OperandKey:
+        if isinstance(ref.of, (int, Symbol)):
+            self._args.append(("extent", self._number(ref.of)))
+            return OperandKey(name, "i64", "number", (None,), (), False)
+        place = self._place(ref)
+        index_map = place.index_map
+        item = 4 if place.dtype.is_block else place.dtype.block_bytes
+        static = isinstance(index_map.offset, int)
+        offset = place.offset_bytes + (index_map.offset * item if isinstance(index_map.offset, int) else 0)
+        if place.kind == "arena":
+            self._args.append(("arena", offset))
+        elif place.kind == "constant":
+            self._args.append(("address", place.of + offset))
+        elif place.kind == "external":
+            self._args.append(("external", (place.of, offset)))
+        else:
+            self._args.append(("stream", place.of))
+            self._args.append(("class", place.of))
+        if not static:
+            self._args.append(("extent", self._number(index_map.offset)))
+        known = ref.known or place.layout != "dense"
+        shape = tuple(e if known and isinstance(e, int) else None for e in index_map.shape)
+        strides: Extents = ()
+        if place.layout == "dense":
+            last = len(index_map.strides) - 1
+            strides = tuple(
+                s if isinstance(s, int) and (known or (i == last and s in (0, 1))) else None
+                for i, s in enumerate(index_map.strides)
+            )
+        numbers = [e for e, k in zip(index_map.shape, shape, strict=True) if k is None]
+        numbers += [e for e, k in zip(index_map.strides, strides, strict=False) if k is None]
+        self._args += [("extent", self._number(e)) for e in numbers]
+        return OperandKey(name, place.dtype.name, place.layout, shape, strides, not static)
+
+    def _place(self, ref: Ref) -> Place:
+        if isinstance(ref.of, Buffer):
+            size = ref.of.size_bytes
+            offset = self.part.memory.buffers[ref.of].offset
+            return Place("arena", None, offset, IndexMap.dense((size,)), "dense", as_dtype("u8"))
+        node, own = ref.of, ref.of.index_map
+        index_map, base = ref.index_map or own, node.base
+        if node.op == "view" and (own.within or not isinstance(own.offset, int)):
+            self._checks.setdefault(own, node)
+        while base.op == "choose":
+            form = base.inputs[self.part.taken[base]]
+            if not form.index_map.is_dense:
+                raise UnsupportedError(f"[cpu] a form of {base!r} is a view that is not dense ({base.where}); wanted a copy of it")
+            base = form.base
+        dtype = node.dtype
+        if base.op == "constant":
+            held: Held = self.part.constants[base]
+            return Place("constant", held.address, 0, index_map, held.layout, dtype)
+        if base.op in ("append", "read") and ref.layout != "dense":
+            name = base.attrs["stream"]
+            self._streams[name] = ref.layout
+            return Place("stream", name, 0, index_map, ref.layout, dtype)
+        if base in self.part.memory.buffers:
+            return Place("arena", None, self.part.memory.buffers[base].offset, index_map, "dense", dtype)
+        if base not in self._external:
+            self._external[base] = np.zeros(max(_most_elements(base), 1), np.float32 if dtype.is_block else dtype.numpy)
+        return Place("external", base, 0, index_map, "dense", dtype)
+
+    def _output(self, node: Node) -> tuple[tuple[Extent, ...], int, np.dtype]:
+        base = node
+        while base.op in ("choose", "view"):
+            source = base.inputs[self.part.taken[base]] if base.op == "choose" else base
+            if not source.index_map.is_dense:
+                raise GraphError(f"[cpu] {node!r} is a view that is not dense; wanted a copy of it as an output ({node.where})")
+            base = source.base
+        buffer = self.part.memory.buffers[base]
+        return node.shape, buffer.offset, np.dtype(np.float32) if node.dtype.is_block else node.dtype.numpy  # type: ignore[return-value]
+
+
+def _most_elements(node: Node) -> int:
+    n = 1
+    for extent in node.shape:
+        n *= maximum(extent)
+    return n
+
+
+def write_kernel(k: Kernel, emit: Any, names: Sequence[str], keys: Sequence[OperandKey | None], attrs: Mapping[str, Any]) -> str:
+    """The text of a kernel for operands of these kinds."""
+    operands: dict[str, Operand | None] = {}
+    for name, key in zip(names, keys, strict=True):
+        operands[name] = None if key is None else _read_operand(k, key)
+    emit(k, operands, **attrs)
+    return k.text()
+
+
+def _read_operand(k: Kernel, key: OperandKey) -> Operand:
+    dtype = as_dtype(key.dtype)
+    if key.layout == "number":
+        return Operand(k, dtype, (k.load(k.slot(), I64),), (), k.zero(PTR), key.layout)
+    address = k.slot()
+    table = k.slot() if key.layout in ("rows", "rows16") else None
+    if key.offset:
+        address = address + k.load(k.slot(), I64) * (4 if dtype.is_block else dtype.block_bytes)
+
+    def resolve(extents: Extents) -> tuple[Int, ...]:
+        return tuple(k.load(k.slot(), I64) if e is None else e for e in extents)
+
+    shape = resolve(key.shape)
+    strides = resolve(key.strides)
+    return Operand(k, dtype, shape, strides, address, key.layout, table)
+
+
+def compiled(extents: Sequence[Extent]) -> Callable[[Mapping[str, int]], tuple[int, ...]]:
+    """A function from the values of Dims to those of extents."""
+    listed = "".join(f"{_source(e)}, " for e in extents)
+    made: Callable[[Mapping[str, int]], tuple[int, ...]] = eval(f"lambda d: ({listed})")  # from extents, no text of a user's
+    return made
+
+
+def _source(extent: Extent) -> str:
+    if isinstance(extent, int):
+        return str(extent)
+    if isinstance(extent, Dim):
+        return f"d[{extent.name!r}]"
+    if isinstance(extent, FloorDiv):
+        return f"(({_source(extent.dividend)}) // {extent.divisor})"
+    if isinstance(extent, Poly):
+        return " + ".join("*".join([str(c), *(f"({_source(s)})" for s in symbols)]) for symbols, c in extent.terms)
+    raise GraphError(f"[cpu] {extent!r} has no value")
+
+

@@ -1,0 +1,386 @@
+"""Attention over dense streams on the CPU: K in groups of 16 rows, so that scores come out 16 rows at a time; V in rows.
+
+Few tokens: each chunk takes one kv head and a slice of 64 rows for one token, and leaves a partial result (maximum, sum,
+weighted values); a second call, or the kernel that uses the result, puts the slices together. Many tokens: each chunk takes a
+tile of queries, all heads of one kv head, and goes through the rows once with a running soft-max.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tensorgraph.backends.cpu.functions import exp, tanh
+from tensorgraph.backends.cpu.ir import F32, I32, I64, Int, Value
+from tensorgraph.backends.cpu.kernel import Kernel
+from tensorgraph.backends.cpu.operands import Operand, Row, read_value, stored_type
+from tensorgraph.backends.cpu.state_calls import field
+from tensorgraph.backends.cpu.streams import PAGE_ROWS
+
+L = PAGE_ROWS  # lanes: the rows of a page
+SLICE = 64  # rows scored at once
+HEAD = 16  # floats before the values in a partial result: the maximum, the sum
+Operands = Mapping[str, Operand | None]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The extents that a paged attention is made for."""
+
+    n_kv: int
+    group: int  # query heads of one kv head
+    d_k: int
+    d_v: int
+    scale: float
+    softcap: float
+    rules: tuple[tuple[int, int | None, bool], ...]  # every, window, causal of each segment
+
+    @property
+    def n_heads(self) -> int:
+        return self.n_kv * self.group
+
+    @property
+    def partial(self) -> int:
+        """Floats of one partial result."""
+        return HEAD + self.d_v
+
+
+def slices_of(n_rows: Any) -> Any:
+    """How many slices hold the rows that one token sees of a segment, at most."""
+    return (n_rows + (SLICE + L - 2)) // SLICE
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The rows lo..hi-1 of one sequence in one segment, for one query or for several."""
+
+    lo: Value
+    hi: Value
+
+
+def seen_rows(k: Kernel, table: Value, seq: Value, pos: Value | None, rule: tuple[int, int | None, bool]) -> Seen:
+    """What a token at `pos` sees of its sequence."""
+    every, window, causal = rule
+    lo, hi = field(k, table, seq, "seen_start"), field(k, table, seq, "seen_stop")
+    if causal and pos is not None:
+        hi = k.min(hi, (pos + 1) // every)
+    if window is not None and pos is not None:
+        lo = k.max(lo, pos + (1 - window))
+    return Seen(lo, hi)
+
+
+@dataclass(frozen=True)
+class Block:
+    """The addresses of up to 64 rows of one kv head, page by page, from row `start` on."""
+
+    start: Value
+    keys: list[Value]
+    values: list[Value]
+
+
+def find_block(k: Kernel, h: Heads, keys: Operand, values: Operand, seq: Value, head: Value, start: Value, hi: Value) -> Block:
+    """Pages beyond the last row are read as the last one; what is read there is masked."""
+    assert keys.table is not None and values.table is not None
+    found: list[list[Value]] = []
+    for stream, width in ((keys, h.d_k), (values, h.d_v)):
+        assert stream.table is not None
+        pages, first = field(k, stream.table, seq, "pages"), field(k, stream.table, seq, "first")
+        item = stored_type(stream.dtype).size_bytes
+        last = (hi - 1 - first) // L
+        inner = width * L * item if stream is keys else width * item
+        addresses = []
+        for page in range(SLICE // L):
+            at = k.min((start - first) // L + page, last)
+            number = k.load(k.convert_pointer(pages) + at * 8, I64)
+            addresses.append(stream.address + number * (h.n_kv * width * L * item) + head * inner)
+        found.append(addresses)
+    return Block(start, *found)
+
+
+def scores(k: Kernel, h: Heads, dtype: Any, block: Block, pages: Sequence[int], queries: Sequence[Value]) -> list[list[Value]]:
+    """q . k for each query (addresses of f32 [Dk]) and page: [query][page], lanes are rows."""
+    unroll = 4 if h.d_k % 4 == 0 else 1
+    stored = stored_type(dtype)
+    zero = k.zero(F32.x(L))
+    with k.loop(0, h.d_k, unroll, [zero] * (len(queries) * len(pages))) as loop:
+        sums = list(loop.values)
+        for u in range(unroll):
+            at = loop.i + u
+            rows = [read_value(k, k.load(block.keys[p] + at * (L * stored.size_bytes), stored.x(L)), dtype) for p in pages]
+            for q, query in enumerate(queries):
+                factor = k.splat(k.load(query + at * 4, F32), L)
+                for p, row in enumerate(rows):
+                    place = q * len(pages) + p
+                    sums[place] = k.fma(row, factor, sums[place])
+        loop.next(*sums)
+    results = []
+    for place, total in enumerate(loop.results):
+        scaled = total * h.scale
+        if h.softcap:
+            scaled = tanh(k, scaled * (1 / h.softcap)) * h.softcap
+        results.append((place // len(pages), scaled))
+    return [[s for q, s in results if q == query] for query in range(len(queries))]
+
+
+def masked(k: Kernel, block: Block, page: int, score: Value, seen: Seen) -> Value:
+    """-inf for rows that are not seen."""
+    lowest = k.convert(seen.lo - block.start - page * L, I32)
+    count = k.convert(seen.hi - seen.lo, I32)
+    shown = (k.lane_numbers(L) - k.splat(lowest, L)).below(k.splat(count, L))
+    return k.select(shown, score, float("-inf"))
+
+
+def add_values(
+    k: Kernel, h: Heads, dtype: Any, block: Block, first: Value, stop: Value, weights: Sequence[Value], sums: Sequence[Value], at: int
+) -> list[Value]:
+    """sums[w][v] + sum over rows first..stop-1 of the block of weight * value, for value vectors from element `at` on.
+
+    `weights`: for each query the address of its f32 weights [64].
+    """
+    stored = stored_type(dtype)
+    n = len(sums) // len(weights)
+    for page in range(SLICE // L):
+        low = k.min(k.max(first, k.i64(page * L)), k.i64(page * L + L))
+        high = k.min(stop, k.i64(page * L + L))
+        base = block.values[page] + at * stored.size_bytes
+        with k.loop(low, high, 1, sums) as loop:
+            row = base + (loop.i - page * L) * (h.n_kv * h.d_v * stored.size_bytes)
+            loaded = [read_value(k, k.load(row + v * L * stored.size_bytes, stored.x(L)), dtype) for v in range(n)]
+            following = []
+            for w, weight in enumerate(weights):
+                factor = k.splat(k.load(weight + loop.i * 4, F32), L)
+                following += [k.fma(factor, value, loop.values[w * n + v]) for v, value in enumerate(loaded)]
+            loop.next(*following)
+        sums = loop.results
+    return list(sums)
+
+
+def emit_slices(k: Kernel, operands: Operands, *, heads: Heads) -> None:
+    """Partial results of (token, kv head, slice): `part` [T, Hkv, slices, G, HEAD + Dv]."""
+    h, q, part, slices = heads, *(operands[name] for name in ("q", "part", "slices"))
+    assert q is not None and part is not None and slices is not None
+    n_slices = slices.shape[0]
+    with k.rows((q.shape[0], h.n_kv, n_slices)) as (t, head, slice_number):
+        seq, pos = token_of(k, operands, t)
+        to = part.address + ((t * h.n_kv + head) * n_slices + slice_number) * (h.group * h.partial * 4)
+        number = slice_number
+        for i, rule in enumerate(h.rules):
+            keys, values = operands[f"k{i}"], operands[f"v{i}"]
+            assert keys is not None and values is not None and keys.table is not None
+            mine = slices_of(keys.shape[0])
+            with k.when(number.below(mine)):
+                seen = seen_rows(k, keys.table, seq, pos, rule)
+                start = seen.lo // L * L + number * SLICE
+                with k.when(start.lt(seen.hi)):
+                    write_slice(k, h, keys, values, seq, head, start, seen, q.at([t, head * h.group]), to)
+                with k.when(start.ge(seen.hi)):
+                    for g in range(h.group):
+                        k.store(k.const(float("-inf"), F32), to + g * h.partial * 4)
+                        k.store(k.const(0.0, F32), to + g * h.partial * 4 + 4)
+            number = number - mine
+
+
+def write_slice(
+    k: Kernel, h: Heads, keys: Operand, values: Operand, seq: Value, head: Value, start: Value, seen: Seen, query: Value, to: Value
+) -> None:
+    """One partial result for each query head of a kv head."""
+    block = find_block(k, h, keys, values, seq, head, start, seen.hi)
+    pages, weights = range(SLICE // L), k.scratch()
+    together = max(1, (12 if k.lanes == L else 4) // len(pages))
+    for g in range(0, h.group, together):
+        mine = range(g, min(g + together, h.group))
+        found = scores(k, h, keys.dtype, block, pages, [query + m * h.d_k * 4 for m in mine])
+        for m, row in zip(mine, found, strict=True):
+            row = [masked(k, block, p, s, seen) for p, s in zip(pages, row, strict=True)]
+            top = k.fold(_tree(k, row, lambda a, b: k.max(a, b)), lambda a, b: k.max(a, b))
+            shifted = [exp(k, s - top) for s in row]
+            for p, weight in zip(pages, shifted, strict=True):
+                k.store(weight, weights + (m * SLICE + p * L) * 4)
+            k.store(top, to + m * h.partial * 4)
+            k.store(k.sum(_tree(k, shifted, lambda a, b: a + b)), to + m * h.partial * 4 + 4)
+    first, stop = k.max(seen.lo - start, 0), k.min(seen.hi - start, k.i64(SLICE))
+    for mine, at, n in value_blocks(k, h, h.group):
+        sums = [k.zero(F32.x(L))] * (len(mine) * n)
+        sums = add_values(k, h, values.dtype, block, first, stop, [weights + m * SLICE * 4 for m in mine], sums, at)
+        for w, m in enumerate(mine):
+            for v in range(n):
+                k.store(sums[w * n + v], to + (m * h.partial + HEAD + at + v * L) * 4)
+
+
+def value_blocks(k: Kernel, h: Heads, rows: int) -> list[tuple[range, int, int]]:
+    """Query rows, first value element and value vectors, so many together as registers hold sums of."""
+    registers = 24 if k.lanes == L else 6
+    n = max(1, min(h.d_v // L, 8 if k.lanes == L else 2))
+    together = max(1, registers // n)
+    blocks = []
+    for at in range(0, h.d_v // L, n):
+        wide = min(n, h.d_v // L - at)
+        blocks += [(range(r, min(r + together, rows)), at * L, wide) for r in range(0, rows, together)]
+    return blocks
+
+
+def combine(k: Kernel, h: Heads, part: Value, n_slices: Int, sink: Value | None, to: Value) -> None:
+    """Put the partial results of one token's head together: f32 [Dv] at `to`. `part`: the address of the first one."""
+    stride = h.group * h.partial * 4
+    begin = sink if sink is not None else k.const(float("-inf"), F32)
+    with k.loop(0, k.i64(n_slices), 1, [begin]) as tops:
+        tops.next(k.max(tops.values[0], k.load(part + tops.i * stride, F32)))
+    top = tops.results[0]
+    shift = k.select(top.eq(float("-inf")), k.const(0.0, F32), top)
+    n = h.d_v // L
+    total = k.const(0.0, F32) if sink is None else exp(k, k.splat(sink - shift, L))[0]
+    for v in range(n):
+        k.store(k.zero(F32.x(L)), to + v * L * 4)
+    with k.loop(0, k.i64(n_slices), 1, [total]) as loop:
+        one = part + loop.i * stride
+        size = k.load(one + 4, F32)
+
+        def add() -> list[Value]:
+            weight = exp(k, k.splat(k.load(one, F32) - shift, L))
+            for v in range(n):
+                place = to + v * L * 4
+                k.store(k.fma(weight, k.load(one + (HEAD + v * L) * 4, F32.x(L)), k.load(place, F32.x(L))), place)
+            return [k.fma(weight[0], size, loop.values[0])]
+
+        loop.next(*k.either(size.gt(0.0), add, lambda: [loop.values[0]]))
+    whole = k.splat(k.select(loop.results[0].eq(0.0), k.const(1.0, F32), loop.results[0]), L)
+    for v in range(n):
+        k.store(k.load(to + v * L * 4, F32.x(L)) / whole, to + v * L * 4)
+
+
+def emit_combine(k: Kernel, operands: Operands, *, heads: Heads) -> None:
+    """y [T, H, Dv] from the partial results."""
+    h, y, part, slices, sinks = heads, *(operands[name] for name in ("y", "part", "slices", "sinks"))
+    assert y is not None and part is not None and slices is not None
+    with k.rows((y.shape[0], h.n_kv, h.group)) as (t, head, g):
+        n = slices.shape[0]
+        one = part.address + (((t * h.n_kv + head) * n) * h.group + g) * (h.partial * 4)
+        sink = sinks.load([head * h.group + g]) if sinks is not None else None
+        combine(k, h, one, n, sink, y.at([t, head * h.group + g]))
+
+
+def token_of(k: Kernel, operands: Operands, t: Value) -> tuple[Value, Value | None]:
+    """A token's sequence in the batch, and its position where there is one."""
+    seq, pos = operands["seq"], operands["pos"]
+    return (
+        k.convert(seq.load([t]), I64) if seq is not None else k.i64(0),
+        k.convert(pos.load([t]), I64) if pos is not None else None,
+    )
+
+
+def _tree(k: Kernel, values: Sequence[Value], combine: Any) -> Value:
+    listed = list(values)
+    while len(listed) > 1:
+        listed = [combine(*listed[i : i + 2]) if i + 1 < len(listed) else listed[i] for i in range(0, len(listed), 2)]
+    return listed[0]
+
+
+def tile_tokens(group: int) -> int:
+    """Tokens of a tile: about 12 queries with all their heads."""
+    return max(1, 12 // group)
+
+
+def tile_scratch(h: Heads) -> int:
+    """Bytes that a thread needs for one tile: weights, and for each query the sums, the maximum and the sum of weights."""
+    rows = tile_tokens(h.group) * h.group
+    return rows * (SLICE + h.d_v) * 4 + rows * 2 * 64 + 64
+
+
+def emit_tiles(k: Kernel, operands: Operands, *, heads: Heads) -> None:
+    """y [T, H, Dv], tile by tile of queries."""
+    h, q, y, tiles = heads, *(operands[name] for name in ("q", "y", "tiles"))
+    assert q is not None and y is not None and tiles is not None
+    n_tokens, per_tile = k.i64(q.shape[0]), tile_tokens(h.group)
+    rows = per_tile * h.group
+    weights = k.scratch()
+    sums = weights + rows * SLICE * 4
+    tops = sums + rows * h.d_v * 4
+    with k.rows((tiles.shape[0], h.n_kv)) as (tile, head):
+        tokens = [k.min(tile * per_tile + i, n_tokens - 1) for i in range(per_tile)]
+        found = [token_of(k, operands, t) for t in tokens]
+        queries = [q.at([t, head * h.group + g]) for t in tokens for g in range(h.group)]
+        sinks = operands["sinks"]
+        for r in range(rows):
+            sink = sinks.load([head * h.group + r % h.group]) if sinks is not None else None
+            k.store(k.const(float("-inf"), F32) if sink is None else sink, tops + r * 128)
+            k.store(k.const(0.0 if sink is None else 1.0, F32), tops + r * 128 + 64)
+            for v in range(h.d_v // L):
+                k.store(k.zero(F32.x(L)), sums + (r * h.d_v + v * L) * 4)
+        for i, rule in enumerate(h.rules):
+            keys, values = operands[f"k{i}"], operands[f"v{i}"]
+            assert keys is not None and values is not None and keys.table is not None
+            with k.loop(found[0][0], found[-1][0] + 1) as sequences:
+                sequences.next()
+                each = []
+                for seq, pos in found:
+                    seen = seen_rows(k, keys.table, sequences.i, pos, rule)
+                    own = seq.eq(sequences.i)
+                    each.append(Seen(k.select(own, seen.lo, k.i64(1 << 40)), k.select(own, seen.hi, k.i64(0))))
+                lo, hi = each[0].lo, each[0].hi
+                for seen in each[1:]:
+                    lo, hi = k.min(lo, seen.lo), k.max(hi, seen.hi)
+                with k.loop(lo // L * L, hi, SLICE) as blocks:
+                    blocks.next()
+                    block = find_block(k, h, keys, values, sequences.i, head, blocks.i, hi)
+                    bounds = [Seen(s.lo, k.max(s.hi, s.lo)) for s in each]
+                    update(k, h, keys.dtype, block, queries, bounds, weights, sums, tops)
+                    first, stop = k.max(lo - blocks.i, 0), k.min(hi - blocks.i, k.i64(SLICE))
+                    for mine, at, n in value_blocks(k, h, rows):
+                        places = [sums + (r * h.d_v + at + v * L) * 4 for r in mine for v in range(n)]
+                        loaded = [k.load(place, F32.x(L)) for place in places]
+                        listed = [weights + r * SLICE * 4 for r in mine]
+                        for place, total in zip(places, add_values(k, h, values.dtype, block, first, stop, listed, loaded, at), strict=True):
+                            k.store(total, place)
+        for r in range(rows):
+            token = tile * per_tile + r // h.group
+            with k.when(token.lt(n_tokens)):
+                total = k.load(tops + r * 128 + 64, F32)
+                inverse = k.splat(1.0 / k.select(total.eq(0.0), k.const(1.0, F32), total), L)
+                out = y.at([token, head * h.group + r % h.group])
+                for v in range(h.d_v // L):
+                    k.store(k.load(sums + (r * h.d_v + v * L) * 4, F32.x(L)) * inverse, out + v * L * 4)
+
+
+def update(
+    k: Kernel,
+    h: Heads,
+    dtype: Any,
+    block: Block,
+    queries: Sequence[Value],
+    bounds: Sequence[Seen],
+    weights: Value,
+    sums: Value,
+    tops: Value,
+) -> None:
+    """Score a block for all queries, and bring maxima, sums and weighed values to the new maxima."""
+    pages = range(SLICE // L)
+    wide = k.lanes == L
+    together, at_once = (12, 2) if wide else (4, 1)
+    for r in range(0, len(queries), together):
+        mine = range(r, min(r + together, len(queries)))
+        for p in range(0, len(pages), at_once):
+            found = scores(k, h, dtype, block, pages[p : p + at_once], [queries[m] for m in mine])
+            for m, row in zip(mine, found, strict=True):
+                for page, score in zip(pages[p : p + at_once], row, strict=True):
+                    k.store(masked(k, block, page, score, bounds[m // h.group]), weights + (m * SLICE + page * L) * 4)
+    for r in range(len(queries)):
+        at = weights + r * SLICE * 4
+        row = [k.load(at + p * L * 4, F32.x(L)) for p in pages]
+        before = k.load(tops + r * 128, F32)
+        top = k.max(before, k.fold(_tree(k, row, lambda a, b: k.max(a, b)), lambda a, b: k.max(a, b)))
+        shift = k.splat(k.select(top.eq(float("-inf")), k.const(0.0, F32), top), L)
+        shifted = [exp(k, s - shift) for s in row]
+        for p, weight in zip(pages, shifted, strict=True):
+            k.store(weight, at + p * L * 4)
+        old = exp(k, k.splat(before, L) - shift)
+        total = k.fma(old[0], k.load(tops + r * 128 + 64, F32), k.sum(_tree(k, shifted, lambda a, b: a + b)))
+        k.store(top, tops + r * 128)
+        k.store(total, tops + r * 128 + 64)
+        for v in range(h.d_v // L):
+            place = sums + (r * h.d_v + v * L) * 4
+            k.store(k.load(place, F32.x(L)) * old, place)
+
+
+__all__ = ["Heads", "combine", "emit_combine", "emit_slices", "emit_tiles", "slices_of", "tile_scratch", "tile_tokens"]
+_ = Row

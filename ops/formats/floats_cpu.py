@@ -1,0 +1,39 @@
+"""f32, f16 and bf16 in layout r16: a unit is one element of each of 16 rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tensorgraph.backends.cpu.ir import I64, Value
+from tensorgraph.backends.cpu.kernel import Kernel
+from tensorgraph.backends.cpu.operands import read_value, stored_type
+from tensorgraph.backends.cpu.weights import FORMS, ROWS, Interleaved
+from tensorgraph.dtypes import as_dtype
+
+
+def _declare(name: str) -> None:
+    dtype = as_dtype(name)
+    stored = stored_type(dtype)
+    item = stored.size_bytes
+
+    def write(k: Kernel, sources: Sequence[Value], to: Value) -> None:
+        for r, source in enumerate(sources):
+            k.store(k.load(source, stored), to + r * item)
+
+    def values(k: Kernel, unit: Value, element: int, part: int, lanes: int) -> Value:
+        return read_value(k, k.load(unit + (element * ROWS + part * lanes) * item, stored.x(lanes)), dtype)
+
+    def row_values(k: Kernel, unit: Value, row: Value, first: Value, lanes: int) -> Value:
+        at = unit + row * item
+        if item == 4:
+            return k.gather(at, k.vector(range(0, lanes * ROWS * item, ROWS * item), I64), stored.x(lanes))
+        out = Value(k, "poison", stored.x(lanes))
+        for i in range(lanes):
+            out = out.with_lane(i, k.load(at + i * (ROWS * item), stored))
+        return read_value(k, out, dtype)
+
+    FORMS[name] = Interleaved(1, ROWS * item, write, values, row_values)
+
+
+for _name in ("f32", "f16", "bf16"):
+    _declare(_name)

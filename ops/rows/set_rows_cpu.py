@@ -1,0 +1,47 @@
+"""Rows written by number on the CPU: the destination copied, unless it is the result's own memory, and then the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tensorgraph.backends.cpu.ir import Value
+from tensorgraph.backends.cpu.kernel import CHUNK, Call, Context, Kernel, NodeKernel, Ref, row_work
+from tensorgraph.backends.cpu.operands import Operand, stored_type
+from tensorgraph.dims import product
+from tensorgraph.graph import Node
+from tensorgraph.ops.rows.index_cpu import checked
+from tensorgraph.ops.rows.set_rows import set_rows
+from tensorgraph.ops.shape.cont_cpu import copy_call, copy_row
+
+
+def supports(node: Node) -> bool:
+    a, b, _ = node.inputs
+    return not a.dtype.is_block and (b.dtype.name != "f64" or a.dtype.name in ("f32", "f64"))
+
+
+def calls(node: Node, context: Context) -> Sequence[Call]:
+    a, b, ids = node.inputs
+    refs = {"b": Ref(b), "ids": Ref(ids), "y": Ref(node)}
+    grain = max(1, CHUNK // max(row_work(node), 1))
+    write = Call(emit_set_rows, refs, items=product(b.shape[:-1]), grain=grain, nodes=(node,))
+    return [copy_call(node, a, node, unless_same=True), write]
+
+
+def emit_set_rows(k: Kernel, operands: dict[str, Operand]) -> None:
+    b, ids, y = operands["b"], operands["ids"], operands["y"]
+    with k.rows(b.shape[:-1]) as [*batch, r]:
+        mine = [i % n for i, n in zip(batch[b.ndim - 1 - ids.ndim :], ids.shape[:-1], strict=True)]
+        number, named = checked(k, "set_rows", ids.load([*mine, r]), y.shape[-2])
+        with k.when(named):
+            row, out = b.row([*batch, r]), y.row([*batch, number])
+            if b.dtype == y.dtype:
+                copy_row(k, stored_type(y.dtype), out.address, 1, row.address, row.stride, y.shape[-1])
+            else:
+
+                def convert(i: Value, mask: Value | None, _: list[Value]) -> None:
+                    out.store(i, row.load(i, k.lanes, mask), mask)
+
+                k.sweep(y.shape[-1], convert)
+
+
+set_rows.kernels["cpu"] = NodeKernel(calls, supports)

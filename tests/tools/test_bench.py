@@ -1,0 +1,508 @@
+"""`tensorgraph bench`: what is fed to whom and in which order, the figures made of seconds, a peer that fails. No speeds."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tensorgraph.models.text.model import load
+from tensorgraph.session import Session
+from tensorgraph.tools.bench import command, machine, peer, roofs
+from tensorgraph.tools.bench.cases import Case, cases, deviation, median
+from tensorgraph.tools.bench.ours import Ours
+from tensorgraph.tools.bench.roofs import CHAINS, Roofs
+from tensorgraph.tools.bench.rounds import Contest, Figures, Round
+from tests.layout import ROOT
+from tests.tools.commands import as_json, gguf, ok, refused, tg
+
+MEASURED = {1: Roofs(10.0, 100.0, 400.0), 2: Roofs(20.0, 200.0, None)}
+REFERENCE = ("--backend", "reference", "-t", 2)
+
+
+@pytest.fixture(autouse=True)
+def limits(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
+    """The numbers of threads that BLAS would be told."""
+    told: list[int | None] = []
+    monkeypatch.setattr(command.options, "limit_threads", told.append)
+    return told
+
+
+@pytest.fixture
+def fixed_roofs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "roofs_now", lambda threads: {n: MEASURED[n] for n in sorted({1, threads})})
+
+
+# What the fake peer's functions do is written to LOG, a line of JSON each. Flash attention (context 2) takes less of its clock.
+FAKE = '''
+import json, os, sys, time
+from types import SimpleNamespace as Space
+LOG, MODE = {log!r}, {mode!r}
+LLAMA_LOAD_MODE_MMAP = 1
+decodes, clock = 0, 0.0
+time.perf_counter = lambda: clock
+def note(**what):
+    with open(LOG, "a") as log: log.write(json.dumps(what) + "\\n")
+if MODE == "broken": raise OSError("libllama.so is not there")
+def llama_log_callback(function): return function
+def llama_log_set(function, data): global say; say = function
+def llama_backend_init(): print("noise on stdout")
+def llama_model_default_params(): return Space(n_gpu_layers=-1, load_mode=-1)
+def llama_context_default_params():
+    names = "n_ctx n_batch n_ubatch n_threads n_threads_batch type_k type_v offload_kqv op_offload no_perf flash_attn_type"
+    return Space(**dict.fromkeys(names.split()))
+def llama_model_load_from_file(path, params):
+    note(load=path.decode(), environment=sorted(k for k in os.environ if k.startswith(("OMP_", "GOMP_"))), **vars(params))
+    if MODE == "unreadable": say(4, b"wrong magic\\n", None)
+    return None if MODE == "unreadable" else "model"
+def llama_init_from_model(model, params):
+    note(**vars(params))
+    return None if MODE == "no flash" and params.flash_attn_type else params.flash_attn_type + 1
+def llama_version(): return b"b1"
+def llama_print_system_info(): return b"FAKE = 1"
+def llama_model_get_vocab(model): return model
+def llama_vocab_n_tokens(vocabulary): return 5 if MODE == "small" else 512
+def llama_model_n_params(model): return 7
+def llama_model_size(model): return 8
+def llama_get_memory(context): return context
+def llama_memory_clear(memory, data): note(clear=memory)
+def llama_memory_seq_rm(memory, seq, start, end):
+    note(cut=memory, at=[seq, start, end])
+    return MODE != "recurrent"
+def llama_batch_init(n, embeddings, sequences):
+    return Space(token=[0] * n, pos=[0] * n, n_seq_id=[0] * n, seq_id=[[9] for _ in range(n)], logits=[9] * n)
+def llama_batch_free(batch): batch.token = None
+def llama_decode(context, batch):
+    global decodes, clock
+    decodes += 1
+    rows = list(zip(batch.token, batch.pos, batch.n_seq_id, [s[0] for s in batch.seq_id], batch.logits))
+    note(context=context, rows=rows, n=batch.n_tokens, pid=os.getpid())
+    if MODE == "dies" and decodes > 6: print("GGML_ASSERT failed", file=sys.stderr, flush=True); os._exit(3)
+    if MODE == "refuses" and decodes > 6: say(4, b"no slot", None); return 1
+    if MODE == "hangs": time.sleep(600)
+    clock += 0.5 if context == 2 else 0.75
+    return 0
+def llama_synchronize(context): note(synchronize=context)
+'''
+
+
+class FakePeer:
+    """An interpreter whose llama_cpp is `FAKE`."""
+
+    def __init__(self, folder: Path, mode: str = "") -> None:
+        self.log, self.python = folder / "log", folder / "python"
+        (folder / "llama_cpp").mkdir()
+        (folder / "llama_cpp/__init__.py").write_text('__version__ = "9.9"')
+        (folder / "llama_cpp/llama_cpp.py").write_text(FAKE.format(log=str(self.log), mode=mode))
+        self.log.touch()
+        self.python.write_text(f'#!/bin/sh\nPYTHONPATH={folder} exec {sys.executable} "$@"\n')
+        self.python.chmod(0o755)
+
+    def notes(self, key: str) -> list[dict[str, Any]]:
+        return [note for note in map(json.loads, self.log.read_text().splitlines()) if key in note]
+
+
+def test_cases_are_all_combinations_by_depth() -> None:
+    assert [str(c) for c in cases([512, 0], [128], [0, 1024, 0])] == ["pp512", "tg128", "pp512 @ d1024", "tg128 @ d1024"]
+    assert cases([0], [0], [5]) == [] and Case("tg", 3, 5).end == 8
+
+
+def test_medians_and_deviations() -> None:
+    assert (median([3.0, 1.0, 10.0]), deviation([3.0, 1.0, 10.0])) == (3.0, 2.0)
+    assert (median([1.0, 2.0]), deviation([1.0, 2.0]), deviation([4.0])) == (1.5, 0.5, 0.0)
+
+
+def test_figures_are_medians_over_rounds() -> None:
+    """The ratio and the fraction are of each round, then the median: not ratios of medians."""
+    now = [{2: Roofs(gbs, 1.0, None)} for gbs in (1.0, 4.0, 1.0)]
+    f = Figures(Case("tg", 8), ours_s=[1.0, 2.0, 4.0], peer_s=[4.0, 2.0, 2.0], roofs=now)
+    assert f.ours_rates == [8.0, 4.0, 2.0] and f.peer_rates == [2.0, 4.0, 4.0]
+    assert f.ratio == 1.0  # of 4, 1, 0.5
+    assert f.roof_fraction(1e8, 2) == pytest.approx(0.2)  # of 0.8, 0.1, 0.2
+    assert Figures(Case("tg", 8), ours_s=[1.0]).ratio is None
+
+
+class Recorder:
+    """A side that writes down what it is asked; `fails_at` is the number of the request that it cannot do."""
+
+    def __init__(self, name: str, log: list[Any], seconds: float, fails_at: int = 99) -> None:
+        self.name, self.log, self.seconds, self.left = name, log, seconds, fails_at
+
+    def _note(self, *what: Any) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise LookupError(f"{self.name} is gone")
+        self.log.append((self.name, *what))
+
+    def begin(self, ids: Sequence[int]) -> None:
+        self._note("begin", list(ids))
+
+    def warm_up(self, kind: str, ids: Sequence[int]) -> str:
+        self._note("warm_up", kind, list(ids))
+        return f"{self.name}'s way"
+
+    def run(self, kind: str, ids: Sequence[int]) -> Round:
+        self._note("run", kind, list(ids))
+        return Round(self.seconds, self.name == "ours")
+
+
+def contest(log: list[Any], fails_at: int = 99) -> tuple[list[Figures], list[Exception]]:
+    lost: list[Exception] = []
+
+    def measured() -> Mapping[int, Roofs]:
+        log.append("roofs")
+        return MEASURED
+
+    both = Contest(Recorder("ours", log, 0.5), Recorder("peer", log, 2.0, fails_at), lost=LookupError, lose=lost.append)
+    wanted = [Case("pp", 2), Case("tg", 1), Case("pp", 2, 3)]
+    return both.run_cases(wanted, range(10, 20), 2, roofs=measured, say=lambda text: None), lost
+
+
+def test_rounds_alternate() -> None:
+    log: list[Any] = []
+    figures, lost = contest(log)
+    assert log[:6] == [
+        ("ours", "begin", []), ("peer", "begin", []),
+        ("ours", "warm_up", "pp", [10, 11]), ("peer", "warm_up", "pp", [10, 11]),
+        ("ours", "warm_up", "tg", [10]), ("peer", "warm_up", "tg", [10]),
+    ]  # fmt: skip
+    first = [(side, "run", *what) for what in (("pp", [10, 11]), ("tg", [10])) for side in ("ours", "peer")]
+    second = [first[1], first[0], first[3], first[2]]
+    assert log[6:16] == ["roofs", *first, "roofs", *second]
+    deep = [("ours", "run", "pp", [13, 14]), ("peer", "run", "pp", [13, 14])]
+    assert log[16:18] == [("ours", "begin", [10, 11, 12]), ("peer", "begin", [10, 11, 12])]
+    assert log[20:] == ["roofs", *deep, "roofs", *reversed(deep)]
+    assert not lost
+    for f in figures:
+        assert (f.ours_s, f.peer_s, f.ratio, f.peer_setting) == ([0.5, 0.5], [2.0, 2.0], 4.0, "peer's way")
+        assert f.roofs == [MEASURED, MEASURED] and f.ours_quiet and not f.peer_quiet
+
+
+@pytest.mark.parametrize("fails_at", [0, 2, 3, 4, 5, 8])
+def test_without_its_peer_ours_goes_on(fails_at: int) -> None:
+    figures, lost = contest([], fails_at)
+    assert [str(error) for error in lost] == ["peer is gone"]
+    assert all(len(f.ours_s) == 2 for f in figures)
+    assert sum(len(f.peer_s) for f in figures) == {0: 0, 2: 0, 3: 0, 4: 1, 5: 2, 8: 4}[fails_at]
+
+
+def test_an_error_of_ours_is_an_error() -> None:
+    with pytest.raises(LookupError, match="ours is gone"):
+        Contest(Recorder("ours", [], 1.0, 0), None, lost=LookupError).run_cases(
+            [Case("pp", 1)], [1], 1, roofs=lambda: MEASURED, say=lambda text: None
+        )
+
+
+@pytest.fixture
+def fed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[int]]]:
+    """What sessions were fed: their length before, and the ids."""
+    seen: list[tuple[int, list[int]]] = []
+    real = Session.eval
+
+    def record(self: Session, ids: Any, **options: Any) -> Any:
+        seen.append((self.length, list(ids)))
+        return real(self, ids, **options)
+
+    monkeypatch.setattr(Session, "eval", record)
+    return seen
+
+
+def test_our_rounds_begin_at_their_depth(fed: list[tuple[int, list[int]]]) -> None:
+    with load(gguf("llama"), backend="reference") as model:
+        ours = Ours(model, 16)
+        for depth in (0, 3):
+            ours.begin([1, 2, 3][:depth])
+            assert fed == ([(0, [1, 2, 3])] if depth else [])
+            del fed[:]
+            for _ in range(2):
+                ours.warm_up("pp", [7, 8])
+                assert ours.run("tg", [7, 8]).seconds > 0
+                assert fed == [(depth, [7, 8]), (depth, [7]), (depth + 1, [8])]
+                del fed[:]
+        ours.close()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "unused_experts", "kept_bytes"),
+    [("llama", 0, 2 * 2 * 2 * 32 * 2), ("deepseek_v2", 2 / 4, 2592), ("deepseek_v3", 12 / 16, 480)],
+)
+def test_bytes_of_a_token_are_those_of_the_file(architecture: str, unused_experts: float, kept_bytes: int) -> None:
+    """Every weight but the other rows of the embeddings and the other experts; of each token before and itself, its state."""
+    with load(gguf(architecture), backend="reference") as model:
+        assert model.model.file is not None
+        tensors = model.model.file.tensors
+        embeddings = tensors["token_embd.weight"]
+        experts = sum(t.size_bytes for name, t in tensors.items() if "_exps" in name)
+        weights = sum(t.size_bytes for t in tensors.values()) - embeddings.size_bytes + 4 * embeddings.shape[1]
+        ours = Ours(model, 64)
+        assert ours.token_bytes(Case("tg", 8, 16)) == weights - unused_experts * experts + 20 * kept_bytes
+        ours.close()
+
+
+@pytest.mark.usefixtures("fixed_roofs")
+def test_json_has_every_round(limits: list[int | None]) -> None:
+    found = as_json("bench", gguf("llama"), *REFERENCE, "-p", 6, "-n", 2, "-d", 0, "-d", 4, "-r", 3)
+    assert (found["rounds"], found["kv_type"], found["exact"], found["errors"]) == (3, "f16", False, [])
+    assert found["machine"]["cores"] >= 1 and found["machine"]["processor"] and set(found["versions"]) >= {"python", "numpy"}
+    (run,) = found["runs"]
+    assert (run["backend"], run["threads"], run["n_threads"], run["peer"]) == ("reference", "2", 2, None)
+    assert run["model"] == {
+        "name": "llama-f32", "file": str(gguf("llama")), "architecture": "llama", "type": "f32",
+        "size_bytes": 2001408, "parameters": 2001408 // 4,
+    }  # fmt: skip
+    assert limits == [2]
+    assert [c["test"] for c in run["cases"]] == ["pp6", "tg2", "pp6 @ d4", "tg2 @ d4"]
+    for case in run["cases"]:
+        assert len(case["seconds"]) == 3 and case["rates"] == [case["tokens"] / s for s in case["seconds"]]
+        assert case["median"] == sorted(case["rates"])[1]
+        assert [now["2"]["stream_gbs"] for now in case["roofs"]] == [20.0] * 3 and "peer" not in case and "ratio" not in case
+        if case["kind"] == "tg":
+            assert case["stream_fraction"] == pytest.approx(case["token_bytes"] * case["median"] / 20e9)
+        else:
+            assert "token_bytes" not in case
+
+
+@pytest.mark.usefixtures("fixed_roofs")
+def test_the_table_has_a_row_a_case(tmp_path: Path) -> None:
+    lines = ok("bench", gguf("llama"), *REFERENCE, "-p", 6, "-n", 2, "-d", 4, "-r", 1).splitlines()
+    assert lines[0].split() == ["model", "size", "params", "backend", "threads", "test", "t/s"]
+    assert lines[1].split()[:-3] == ["llama-f32", "f32", "1.9", "MiB", "0.50", "M", "reference", "2", "pp6", "@", "d4"]
+    assert "tg2 @ d4" in lines[2] and "± 0.00" in lines[2] and lines[3] == ""
+    assert [line.split() for line in lines if line.split()[:1] in (["1"], ["2"])] == [
+        ["1", "10.0", "100", "400"],
+        ["2", "20.0", "200", "-"],
+    ]
+    assert lines[-1].startswith("llama-f32, 2 threads, tg2 @ d4: 1.7 MB read a token, ")
+    assert lines[-1].endswith("% of the read rate")
+    fake = FakePeer(tmp_path)
+    lines = ok("bench", gguf("llama"), *REFERENCE, "-p", 2, "-n", 0, "-r", 1, "--md", "--peer", fake.python).splitlines()
+    assert lines[0] == "| model | size | params | backend | threads | test | t/s | peer t/s | ratio |"
+    assert lines[1] == "| :-- |" + " --: |" * 8 and len(lines[2].split("|")) == 11
+    assert any(line.startswith("peer, 2 threads: llama-cpp-python 9.9 (llama.cpp b1), ") for line in lines)
+
+
+@pytest.mark.usefixtures("fixed_roofs")
+def test_the_peer_does_what_ours_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fed: list[tuple[int, list[int]]]) -> None:
+    """The same ids at the same positions, logits of the same tokens, as many threads, and no settings of our libraries."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    fake, other = FakePeer(tmp_path), tmp_path / "other.gguf"
+    options = ("-p", 600, "-n", 2, "-d", 3, "-r", 1, "--peer", fake.python, "--peer-model", other)
+    (run,) = as_json("bench", gguf("deepseek_v3"), *REFERENCE, *options)["runs"]
+    assert (run["peer"]["package"], run["peer"]["library"], run["peer"]["file"]) == ("9.9", "b1", str(other))
+    (loaded,) = fake.notes("load")
+    assert loaded == {"load": str(other), "environment": [], "n_gpu_layers": 0, "load_mode": 1}
+    off, on = fake.notes("n_ctx")
+    assert (off["flash_attn_type"], on["flash_attn_type"]) == (0, 1)
+    assert off["n_ctx"] >= 603 and off["n_batch"] == off["n_ubatch"] == 512 and off["n_threads"] == off["n_threads_batch"] == 2
+    assert (off["type_k"], off["type_v"], off["no_perf"]) == (1, 1, True)
+    decodes = fake.notes("rows")
+    assert all(note["n"] == len(note["rows"]) <= 512 for note in decodes)
+    assert all(row[2:4] == [1, 0] for note in decodes for row in note["rows"])
+    # begin in both contexts; then warm-ups in both and a round in the faster, of a prompt in two parts and of two tokens
+    assert [note["context"] for note in decodes] == [1, 2, *(1, 1, 2, 2), *(1, 1, 2, 2), *(2, 2), *(2, 2)]
+    steps = [fed[0], *fed[-3:]]
+    assert [length for length, _ in steps] == [0, 3, 3, 4] and [len(ids) for _, ids in steps] == [3, 600, 1, 1]
+    prompt = [row for note in decodes[10:12] for row in note["rows"]]
+    assert [[row[0] for row in prompt], [row[1] for row in prompt]] == [steps[1][1], list(range(3, 603))]
+    assert [row[4] for row in prompt] == [0] * 599 + [1]
+    assert [note["rows"] for note in decodes[12:]] == [[[steps[2][1][0], 3, 1, 0, 1]], [[steps[3][1][0], 4, 1, 0, 1]]]
+    assert [note["at"] for note in fake.notes("cut")] == [[0, 3, -1]] * 6
+    for case in run["cases"]:
+        assert case["peer"]["setting"] == "flash attention on" and case["peer"]["quiet"]
+        assert case["peer"]["seconds"] == [1.0] and case["peer"]["rates"] == [case["tokens"]]
+        assert case["ratio"] == pytest.approx(1 / case["seconds"][0])
+
+
+@pytest.mark.usefixtures("fixed_roofs")
+def test_a_peer_without_flash_attention_goes_without(tmp_path: Path) -> None:
+    fake = FakePeer(tmp_path, "no flash")
+    (run,) = as_json("bench", gguf("llama"), *REFERENCE, "-p", 2, "-n", 0, "-r", 1, "--peer", fake.python)["runs"]
+    assert run["peer"]["flash_attn"] == ["off"] and run["cases"][0]["peer"]["setting"] == "flash attention off"
+
+
+@pytest.mark.usefixtures("fixed_roofs")
+def test_a_peer_that_cannot_forget_starts_again(tmp_path: Path) -> None:
+    fake = FakePeer(tmp_path, "recurrent")
+    ok("bench", gguf("llama"), *REFERENCE, "-p", 2, "-n", 0, "-d", 3, "-r", 1, "--peer", fake.python)
+    assert [len(note["rows"]) for note in fake.notes("rows")] == [3, 3, *(3, 2, 3, 2), *(3, 2)]
+
+
+@pytest.mark.usefixtures("fixed_roofs")
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [
+        ("broken", "llama_cpp cannot be imported: libllama.so is not there"),
+        ("unreadable", "cannot load"),
+        ("unreadable", "wrong magic"),
+        ("small", "wanted a vocabulary of 512; got 5"),
+        ("dies", "exit status 3 when asked to run: GGML_ASSERT failed"),
+        ("refuses", "llama_decode returned 1; no slot"),
+    ],
+)
+def test_a_peer_that_fails_is_a_sentence_and_an_exit_code(mode: str, said: str, tmp_path: Path) -> None:
+    options = ("-p", 2, "-n", 2, "-r", 2, "--json", "--peer", FakePeer(tmp_path, mode).python)
+    result = tg("bench", gguf("llama"), *REFERENCE, *options)
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("tensorgraph: [peer] ") and said in line
+    found = json.loads(result.stdout)
+    assert found["errors"] == [line.removeprefix("tensorgraph: ")]
+    assert [len(case["seconds"]) for case in found["runs"][0]["cases"]] == [2, 2]
+
+
+@pytest.mark.usefixtures("fixed_roofs")
+@pytest.mark.parametrize(("program", "said"), [("none/python", "No such file"), ("/bin/echo", "wanted a line of JSON")])
+def test_a_peer_that_is_no_python_is_a_sentence(program: str, said: str, tmp_path: Path) -> None:
+    result = tg("bench", gguf("llama"), *REFERENCE, "-p", 2, "-n", 2, "-r", 1, "--peer", tmp_path / program)
+    assert result.exit_code == 1 and said in result.stderr and "pp2" in result.stdout
+
+
+def test_ctrl_c_ends_at_once_and_leaves_no_child(tmp_path: Path) -> None:
+    fake = FakePeer(tmp_path, "hangs")
+    arguments = ("bench", gguf("llama"), *REFERENCE, "-p", 2, "-n", 0, "-d", 1, "--peer", fake.python)
+    program = [sys.executable, "-m", "tensorgraph.tools.cli", *map(str, arguments)]
+    with subprocess.Popen(program, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while not (notes := fake.notes("pid")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+        assert process.returncode == 130 and stdout == b"" and b"Traceback" not in stderr
+    with pytest.raises(ProcessLookupError):
+        os.kill(notes[0]["pid"], 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--json", "--md"), "--json or --md"),
+        (("-t", "many"), "'many'"),
+        (("-t", 0), "'0'"),
+        (("-t", 1, "-t", 2), "wanted one -t for reference, got 2"),
+        (("--peer-model", "x.gguf"), "--peer-model goes with --peer"),
+        (("smollm2", "--peer", "python", "--peer-model", "x.gguf"), "one MODEL"),
+        (("-d", 100000), "wanted 100002"),
+    ],
+)
+def test_what_cannot_be_is_a_sentence(arguments: tuple[object, ...], said: str) -> None:
+    line = refused("bench", gguf("llama"), "--backend", "reference", "-p", 2, "-n", 2, *arguments)
+    assert said in line
+
+
+def test_nothing_to_measure_is_a_sentence() -> None:
+    assert "-p or -n above 0" in refused("bench", gguf("llama"), *REFERENCE, "-p", 0, "-n", 0)
+
+
+def test_models_and_backends_that_are_not_there_are_sentences(tmp_path: Path) -> None:
+    assert "there is no file" in refused("bench", tmp_path / "none.gguf", "--backend", "reference")
+    assert "'abacus'" in refused("bench", gguf("llama"), "--backend", "abacus")
+
+
+def test_help_has_a_sentence_examples_and_every_option() -> None:
+    text = ok("bench", "--help")
+    assert "tensorgraph bench smollm2" in text and "bench" in ok("--help")
+    options = [line for line in text.splitlines() if line.startswith("  -")]
+    assert len(options) >= 13 and all(len(line.split()) > 2 for line in options)
+
+
+def test_thread_counts_are_numbers_or_auto() -> None:
+    assert command.thread_counts(["2", "auto", "02", "1"]) == [2, None, 1]
+
+
+def test_the_ids_are_the_same_each_time() -> None:
+    ids = command.random_ids(50, 7)
+    assert ids == command.random_ids(50, 7) and set(ids) == set(range(7))
+
+
+def test_progress_is_for_terminals(capsys: pytest.CaptureFixture[str]) -> None:
+    with command.progress() as say:
+        say("round 1")
+    assert capsys.readouterr() == ("", "")
+
+
+class Clock:
+    """A processor that is busy until `busy_until`."""
+
+    def __init__(self, busy_until: float) -> None:
+        self.now, self.busy_until = 0.0, busy_until
+
+    def monotonic(self) -> float:
+        return self.now
+
+    perf_counter = monotonic
+
+    def process_time(self) -> float:
+        return min(self.now, self.busy_until)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize(("busy_until", "quiet", "waited"), [(0.0, True, 0.25), (0.6, True, 1.0), (99.0, False, 1.25)])
+def test_waiting_until_threads_sleep(busy_until: float, quiet: bool, waited: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(busy_until)
+    monkeypatch.setattr(peer, "time", clock)
+    assert (peer.wait_until_quiet(limit_s=1.0, step_s=0.25), clock.now) == (quiet, waited)
+
+
+def test_a_rate_is_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(0.0)
+    monkeypatch.setattr(roofs, "time", clock)
+
+    def work() -> int:
+        clock.sleep(0.25)
+        return 3
+
+    assert roofs.rate([work], 1.0) == 12.0
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Iterator[Any]:
+    yield roofs._kernels()
+
+
+def test_the_stream_kernel_reads_every_word(kernels: Any) -> None:
+    words = np.random.default_rng(0).integers(0, 1 << 63, 5 * kernels.step_bytes // 8, np.uint64)
+    assert kernels.stream(words.ctypes.data, words.nbytes) % (1 << 64) == int(words.sum())
+    for i in (0, len(words) - 1, len(words) // 2):
+        words[i] += np.uint64(1)
+        assert kernels.stream(words.ctypes.data, words.nbytes) % (1 << 64) == int(words.sum())
+
+
+@pytest.mark.parametrize("turns", [1, 2, 7])
+def test_the_fma_kernel_does_every_operation(kernels: Any, turns: int) -> None:
+    sums = np.arange(CHAINS, dtype=np.float64)
+    for _ in range(turns):
+        sums = 0.5 * sums + 1
+    lanes = kernels.fma_operations // (2 * CHAINS)
+    assert kernels.fma(turns) == pytest.approx(lanes * sums.sum(), rel=1e-6)
+
+
+@pytest.mark.parametrize("turns", [1, 2, 7])
+def test_the_dot_kernel_does_every_operation(kernels: Any, turns: int) -> None:
+    """Each int32 sum gains 3 times the sum of its own four bytes; as x86 has it the bytes are unsigned, on ARM signed."""
+    if kernels.dot is None:
+        assert roofs.dot_step(roofs.host()) is None
+        return
+    signed = roofs.host().family == "aarch64"
+    lanes = kernels.dot_operations // (2 * CHAINS * 4)
+    sums = np.arange(CHAINS, dtype=np.int32)
+    for _ in range(turns):
+        sums = sums + 3 * sums.view(np.int8 if signed else np.uint8).reshape(-1, 4).sum(-1, dtype=np.int32)
+    assert kernels.dot(turns) == lanes * int(sums.sum())
+
+
+def test_every_thread_has_its_part_and_every_roof_is_measured() -> None:
+    for threads in (1, 3):
+        found = roofs.measure(threads, 0.0)
+        assert min(found.stream_gbs, found.fma_gflops, found.dot_gops or 1.0) > 0
+    assert machine.cores() >= 1 and machine.l3_bytes() >= 0 and machine.describe()["machine"]["processor"]

@@ -1,0 +1,1 @@
+"""`tensorgraph bench`: tokens a second, beside a peer in alternating rounds, and beside what the machine can do."""

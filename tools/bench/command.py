@@ -1,0 +1,205 @@
+"""`tensorgraph bench`: the command."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tensorgraph.errors import InputError
+from tensorgraph.tools import options
+from tensorgraph.tools.bench.cases import Case, cases
+
+if TYPE_CHECKING:
+    from tensorgraph.models.text.model import TextModel
+    from tensorgraph.tools.bench.peer_process import Peer
+    from tensorgraph.tools.bench.report import Run
+    from tensorgraph.tools.bench.roofs import Roofs
+
+Counts = list[int] | None
+AUTO = "auto"
+PEER_FAILED = 1
+ROOFS_S = 0.15
+"""Seconds that a measurement of the roofs takes, for each number of threads, in each round."""
+
+
+def bench(
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL]...", help=options.MODEL, show_default="smollm2")
+    ] = None,
+    prompt: Annotated[Counts, typer.Option("-p", "--prompt", min=0, help="Tokens of a prompt.", show_default="512")] = None,
+    tokens: Annotated[Counts, typer.Option("-n", "--tokens", min=0, help="Tokens to decode.", show_default="128")] = None,
+    depth: Annotated[Counts, typer.Option("-d", "--depth", min=0, help="Tokens there before.", show_default="0")] = None,
+    rounds: Annotated[int, typer.Option("-r", "--rounds", min=1, help="Rounds that count.")] = 7,
+    threads: Annotated[
+        list[str] | None,
+        typer.Option("-t", "--threads", help="Threads; auto: as the backend likes.", metavar="N|auto", show_default=AUTO),
+    ] = None,
+    backend: options.Backend = "cpu",
+    kv_type: options.KvType = "f16",
+    exact: options.Exact = False,
+    peer: Annotated[
+        str | None, typer.Option(help="Also measure llama.cpp: an interpreter that has llama-cpp-python.", metavar="PYTHON")
+    ] = None,
+    peer_model: Annotated[
+        Path | None, typer.Option(help="The peer's file, such as the same weights in its fastest type.", show_default="MODEL")
+    ] = None,
+    as_json: options.Json = False,
+    markdown: Annotated[bool, typer.Option("--md", help="Print tables in Markdown.")] = False,
+) -> None:
+    """Measure tokens a second: pp, a prompt at once, and tg, token by token; -p, -n, -d and -t may be repeated.
+
+    A peer's rounds alternate with ours. Each round also measures what the machine reads and computes at that moment, and
+    decoding is compared with it.
+
+    \b
+    tensorgraph bench smollm2 -t 1 -t 2
+    tensorgraph bench model.gguf -p 512 -n 128 -d 0 -d 4096 --json
+    tensorgraph bench model.gguf --peer venv/bin/python --peer-model model-q4_0.gguf --md
+    """
+    names, wanted = models or ["smollm2"], cases(prompt or [512], tokens or [128], depth or [0])
+    if not wanted:
+        raise InputError("[bench] wanted tokens to evaluate: -p or -n above 0")
+    if as_json and markdown:
+        raise InputError("[bench] wanted --json or --md; got both")
+    if peer_model is not None and (peer is None or len(names) > 1):
+        raise InputError("[bench] --peer-model goes with --peer and one MODEL")
+    counts = thread_counts(threads or [AUTO])
+    if backend.startswith("reference"):
+        if len(counts) > 1:
+            raise InputError(f"[bench] NumPy's BLAS takes its threads once; wanted one -t for {backend}, got {len(counts)}")
+        options.limit_threads(counts[0])
+    from tensorgraph.tools.bench import machine, report
+
+    settings = Settings(wanted, rounds, backend, kv_type, exact, peer, peer_model)
+    with progress() as say:
+        runs = [settings.measure(name, count, say) for name in names for count in counts]
+    about = {"rounds": rounds, "kv_type": kv_type, "exact": exact, **machine.describe()}
+    if as_json:
+        typer.echo(json.dumps(report.as_object(runs, about, settings.errors)))
+    else:
+        typer.echo(report.as_text(runs, about, markdown=markdown))
+    if settings.errors:
+        raise typer.Exit(PEER_FAILED)
+
+
+def thread_counts(given: Sequence[str]) -> list[int | None]:
+    """Numbers of threads, each once; None for `auto`.
+
+    Raises: InputError: one is neither a number above 0 nor `auto`.
+    """
+    found: list[int | None] = []
+    for text in dict.fromkeys(given):
+        if text != AUTO and not (text.isascii() and text.isdigit() and 0 < int(text) <= 4096):
+            raise InputError(f"[bench] wanted -t as a number from 1 to 4096, or {AUTO}; got {text!r}")
+        found.append(None if text == AUTO else int(text))
+    return list(dict.fromkeys(found))
+
+
+@dataclass
+class Settings:
+    """What is measured, the same for every model; `errors` are what went wrong with the peer."""
+
+    cases: list[Case]
+    rounds: int
+    backend: str
+    kv_type: str
+    exact: bool
+    python: str | None
+    peer_model: Path | None
+    errors: list[str] = field(default_factory=list)
+
+    def measure(self, name: str, threads: int | None, say: Callable[[str], None]) -> Run:
+        """All cases of one model with one number of threads, and the peer's by turns."""
+        from tensorgraph.tools.bench import machine
+        from tensorgraph.tools.bench.ours import Ours, describe, open_model
+        from tensorgraph.tools.bench.peer_process import PeerError
+        from tensorgraph.tools.bench.report import Run
+        from tensorgraph.tools.bench.rounds import Contest
+
+        label = AUTO if threads is None else str(threads)
+        n_threads, context = threads or machine.cores(), max(case.end for case in self.cases)
+
+        def told(text: str) -> None:
+            say(f"{name}, {label} threads: {text}")
+
+        told("loading")
+        with open_model(name, self.backend, threads, self.kv_type, self.exact) as model:
+            if context > model.model.context:
+                raise InputError(f"[bench] the context of {name} holds {model.model.context} tokens; wanted {context}")
+            ours, vocab_size = Ours(model, context), model.model.vocab_size
+            peer = self._open_peer(name, model, n_threads, context)
+            about = {**peer.about, "file": str(self.peer_model or name)} if peer is not None else None
+            try:
+                contest = Contest(ours, peer, lost=PeerError, lose=self._lose)
+                ids = random_ids(context, vocab_size)
+                figures = contest.run_cases(self.cases, ids, self.rounds, roofs=lambda: roofs_now(n_threads), say=told)
+            finally:
+                if peer is not None:
+                    peer.close()
+            decoding = {str(case): ours.token_bytes(case) for case in self.cases if case.kind == "tg"}
+            ours.close()
+            described = {"name": Path(name).stem if Path(name).suffix else name, "file": name, **describe(model)}
+            return Run(described, self.backend, label, n_threads, figures, decoding, about)
+
+    def _open_peer(self, name: str, model: TextModel, threads: int, context: int) -> Peer | None:
+        """The peer with its file; None, and a sentence on stderr, where it cannot be had."""
+        from tensorgraph.models.text.model import find_model
+        from tensorgraph.tools.bench.peer_process import Peer, PeerError
+
+        if self.python is None:
+            return None
+        try:
+            peer = Peer(self.python, self.peer_model or find_model(name), threads, context, self.kv_type)
+        except PeerError as error:
+            self._lose(error)
+            return None
+        if peer.about["vocab_size"] < model.model.vocab_size:
+            peer.close()
+            self._lose(PeerError(f"[peer] wanted a vocabulary of {model.model.vocab_size}; got {peer.about['vocab_size']}"))
+            return None
+        return peer
+
+    def _lose(self, error: Exception) -> None:
+        sentence = " ".join(str(error).split())
+        typer.echo(f"tensorgraph: {sentence}", err=True)
+        self.errors.append(sentence)
+
+
+def random_ids(n: int, vocab_size: int) -> list[int]:
+    """The same ones each time."""
+    return random.Random(0).choices(range(vocab_size), k=n)
+
+
+def roofs_now(threads: int) -> Mapping[int, Roofs]:
+    """The roofs of one thread and of so many."""
+    from tensorgraph.tools.bench.roofs import measure
+
+    return {n: measure(n, ROOFS_S) for n in sorted({1, threads})}
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """A line on stderr that says what is measured, where that is a terminal; no thread moves it meanwhile."""
+    if not sys.stderr.isatty():
+        yield lambda text: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress, TextColumn, TimeElapsedColumn
+
+    columns, console = (TextColumn("{task.description}"), TimeElapsedColumn()), Console(stderr=True)
+    with Progress(*columns, console=console, auto_refresh=False, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def say(text: str) -> None:
+            bar.update(task, description=text)
+            bar.refresh()
+
+        yield say

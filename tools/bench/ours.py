@@ -1,0 +1,108 @@
+"""Our side: a model in this process, and what its decoding reads."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from tensorgraph import registry
+from tensorgraph.compiler import CompileOptions
+from tensorgraph.device import get_devices
+from tensorgraph.extents import Extents
+from tensorgraph.graph import STRUCTURAL
+from tensorgraph.models.text.model import TextModel, TextSession, load
+from tensorgraph.op import node_bytes
+from tensorgraph.session import SessionSnapshot
+from tensorgraph.tools.bench.cases import Case, Kind
+from tensorgraph.tools.bench.peer import wait_until_quiet
+from tensorgraph.tools.bench.rounds import Round
+from tensorgraph.tools.plan import step_dims
+
+
+def open_model(path: str, backend: str, threads: int | None, kv_type: str, exact: bool) -> TextModel:
+    """The model as it is measured, with so many threads (None: as many as the backend likes).
+
+    The reference backend is always exact, and takes its threads from NumPy's BLAS, which was told before it was imported.
+    """
+    devices = get_devices(backend)
+    for device in devices:
+        device.set_threads("auto" if threads is None else threads)
+    return load(path, backend=devices, kv_type=kv_type, options=CompileOptions(exact=exact))
+
+
+class Ours:
+    """Rounds of sessions of one store.
+
+    Args:
+        context: most tokens of a sequence.
+    """
+
+    def __init__(self, model: TextModel, context: int) -> None:
+        self._session: TextSession = model.session(context=context)
+        self._prefix: SessionSnapshot = self._session.snapshot()
+
+    def begin(self, ids: Sequence[int]) -> None:
+        """Make `ids` what later rounds come after."""
+        self._prefix.release()
+        self._session.trim(0)
+        if ids:
+            self._session.eval(ids)
+        self._prefix = self._session.snapshot()
+
+    def warm_up(self, kind: Kind, ids: Sequence[int]) -> str:
+        """A round that does not count: plans are compiled, weights and pages are there afterwards."""
+        self.run(kind, ids)
+        return ""
+
+    def run(self, kind: Kind, ids: Sequence[int]) -> Round:
+        """One round after the prefix."""
+        session = self._session
+        session.restore(self._prefix)
+        began = time.perf_counter()
+        if kind == "pp":
+            session.eval(ids)
+        else:
+            for token in ids:
+                session.eval([token])
+        return Round(time.perf_counter() - began, wait_until_quiet())
+
+    def token_bytes(self, case: Case) -> int:
+        """Bytes that a step of one token reads at least, in the middle of a case: weights, and rows of state.
+
+        Of a table its row and of experts those that are chosen; of a stream all rows that the step sees, once.
+        """
+        plan = self._session.plan
+        middle = Extents(context=case.depth + (case.tokens + 1) // 2)
+        dims = step_dims(self._session.model.model, middle, 1)
+        weights = 0
+        streams: dict[str | None, int] = {}
+        for node in plan.active(plan.choose(dims)):
+            if node.op in STRUCTURAL:
+                continue
+            streams |= {i.base.name: node_bytes(i.base, dims) for i in node.inputs if i.base.op in ("read", "append")}
+            if any(i.base.op == "constant" for i in node.inputs):
+                passing = sum(node_bytes(i, dims) for i in (node, *node.inputs) if i.base.op != "constant")
+                weights += max(0, registry.ops.get(node.op).cost(node, dims).size_bytes - passing)
+        return weights + sum(streams.values())
+
+    def close(self) -> None:
+        """Give the pages back."""
+        self._prefix.release()
+        self._session.close()
+
+
+def describe(model: TextModel) -> dict[str, Any]:
+    """Size and parameters of the file, and its main type: the one of most bytes."""
+    assert model.model.file is not None
+    tensors = model.model.file.tensors.values()
+    by_type: dict[str, int] = {}
+    for tensor in tensors:
+        by_type[str(tensor.dtype)] = by_type.get(str(tensor.dtype), 0) + tensor.size_bytes
+    return {
+        "architecture": model.model.architecture.name,
+        "type": max(by_type, key=lambda name: by_type[name]),
+        "size_bytes": sum(by_type.values()),
+        "parameters": sum(math.prod(tensor.shape) for tensor in tensors),
+    }

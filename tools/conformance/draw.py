@@ -1,0 +1,120 @@
+"""Inputs for any op: drawn by the op itself (`Op.cases`) or from its signature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from tensorgraph.dtypes import DType, as_dtype
+from tensorgraph.errors import GraphError
+from tensorgraph.op import Attr, Op
+from tensorgraph.signature import Argument
+
+Array = np.ndarray[Any, Any]
+Draw = Callable[[Any], Any]
+"""As hypothesis's `data.draw`: takes a strategy."""
+Slots = dict[str, Array]
+
+EXTENTS = (0, 1, 2, 3, 5, 7, 8, 13, 16, 17, 31, 33, 64, 67, 130)  # empty, one, odd, prime, just off a vector's width
+LEADING = (0, 1, 2, 3, 5)
+TYPES = {
+    "real": ("f32", "f16", "bf16"),
+    "float": ("f32", "f16", "bf16"),
+    "int": ("i32", "i64"),
+    "any": ("f32", "f16", "bf16", "i32", "bool"),
+}
+DECADES = 12.0
+"""Powers of ten to either side of one: the squares of such values, and their sums, stay within f32."""
+
+
+def draw_case(op: Op, draw: Draw, decades: float = DECADES) -> tuple[Slots, dict[str, Any]]:
+    """Arrays by slot and attributes that the op takes; floats drawn from a signature span 10 ** +-decades.
+
+    Attributes that are floats are numbers of f32, so that a kernel that holds them as such loses nothing.
+
+    Raises: GraphError: the op has neither cases nor a signature that says enough.
+    """
+    if op.cases_fn is not None:
+        slots, attrs = op.cases_fn(draw)
+        return {slot: np.asarray(x) for slot, x in slots.items() if x is not None}, _as_f32(op, attrs)
+    if op.signature is None:
+        raise GraphError(f"[{op.name}] wanted a signature or `cases`, from which inputs can be drawn; got neither")
+    attrs = {name: _attr(op, name, attr, draw) for name, attr in op.attrs.items()}
+    axes: dict[str, tuple[int, ...]] = {}
+    slots = {}
+    for argument in op.signature.inputs:
+        if not argument.optional or draw(_strategies().booleans()):
+            slots[argument.name] = _input(argument, axes, slots, draw, decades)
+    return slots, _as_f32(op, attrs)
+
+
+def _as_f32(op: Op, attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes with their floats rounded to f32, where they stay within their range."""
+    found = dict(attrs)
+    for name, value in attrs.items():
+        attr = op.attrs.get(name)
+        if attr is not None and attr.type is float and isinstance(value, float):
+            rounded = float(np.float32(value))
+            within = (attr.low is None or rounded >= attr.low) and (attr.high is None or rounded <= attr.high)
+            found[name] = rounded if within and attr.choices is None else value
+    return found
+
+
+def _strategies() -> Any:
+    from hypothesis import strategies
+
+    return strategies
+
+
+def _input(argument: Argument, axes: dict[str, tuple[int, ...]], slots: Slots, draw: Draw, decades: float) -> Array:
+    st = _strategies()
+    shape: list[int] = []
+    for axis in argument.axes:
+        if axis.isdigit():
+            shape.append(int(axis))
+            continue
+        if axis not in axes:
+            pack = axis.startswith("*")
+            axes[axis] = (
+                tuple(draw(st.lists(st.sampled_from(LEADING), max_size=3))) if pack else (draw(st.sampled_from(EXTENTS)),)
+            )
+        shape.extend(axes[axis])
+    same = slots.get(argument.type)
+    types = TYPES.get(argument.type, (argument.type,))
+    dtype = as_dtype(same.dtype) if same is not None else as_dtype(draw(st.sampled_from(types)))
+    return values(dtype, tuple(shape), draw, decades)
+
+
+def values(dtype: DType, shape: tuple[int, ...], draw: Draw, decades: float = DECADES) -> Array:
+    """Numbers near one, huge, tiny, of all sizes at once, with many ties, or all zero."""
+    st = _strategies()
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    if not dtype.is_float:
+        return rng.integers(-9, 10, shape).astype(dtype.numpy)
+    far = 3.0 if dtype.name == "f16" else decades
+    exponent = {"one": 0.0, "huge": far, "tiny": -far, "mixed": rng.uniform(-far, far, shape), "ties": 0.0, "zero": 0.0}
+    kind = draw(st.sampled_from(sorted(exponent)))
+    x = rng.standard_normal(shape) * 10.0 ** exponent[kind]
+    if kind in ("ties", "zero"):
+        x = np.round(2 * x) / 2 * (kind == "ties")
+    return np.asarray(x).astype(dtype.numpy)
+
+
+def _attr(op: Op, name: str, attr: Attr, draw: Draw) -> Any:
+    st = _strategies()
+    if attr.choices is not None:
+        return draw(st.sampled_from(attr.choices))
+    if attr.type is bool:
+        return draw(st.booleans())
+    low, high = (-np.inf if attr.low is None else attr.low), (np.inf if attr.high is None else attr.high)
+    if attr.type in (int, float):
+        plain = (0, 1, 2, 3, 7) if attr.type is int else (-2.5, 0.0, 1e-6, 0.5, 1.0, 3.0)
+        numbers = [v for v in (*plain, attr.low, attr.high) if v is not None and low <= v <= high]
+        return attr.type(draw(st.sampled_from(numbers)))
+    if attr.type is DType:
+        return as_dtype(draw(st.sampled_from(TYPES["any"])))
+    if attr.type is tuple:
+        return tuple(draw(st.lists(st.sampled_from(EXTENTS[:8]), max_size=3)))
+    raise GraphError(f"[{op.name}] wanted `cases`, since nothing says which {name} ({attr.type.__name__}) it takes; got none")
