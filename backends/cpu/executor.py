@@ -102,7 +102,7 @@ class Executor:
             team.put(loop.SPENT, int(spent.ctypes.data))
             code = team.run(team.address, table_address, n_steps)
             self.status = [code, *self._memory[1:4].tolist()] if code else None
-            return spent * self._seconds_per_tick()
+            return spent.astype(np.float64) * self._seconds_per_tick()
 
     def counters(self) -> list[dict[str, int]]:
         """Of each thread, the calling one first, since the workers started: chunks it ran, runs it was in, times it slept."""
@@ -132,7 +132,7 @@ class Executor:
         ticks, at = self._origin
         while (passed := time.perf_counter() - at) < _CLOCK_S:
             time.sleep(_CLOCK_S - passed)
-        return passed / (self._ticks() - ticks)
+        return passed / int(self._ticks() - ticks)
 
     def _forget_workers(self) -> None:
         """In a forked child, where only the thread that forked goes on."""
@@ -159,7 +159,7 @@ class _Team:
     def __init__(self, code: _Code, threads: int, status_address: int) -> None:
         self.code, self.pid = code, os.getpid()
         self.memory = _lines(loop.THREADS // loop.LINE_BYTES + threads)
-        self.address, self.words = int(self.memory.ctypes.data), memoryview(self.memory)  # as quick to read as a list
+        self.address, self.words = int(self.memory.ctypes.data), self.memory.data  # as quick to read as a list
         self.put(loop.STATUS, status_address)
         self.alone: Callable[[int, int, int], int] = code.alone
         self.run: Callable[[int, int, int], int] = code.caller if threads > 1 else code.alone

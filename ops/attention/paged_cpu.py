@@ -20,6 +20,7 @@ from tensorgraph.backends.cpu.streams import PAGE_ROWS
 
 L = PAGE_ROWS  # lanes: the rows of a page
 SLICE = 64  # rows scored at once
+LINE = 64  # bytes of a cache line
 HEAD = 16  # floats before the values in a partial result: the maximum, the sum
 Operands = Mapping[str, Operand | None]
 
@@ -186,6 +187,7 @@ def write_slice(
 ) -> None:
     """One partial result for each query head of a kv head."""
     block = find_block(k, h, keys, values, seq, head, start, seen.hi)
+    prefetch(k, h, keys, values, block)
     pages, weights = range(SLICE // L), k.scratch()
     together = max(1, (12 if k.lanes == L else 4) // len(pages))
     for g in range(0, h.group, together):
@@ -206,6 +208,22 @@ def write_slice(
         for w, m in enumerate(mine):
             for v in range(n):
                 k.store(sums[w * n + v], to + (m * h.partial + HEAD + at + v * L) * 4)
+
+
+def prefetch(k: Kernel, h: Heads, keys: Operand, values: Operand, block: Block) -> None:
+    """Ask for all lines of a block before the first is used: its rows lie apart, and nothing else foresees them."""
+    of_page = h.d_k * L * stored_type(keys.dtype).size_bytes
+    for page in block.keys:
+        with k.loop(0, of_page, 4 * LINE) as loop:
+            loop.next()
+            for line in range(0, min(4 * LINE, of_page), LINE):
+                k.prefetch(page + loop.i + line)
+    row_bytes = h.d_v * stored_type(values.dtype).size_bytes
+    for page in block.values:
+        with k.loop(0, L) as loop:
+            loop.next()
+            for line in range(0, row_bytes, LINE):
+                k.prefetch(page + loop.i * (h.n_kv * row_bytes) + line)
 
 
 def value_blocks(k: Kernel, h: Heads, rows: int) -> list[tuple[range, int, int]]:

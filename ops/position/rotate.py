@@ -16,7 +16,6 @@ from tensorgraph.errors import ShapeError
 from tensorgraph.graph import Node
 from tensorgraph.op import Attr, Op
 from tensorgraph.ops.position.rope import ANGLE_ATTRS, check_angles, cos_sin, rope, turn
-from tensorgraph.signature import Signature
 from tensorgraph.source import source_line
 
 Array = np.ndarray[Any, Any]

@@ -52,10 +52,8 @@ def _calls(node: Node, context: Context) -> Sequence[Call]:
     n_tokens, n_pairs, _ = table.shape
     step, pair, one = table.index_map.strides
     flat = pair == 2 and one == 1
-    if flat:
-        index_map = replace(table.index_map, shape=(n_tokens, n_pairs * 2), strides=(step, 1))
-        table = Node("view", (table.base,), index_map.shape, table.dtype, {"map": index_map}, ("x",), where=node.where)
-    refs = {"x": Ref(x), "table": Ref(table), "y": Ref(node)}
+    joined = replace(table.index_map, shape=(n_tokens, n_pairs * 2), strides=(step, 1)) if flat else None
+    refs = {"x": Ref(x), "table": Ref(table, index_map=joined), "y": Ref(node)}
     grain = max(1, CHUNK // max(row_work(node), 1))
     return [Call(emit_rotate, refs, {**node.attrs, "flat": flat}, items=product(node.shape[:-1]), grain=grain, nodes=(node,))]
 

@@ -51,7 +51,7 @@ def _scatter_calls(node: Node, context: Context) -> Sequence[Call]:
     refs = {"ids": Ref(ids), "src": Ref(src), "y": Ref(node)}
     grain = max(1, CHUNK // max(row_work(ids), 1))
     write = Call(emit_scatter, refs, dict(node.attrs), items=product(ids.shape[:-1]), grain=grain, nodes=(node,))
-    return [copy_call(node, x, node, unless_same=True), write]
+    return [copy_call(node, x, unless_same=True), write]
 
 
 scatter.kernels["cpu"] = NodeKernel(_scatter_calls)

@@ -8,7 +8,9 @@ from tensorgraph.backends.cpu.ir import Value
 from tensorgraph.backends.cpu.kernel import CHUNK, Call, Context, Kernel, NodeKernel, Ref, row_work
 from tensorgraph.backends.cpu.operands import Operand, stored_type
 from tensorgraph.dims import product
+from tensorgraph.dtypes import DType
 from tensorgraph.graph import Node
+from tensorgraph.ops.elementwise.cast_cpu import BLOCK, ROUNDINGS
 from tensorgraph.ops.rows.index_cpu import checked
 from tensorgraph.ops.rows.set_rows import set_rows
 from tensorgraph.ops.shape.cont_cpu import copy_call, copy_row
@@ -16,25 +18,30 @@ from tensorgraph.ops.shape.cont_cpu import copy_call, copy_row
 
 def supports(node: Node) -> bool:
     a, b, _ = node.inputs
-    return not a.dtype.is_block and (b.dtype.name != "f64" or a.dtype.name in ("f32", "f64"))
+    rounded_once = b.dtype.name != "f64" or a.dtype.name in ("f32", "f64")
+    return rounded_once and (a.dtype.name in ROUNDINGS or not a.dtype.is_block)
 
 
 def calls(node: Node, context: Context) -> Sequence[Call]:
     a, b, ids = node.inputs
     refs = {"b": Ref(b), "ids": Ref(ids), "y": Ref(node)}
     grain = max(1, CHUNK // max(row_work(node), 1))
-    write = Call(emit_set_rows, refs, items=product(b.shape[:-1]), grain=grain, nodes=(node,))
-    return [copy_call(node, a, node, unless_same=True), write]
+    write = Call(emit_set_rows, refs, dict(node.attrs), items=product(b.shape[:-1]), grain=grain, nodes=(node,))
+    return [copy_call(node, a, unless_same=True), write]
 
 
-def emit_set_rows(k: Kernel, operands: dict[str, Operand]) -> None:
+def emit_set_rows(k: Kernel, operands: dict[str, Operand], *, block: DType | None) -> None:
     b, ids, y = operands["b"], operands["ids"], operands["y"]
     with k.rows(b.shape[:-1]) as [*batch, r]:
         mine = [i % n for i, n in zip(batch[b.ndim - 1 - ids.ndim :], ids.shape[:-1], strict=True)]
         number, named = checked(k, "set_rows", ids.load([*mine, r]), y.shape[-2])
         with k.when(named):
             row, out = b.row([*batch, r]), y.row([*batch, number])
-            if b.dtype == y.dtype:
+            if block is not None:
+                with k.loop(0, k.i64(y.shape[-1]), BLOCK) as loop:
+                    out.store(loop.i, ROUNDINGS[block.name](k, row.load(loop.i, BLOCK)))
+                    loop.next()
+            elif b.dtype == y.dtype:
                 copy_row(k, stored_type(y.dtype), out.address, 1, row.address, row.stride, y.shape[-1])
             else:
 

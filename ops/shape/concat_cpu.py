@@ -12,14 +12,12 @@ from tensorgraph.ops.shape.cont_cpu import copy_call
 
 
 def calls(node: Node, context: Context) -> Sequence[Call]:
-    axis, start = node.attrs["axis"], 0
+    axis: int = node.attrs["axis"]
+    start: Extent = 0
     found: list[Call] = []
     for x in node.inputs:
-        stop: Extent = start + x.shape[axis]
-        index_map = node.index_map.slice(axis, start, stop)
-        part = Node("view", (node,), index_map.shape, node.dtype, {"map": index_map}, ("x",), where=node.where)
-        if 0 not in x.shape:
-            found.append(copy_call(node, x, part))
+        stop = start + x.shape[axis]
+        found.append(copy_call(node, x, target=node.index_map.slice(axis, start, stop)))
         start = stop
     return found
 

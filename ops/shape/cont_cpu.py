@@ -7,10 +7,12 @@ once where it is dense in both, a matrix in tiles where it is transposed, and an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from tensorgraph.backends.cpu.ir import I1, I8, I64, PTR, Int, Type, Value
-from tensorgraph.backends.cpu.kernel import CHUNK, Call, Context, Kernel, NodeKernel, Ref
+from tensorgraph.backends.cpu.kernel import CHUNK, Call, Context, Emit, Kernel, NodeKernel, Ref
+from tensorgraph.backends.cpu.lines import Axis, join_axes
 from tensorgraph.backends.cpu.operands import Operand, stored_type
 from tensorgraph.dims import Extent, maximum, product
 from tensorgraph.graph import Node
@@ -21,73 +23,56 @@ TILE = 16  # elements along each side of a tile of a transposed matrix
 _WORTH_TILES = 8  # along both axes
 
 
-@dataclass(frozen=True)
-class _Axis:
-    """An axis of a copy: its length, and how many elements apart its entries are there and here."""
-
-    n: Extent
-    x: Extent
-    y: Extent
-
-    def run_on(self, inner: _Axis) -> bool:
-        """Whether this and the axis inside it are one longer axis."""
-        return self.x == inner.x * inner.n and self.y == inner.y * inner.n
-
-
-def copy_call(node: Node, x: Node, y: Node, *, unless_same: bool = False) -> Call:
-    """The call that copies x to y, of one shape and dtype and in any strides; y is a view of `node`, whose value it makes.
+def copy_call(
+    node: Node, x: Node, source: IndexMap | None = None, target: IndexMap | None = None, *, unless_same: bool = False
+) -> Call:
+    """The call that copies elements of x to the memory of `node`, whose value it makes (or a part of it).
 
     Args:
-        unless_same: does nothing where y lies in x's memory.
+        source, target: which elements of x's base go where in the result, of one shape; all of x to all of it where not given.
+        unless_same: does nothing where the result lies in x's memory.
     """
-    axes = _joined(x, y)
+    source, target = source or x.index_map, target or node.index_map
+    axes = join_axes(source.shape, (source, target))
     turned = _transposed(axes)
+    attrs: dict[str, Any] = {"unless_same": unless_same}
+    emit: Emit
     if turned is not None:
         *rest, across, along = turned
-        tiles = (*rest, _Axis(_tiles(across.n), 0, 0), _Axis(_tiles(along.n), 0, 0))
-        emit, attrs = emit_tiles, {"unless_same": unless_same}
-        items, work, source = product(a.n for a in tiles), TILE * TILE, [*rest, along, across]
+        emit, work = emit_tiles, TILE * TILE
+        items = product([*(n for n, _ in rest), _tiles(across[0]), _tiles(along[0])])
+        there, here = [*rest, along, across], turned
     else:
-        *rest, row = axes
-        split = maximum(row.n) > CHUNK
-        pieces = (row.n + (CHUNK - 1)) // CHUNK if split else 1
-        emit, attrs = emit_rows, {"unless_same": unless_same, "split": split}
-        items, work, source = product([*(a.n for a in rest), pieces]), min(maximum(row.n), CHUNK), axes
-    refs = {"x": Ref(_view(x, [(a.n, a.x) for a in source])), "y": Ref(_view(y, [(a.n, a.y) for a in turned or axes]))}
+        *rest, (n, _) = axes
+        attrs["split"] = maximum(n) > CHUNK
+        emit, work = emit_rows, min(maximum(n), CHUNK)
+        items = product([*(n for n, _ in rest), _pieces(n) if attrs["split"] else 1])
+        there = here = axes
+    refs = {"x": Ref(x, index_map=_along(there, 0, source.offset)), "y": Ref(node, index_map=_along(here, 1, target.offset))}
     return Call(emit, refs, attrs, items=items, grain=max(1, CHUNK // max(work, 1)), nodes=(node,))
 
 
-def _joined(x: Node, y: Node) -> list[_Axis]:
-    """The axes of a copy, those of length 1 left out and those that run on in both joined."""
-    found: list[_Axis] = []
-    for n, there, here in zip(x.shape, x.index_map.strides, y.index_map.strides, strict=True):
-        axis = _Axis(n, there, here)
-        if n == 1:
-            continue
-        if found and found[-1].run_on(axis):
-            axis = _Axis(found.pop().n * n, there, here)
-        found.append(axis)
-    return found or [_Axis(1, 1, 1)]
-
-
-def _transposed(axes: Sequence[_Axis]) -> list[_Axis] | None:
+def _transposed(axes: Sequence[Axis]) -> list[Axis] | None:
     """The axes of a matrix that is transposed, its two last and the others first; None where there is nothing to turn."""
     *others, along = axes
-    across = next((a for a in others if a.x == 1), None)
-    if along.y != 1 or along.x in (0, 1) or across is None or min(maximum(along.n), maximum(across.n)) < _WORTH_TILES:
+    across = next((axis for axis in others if axis[1][0] == 1), None)
+    if along[1][1] != 1 or along[1][0] in (0, 1) or across is None:
         return None
-    return [*(a for a in others if a is not across), across, along]
+    if min(maximum(along[0]), maximum(across[0])) < _WORTH_TILES:
+        return None
+    return [*(axis for axis in others if axis is not across), across, along]
+
+
+def _along(axes: Sequence[Axis], operand: int, offset: Extent) -> IndexMap:
+    return IndexMap(tuple(n for n, _ in axes), tuple(strides[operand] for _, strides in axes), offset)
 
 
 def _tiles(n: Extent) -> Extent:
     return (n + (TILE - 1)) // TILE
 
 
-def _view(node: Node, axes: Sequence[tuple[Extent, Extent]]) -> Node:
-    """A node's base, read with other axes from the same first element."""
-    old = node.index_map
-    index_map = IndexMap(tuple(n for n, _ in axes), tuple(stride for _, stride in axes), old.offset, old.within)
-    return Node("view", (node.base,), index_map.shape, node.dtype, {"map": index_map}, ("x",), where=node.where)
+def _pieces(n: Extent) -> Extent:
+    return (n + (CHUNK - 1)) // CHUNK
 
 
 def emit_rows(k: Kernel, operands: dict[str, Operand], *, unless_same: bool, split: bool) -> None:
@@ -95,18 +80,16 @@ def emit_rows(k: Kernel, operands: dict[str, Operand], *, unless_same: bool, spl
     x, y = operands["x"], operands["y"]
     n = y.shape[-1]
 
-    def write() -> None:
-        pieces = (n + (CHUNK - 1)) // CHUNK if split else 1
-        with k.rows([*y.shape[:-1], pieces]) as [*index, piece]:
-            first: Int = piece * CHUNK if split else 0
-            length = k.min(k.i64(n) - first, CHUNK) if split else n
-            copy_row(k, stored_type(y.dtype), y.at([*index, first]), y.strides[-1], x.at([*index, first]), x.strides[-1], length)
+    pieces = (n + (CHUNK - 1)) // CHUNK if split else 1
+    with _unless(k, unless_same, x, y), k.rows([*y.shape[:-1], pieces]) as [*index, piece]:
+        first: Int = piece * CHUNK if split else 0
+        length = k.min(k.i64(n) - first, CHUNK) if split else n
+        copy_row(k, stored_type(y.dtype), y.at([*index, first]), y.strides[-1], x.at([*index, first]), x.strides[-1], length)
 
-    if unless_same:
-        with k.when(x.address.ne(y.address)):
-            write()
-    else:
-        write()
+
+def _unless(k: Kernel, unless_same: bool, x: Operand, y: Operand) -> AbstractContextManager[None]:
+    """What is within happens; where `unless_same`, only if x and y lie in different places."""
+    return k.when(x.address.ne(y.address)) if unless_same else nullcontext()
 
 
 def copy_row(k: Kernel, item: Type, to: Value, to_stride: Int, source: Value, stride: Int, n: Int) -> None:
@@ -153,25 +136,18 @@ def emit_tiles(k: Kernel, operands: dict[str, Operand], *, unless_same: bool) ->
     x, y = operands["x"], operands["y"]
     item, n_j, n_c = stored_type(y.dtype), k.i64(x.shape[-1]), k.i64(y.shape[-1])
 
-    def write() -> None:
-        counts = [(n + (TILE - 1)) // TILE for n in (n_j, n_c)]
-        with k.rows([*y.shape[:-2], *counts]) as [*index, tile_j, tile_c]:
-            j, c = tile_j * TILE, tile_c * TILE
-            there, here = x.at([*index, c, j]), y.at([*index, j, c])
-            left_j, left_c = n_j - j, n_c - c
-            whole = left_j.ge(TILE) & left_c.ge(TILE)
-            with k.when(whole):
-                _turn_tile(k, item, here, y.strides[-2], there, x.strides[-2])
-            with k.when(whole.invert()), k.loop(0, k.min(left_j, TILE)) as rows:
-                source, to = there + rows.i * item.size_bytes, here + rows.i * y.strides[-2] * item.size_bytes
-                copy_row(k, item, to, 1, source, x.strides[-2], k.min(left_c, TILE))
-                rows.next()
-
-    if unless_same:
-        with k.when(x.address.ne(y.address)):
-            write()
-    else:
-        write()
+    counts = [(n + (TILE - 1)) // TILE for n in (n_j, n_c)]
+    with _unless(k, unless_same, x, y), k.rows([*y.shape[:-2], *counts]) as [*index, tile_j, tile_c]:
+        j, c = tile_j * TILE, tile_c * TILE
+        there, here = x.at([*index, c, j]), y.at([*index, j, c])
+        left_j, left_c = n_j - j, n_c - c
+        whole = left_j.ge(TILE) & left_c.ge(TILE)
+        with k.when(whole):
+            _turn_tile(k, item, here, y.strides[-2], there, x.strides[-2])
+        with k.when(whole.invert()), k.loop(0, k.min(left_j, TILE)) as rows:
+            source, to = there + rows.i * item.size_bytes, here + rows.i * y.strides[-2] * item.size_bytes
+            copy_row(k, item, to, 1, source, x.strides[-2], k.min(left_c, TILE))
+            rows.next()
 
 
 def _turn_tile(k: Kernel, item: Type, to: Value, to_stride: Int, source: Value, stride: Int) -> None:
@@ -205,7 +181,7 @@ def transpose(rows: Sequence[Value]) -> list[Value]:
 
 
 def calls(node: Node, context: Context) -> Sequence[Call]:
-    return [copy_call(node, node.inputs[0], node)]
+    return [copy_call(node, node.inputs[0])]
 
 
 cont.kernels["cpu"] = NodeKernel(calls)

@@ -22,11 +22,8 @@ def calls(node: Node, context: Context) -> Sequence[Call]:
         assert times is not None  # the op's shape rule has seen to it
         shape += (times, m)
         strides += (0, stride)
-    tiled = IndexMap(tuple(shape), tuple(strides), x.index_map.offset, x.index_map.within)
-    whole = IndexMap.dense(shape)
-    there = Node("view", (x.base,), tiled.shape, x.dtype, {"map": tiled}, ("x",), where=node.where)
-    here = Node("view", (node,), whole.shape, node.dtype, {"map": whole}, ("x",), where=node.where)
-    return [copy_call(node, there, here)]
+    source = IndexMap(tuple(shape), tuple(strides), x.index_map.offset)
+    return [copy_call(node, x, source, IndexMap.dense(shape))]
 
 
 repeat.kernels["cpu"] = NodeKernel(calls)

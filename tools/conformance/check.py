@@ -178,11 +178,10 @@ def _conform(case: Case, drawn: Slots, device: Device) -> float:
     worst, dtypes = 0.0, {slot: as_dtype(x.dtype) for slot, x in values.items()}
     both = op.reference_fn is not None and op.expansion is not None
     for part in ("reference", "expansion") if both else ("reference",):
-        meaning = Meaning(op, case.attrs, dtypes, expanded=part == "expansion")
-        exact = meaning(values)
+        exact = Meaning(op, case.attrs, dtypes, expanded=part == "expansion")(values)
         if exact.shape != shape:
             raise NotConforming(part, f"the {part} itself gives {list(exact.shape)} where the shape rule says {list(shape)}")
-        verdict = judge(got, exact, dtype, op.tolerance, meaning, values)
+        verdict = judge(got, exact, dtype, op.tolerance, Meaning(op, case.attrs, dtypes), values)
         if not verdict.ok:
             gone = f"got {verdict.got}, wanted {verdict.wanted}"
             error = f"error {_fraction(verdict.worst)} of the allowed, {verdict.allowed:.3g} here"

@@ -1,0 +1,58 @@
+"""flash_attn over state streams on the CPU, which reads their pages in place, against the reference backend."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tensorgraph.errors import InputError
+from tests.backends.cpu.attention_streams import Attention, History, Stream, executable
+
+LATENT = Attention((Stream("latent", own_values=False, flat=True),), d_k=72, d_v=64, heads=9, kv_heads=1)
+LISTED = Attention((Stream("latent", own_values=False, flat=True, n_ids=24),), d_k=72, d_v=64, heads=8, kv_heads=1)
+SEGMENTS = Attention(
+    (
+        Stream("near", window=12, own_values=False),
+        Stream("four", every=4, own_values=False, n_ids=9),
+        Stream("blocks", every=16, own_values=False),
+    ),
+    d_k=48,
+    d_v=48,
+    heads=6,
+    kv_heads=2,
+    dtype="f32",
+    sinks=True,
+    softcap=5.0,
+)
+CASES = {
+    "latent": LATENT,
+    "listed rows": LISTED,
+    "segments": SEGMENTS,
+    "heads and values": Attention((Stream("kv", n_ids=40),), d_k=24, d_v=17, heads=6, kv_heads=3, dtype="bf16"),
+    "wide groups": Attention((Stream("kv", own_values=False),), d_k=16, d_v=16, heads=68, kv_heads=1, dtype="f32"),
+    "interleaved": Attention((Stream("kv"),), d_k=20, d_v=16, layouts=(("kv.k", "rows16"), ("kv.v", "rows16"))),
+}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cpu:avx2", "cpu:baseline"])
+@pytest.mark.parametrize("name", CASES)
+def test_streams(name: str, backend: str) -> None:
+    History(CASES[name], backend, np.random.default_rng(sorted(CASES).index(name))).go(14)
+
+
+def test_rows_are_read_in_place() -> None:
+    """Then positions and sequences of rows follow from the store's tables: the inputs are not read."""
+    assert not [name for name in executable(SEGMENTS, "cpu").needed if name.startswith("rows.")]
+    assert [name for name in executable(SEGMENTS, "reference").needed if name.startswith("rows.")]
+
+
+def test_ids_out_of_range() -> None:
+    history = History(LISTED, "cpu", np.random.default_rng(1))
+    with history.store.begin([(history.seqs[0], 5), (history.seqs[1], 3)]) as step:
+        inputs, dims = LISTED.inputs(step, history.rng)
+        for bad, got in ((8, "-1 to 8"), (-2, "-2 to 7"), (1 << 30, "-1 to 1073741824")):
+            ids = inputs["ids.latent"] = np.full((8, 24), -1, np.int32)
+            ids[3, 7], ids[7, 23] = 7, bad
+            for backend in ("cpu", "reference"):
+                with pytest.raises(InputError, match=f"ids0 must be below 8, or -1 for none; got {got}"):
+                    executable(LISTED, backend).run(inputs, state=step, dims=dims)
