@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, Literal
@@ -54,8 +53,8 @@ class Code:
             self._addresses.update(zip(missing, self.jit.compile(missing), strict=True))
         return [self._addresses[text] for text in texts]
 
-    def run(self, threads: Threads, table: int, n_steps: int) -> int:
-        """Walk a table with so many threads; the code of a kernel that refused its input, else 0."""
+    def run(self, threads: Threads, table: int, n_steps: int) -> list[int] | None:
+        """Walk a table with so many threads; what a kernel that refused its input left, code and details."""
         if threads != self._threads:
             self.executor.set_threads(threads)
             self._threads = threads
@@ -188,9 +187,9 @@ class CpuDevice(Device):
 
         Raises: InputError: a kernel refused its input.
         """
-        code = self.code.run(self.threads, table.ctypes.data, len(table))
-        if code:
-            values = (ctypes.c_int64 * 3).from_address(self.code.executor.status_address + 8)
+        refused = self.code.run(self.threads, table.ctypes.data, len(table))
+        if refused:
+            code, *values = refused
             raise InputError(messages[code].format(*values))
 
 

@@ -54,7 +54,7 @@ class Executor:
         self.status_address = int(self._memory.ctypes.data)
         self._code = _Code(jit, timed=False)
         self._ticks = _TICKS(jit.compile([loop.ticks_text(jit.target)])[0])
-        self._origin = (self._ticks(), time.perf_counter())
+        self._origin = self._clocks()
         self._lock = threading.RLock()
         self._teams: dict[bool, _Team] = {}  # the one that takes times apart, so that the other never pays for it
         self._finalizers: list[weakref.finalize[..., Executor]] = []
@@ -84,13 +84,11 @@ class Executor:
         """Run a program, an int64 table [n_steps, 8]; what its kernels left, code and three details, or None: all went well."""
         with self._lock:
             team = self._teams.get(False) or self._start(timed=False)
-            choice = self._choice
-            if choice is None:
+            if self._choice is None:
                 code = team.run(team.address, table_address, n_steps)
             else:
-                run = team.alone if choice.alone else team.run
-                code = run(team.address, table_address, n_steps)
-                choice.note(team.at(loop.WEIGHT), team.at(loop.TICKS))
+                code = team.choose(team.address, table_address, n_steps)
+                team.put(loop.ALONE, self._choice.note(team.at(loop.WEIGHT), team.at(loop.TICKS)))
             self.status = [code, *self._memory[1:4].tolist()] if code else None
             return self.status
 
@@ -129,10 +127,16 @@ class Executor:
         return team
 
     def _seconds_per_tick(self) -> float:
-        ticks, at = self._origin
-        while (passed := time.perf_counter() - at) < _CLOCK_S:
-            time.sleep(_CLOCK_S - passed)
-        return passed / int(self._ticks() - ticks)
+        ticks, time_s = self._origin
+        time.sleep(max(0.0, time_s + _CLOCK_S - time.perf_counter()))
+        ticks_now, now_s = self._clocks()
+        return (now_s - time_s) / (ticks_now - ticks)
+
+    def _clocks(self) -> tuple[int, float]:
+        """The same moment by the loops' clock and by Python's: of several readings the one that took least."""
+        readings = [(self._ticks(), time.perf_counter(), self._ticks()) for _ in range(5)]
+        before, time_s, after = min(readings, key=lambda reading: reading[2] - reading[0])
+        return (before + after) // 2, time_s
 
     def _forget_workers(self) -> None:
         """In a forked child, where only the thread that forked goes on."""
@@ -148,8 +152,8 @@ class _Code:
 
     def __init__(self, jit: Jit, *, timed: bool) -> None:
         texts = [text(jit.target, timed) for text in (loop.alone_text, loop.caller_text, loop.worker_text)]
-        alone, caller, worker = jit.compile(texts)
-        self.jit, self.alone, self.caller, self.worker = jit, _RUN(alone), _RUN(caller), _WORK(worker)
+        alone, caller, worker, chooser = jit.compile([*texts, loop.chooser_text(jit.target)])
+        self.jit, self.alone, self.caller, self.worker, self.chooser = jit, _RUN(alone), _RUN(caller), _WORK(worker), _RUN(chooser)
         self.futex = loop.LoopFunction(jit.target, {}).futex
 
 
@@ -161,8 +165,8 @@ class _Team:
         self.memory = _lines(loop.THREADS // loop.LINE_BYTES + threads)
         self.address, self.words = int(self.memory.ctypes.data), self.memory.data  # as quick to read as a list
         self.put(loop.STATUS, status_address)
-        self.alone: Callable[[int, int, int], int] = code.alone
         self.run: Callable[[int, int, int], int] = code.caller if threads > 1 else code.alone
+        self.choose: Callable[[int, int, int], int] = code.chooser
         arguments = [(code, self.memory, thread) for thread in range(1, threads)]
         self.workers = [threading.Thread(target=_work, args=a, name=f"tensorgraph-{a[-1]}", daemon=True) for a in arguments]
 

@@ -65,7 +65,7 @@ def expm1(k: Function, x: Value) -> Value:
     n, r = _reduced(k, k.max(k.min(x, 89.0), -30.0))
     part = k.fma(r * r, polynomial(k, r, _EXP), r)
     half = _power(k, n - 1)  # of 2^n, which may be too large for a float
-    return k.select(n.eq(0), part, k.fma(half, part, half - 0.5) * 2.0)
+    return _with_sign(k, k.select(n.eq(0), part, k.fma(half, part, half - 0.5) * 2.0), x)
 
 
 def log(k: Function, x: Value) -> Value:
@@ -91,9 +91,9 @@ def tanh(k: Function, x: Value) -> Value:
     if x.type.bits == 64:
         return _by_library(k, "tanh", x)
     size, square = k.unary("fabs", x), x * x
-    small = k.fma(x * square, polynomial(k, square, _TANH), x)
+    small = k.fma(size * square, polynomial(k, square, _TANH), size)
     large = 1.0 - 2.0 / (exp(k, k.min(size, 10.0) * 2.0) + 1.0)
-    return k.select(size.lt(0.625), small, _with_sign(k, large, x))
+    return _with_sign(k, k.select(size.lt(0.625), small, large), x)
 
 
 def sigmoid(k: Function, x: Value) -> Value:
@@ -198,7 +198,7 @@ def _erfcx(k: Function, z: Value) -> Value:
     return polynomial(k, z, _ERFCX_ABOVE) / polynomial(k, z, _ERFCX_BELOW)
 
 
-def _with_sign(k: Function, size: Value, like: Value) -> Value:
-    """A number that is not negative, with the sign of another."""
-    whole = I32.x(size.lanes)
-    return (size.bits_as(whole) | like.bits_as(whole) & _SIGN).bits_as(size.type)
+def _with_sign(k: Function, value: Value, like: Value) -> Value:
+    """A number that is positive, or has the sign of another already, with that sign; -0 too."""
+    whole = I32.x(value.lanes)
+    return (value.bits_as(whole) | like.bits_as(whole) & _SIGN).bits_as(value.type)

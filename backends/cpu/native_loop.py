@@ -23,10 +23,11 @@ STEP_BYTES = 64
 MOST_CHUNKS = 0xFFFF  # of a step, whatever its line says
 
 # Offsets in the shared block. The first line is written by the thread that owns the program.
-WORD, KERNEL, ARGS, TABLE, NEXT, STEPS, RUN, WEIGHT = range(0, 64, 8)
+WORD, KERNEL, ARGS, TABLE, NEXT, STEPS, RUN = range(0, 56, 8)
 DONE = 128  # chunks of this step that were reported
 WAKES, PARKED, STOP = range(256, 280, 8)  # an i32 that sleepers wait on; whether somebody may sleep; whether workers leave
-STATUS, TICKS, SPENT, BEGAN = range(384, 416, 8)  # address of the status; this run's duration; by step, where timed; since when
+STATUS, SPENT, BEGAN = range(384, 408, 8)  # address of the status; where timed: of each step's duration, when this one began
+TICKS, WEIGHT, ALONE = range(408, 432, 8)  # the last run's duration and size; bit i: programs of i bits' weight run alone
 THREADS = 512  # a line for each thread
 CHUNKS, RUNS, PARKS, LAST_RUN = range(0, 32, 8)
 LINE_BYTES = 128
@@ -171,14 +172,49 @@ def ticks_text(target: Target) -> str:
 
 def alone_text(target: Target, timed: bool) -> str:
     """`(team, table, steps) -> status`: a program on this thread only."""
-    f = LoopFunction(target, {"team": PTR, "table": PTR, "steps": I64}, I64)
+    f = _program(target)
+    begin = f.ticks()
+    _alone(f, timed)
+    _finish(f, begin)
+    return f"; alone{' timed' * timed}\n" + f.text()
+
+
+def caller_text(target: Target, timed: bool) -> str:
+    """`(team, table, steps) -> status`: a program on this thread and those that are in the worker's loop."""
+    f = _program(target)
+    begin = f.ticks()
+    _shared(f, timed)
+    _finish(f, begin)
+    return f"; caller{' timed' * timed}\n" + f.text()
+
+
+def chooser_text(target: Target) -> str:
+    """`(team, table, steps) -> status`: one of these, by the program's size; leaves its weight too."""
+    f = _program(target)
     team, table, steps = f.parameters.values()
-    zero, begin = f.i64(0), f.ticks()
-    with f.loop(0, steps, 1, [zero, zero, begin]) as loop:
-        weight, ran, before = loop.values
+    begin = f.ticks()
+    with f.loop(0, steps, 1, [f.i64(0)]) as loop:
+        loop.next(loop.values[0] + _grains(f, table + loop.i * STEP_BYTES))
+    (weight,) = loop.results
+    f.store(weight, team + WEIGHT)
+    size = 64 - f.call("llvm.ctlz.i64", I64, weight, f.const(0, I1))
+    alone = (f.load(team + ALONE, I64) >> size) & 1
+    f.either(alone.ne(0), lambda: _alone(f, False), lambda: _shared(f, False))
+    _finish(f, begin)
+    return "; chooser\n" + f.text()
+
+
+def _program(target: Target) -> LoopFunction:
+    return LoopFunction(target, {"team": PTR, "table": PTR, "steps": I64}, I64)
+
+
+def _alone(f: LoopFunction, timed: bool) -> list[Value]:
+    team, table, steps = f.parameters.values()
+    zero = f.i64(0)
+    with f.loop(0, steps, 1, [zero, f.ticks() if timed else zero]) as loop:
+        ran, before = loop.values
         line = table + loop.i * STEP_BYTES
-        kernel, args = f.load(line, PTR), f.load(line + 8, PTR)
-        chunks, units = _cut(f, line)
+        kernel, args, chunks = f.load(line, PTR), f.load(line + 8, PTR), _cut(f, line)
         with f.loop(0, chunks) as each:
             each.next()
             f.run_kernel(kernel, args, zero, each.i, chunks, each.i.eq(0))
@@ -186,31 +222,23 @@ def alone_text(target: Target, timed: bool) -> str:
             now = f.ticks()
             _spend(f, team, loop.i, now - before)
             before = now
-        loop.next(weight + units, ran + chunks, before)
-    weight, ran, _ = loop.results
-    f.store(weight, team + WEIGHT)
-    f.add_to(team + (THREADS + CHUNKS), ran)
+        loop.next(ran + chunks, before)
+    f.add_to(team + (THREADS + CHUNKS), loop.results[0])
     f.add_to(team + (THREADS + RUNS), 1)
-    _finish(f, team, begin)
-    return f"; alone{' timed' * timed}\n" + f.text()
+    return []
 
 
-def caller_text(target: Target, timed: bool) -> str:
-    """`(team, table, steps) -> status`: a program on this thread and those that are in the worker's loop."""
-    f = LoopFunction(target, {"team": PTR, "table": PTR, "steps": I64}, I64)
+def _shared(f: LoopFunction, timed: bool) -> list[Value]:
     team, table, steps = f.parameters.values()
-    thread, zero, begin = f.i64(0), f.i64(0), f.ticks()
+    thread = zero = f.i64(0)
     f.store(table, team + TABLE)
     f.store(zero, team + NEXT)
     f.store(steps, team + STEPS)
-    f.store(zero, team + WEIGHT)
     f.add_to(team + RUN, 1)
     f.add_to(team + (THREADS + RUNS), 1)
-    word = f.load(team + WORD, I64)
-    finished = _go_on(f, team, thread, word, timed, begins=True)
+    finished = _go_on(f, team, thread, f.load(team + WORD, I64), timed, begins=True)
     _take_part(f, team, thread, finished, timed, leaves=True)
-    _finish(f, team, begin)
-    return f"; caller{' timed' * timed}\n" + f.text()
+    return []
 
 
 def worker_text(target: Target, timed: bool) -> str:
@@ -221,21 +249,21 @@ def worker_text(target: Target, timed: bool) -> str:
     return f"; worker{' timed' * timed}\n" + f.text()
 
 
-def _cut(f: LoopFunction, line: Value) -> tuple[Value, Value]:
-    """Chunks of a step, by its items alone; and its grains, a measure of work."""
+def _grains(f: LoopFunction, line: Value) -> Value:
+    """How much there is to do in a step, in grains, the last of them perhaps not whole."""
     items, grain = f.load(f.load(line + 16, PTR), I64), f.load(line + 24, I64)
-
-    def several() -> list[Value]:
-        grains = (items + grain - 1) // grain
-        return [f.min(f.min(grains, f.load(line + 32, I64)), MOST_CHUNKS), grains]
-
-    one = f.convert(items.gt(0), I64)
-    chunks, grains = f.either(items.gt(grain), several, lambda: [one, one])  # most steps are spared the division
-    return chunks, grains
+    few = items.le(grain)  # most steps are spared the division
+    return f.either(few, lambda: [f.convert(items.gt(0), I64)], lambda: [(items + grain - 1) // grain])[0]
 
 
-def _finish(f: LoopFunction, team: Value, begin: Value) -> None:
+def _cut(f: LoopFunction, line: Value) -> Value:
+    """Chunks of a step, by its items alone."""
+    return f.min(f.min(_grains(f, line), f.load(line + 32, I64)), MOST_CHUNKS)
+
+
+def _finish(f: LoopFunction, begin: Value) -> None:
     """Leave how long it took, and return the status, which begins again at 0."""
+    team = f.parameters["team"]
     f.store(f.ticks() - begin, team + TICKS)
     status = f.load(team + STATUS, PTR)
     code = f.load(status, I64)
@@ -257,25 +285,22 @@ def _go_on(f: LoopFunction, team: Value, thread: Value, word: Value, timed: bool
     table, steps = f.load(team + TABLE, PTR), f.load(team + STEPS, I64)
     serial = (word & ~0xFFFFFFFF) + (1 << 32)
     zero, yes = f.i64(0), f.const(1, I1)
-    with f.cycle(f.load(team + NEXT, I64), zero, zero) as c:
-        step, weight, ran = c.values
+    with f.cycle(f.load(team + NEXT, I64), zero) as c:
+        step, ran = c.values
         with f.when(step.ge(steps)):
-            f.add_to(team + WEIGHT, weight)
             f.add_to(mine + CHUNKS, ran)
             if not begins:  # else the word still says that there is nothing
                 f.store_release(serial, team + WORD)
             c.leave(zero)
         line = table + step * STEP_BYTES
-        kernel, args = f.load(line, PTR), f.load(line + 8, PTR)
-        chunks, units = _cut(f, line)
+        kernel, args, chunks = f.load(line, PTR), f.load(line + 8, PTR), _cut(f, line)
         with f.when(chunks.le(1)):
             with f.when(chunks.eq(1)):
                 before = f.ticks() if timed else zero
                 f.run_kernel(kernel, args, thread, zero, chunks, yes)
                 if timed:
                     _spend(f, team, step, f.ticks() - before)
-            c.again(step + 1, weight + units, ran + chunks)
-        f.add_to(team + WEIGHT, weight + units)
+            c.again(step + 1, ran + chunks)
         f.add_to(mine + CHUNKS, ran)
         f.store(kernel, team + KERNEL)
         f.store(args, team + ARGS)

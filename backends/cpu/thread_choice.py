@@ -26,35 +26,33 @@ class _Size:
 
 
 class ThreadChoice:
-    """Chooses the way of the next run, taken to be of the last one's size; sizes apart by a factor of two are separate.
+    """Chooses how programs run; sizes apart by a factor of two are separate.
 
     Every so often the other way is tried for a few runs, half as often each time that the answer is the same; soon, where the
     machine seems to have become busier.
+
+    Attributes:
+        alone_sizes: bit i is set where programs of a weight of i bits are to run on the calling thread alone.
     """
 
     def __init__(self) -> None:
+        self.alone_sizes = 0
         self._sizes: dict[int, _Size] = {}
-        self._next = _Size()
 
-    @property
-    def alone(self) -> bool:
-        """Whether the next run is to be the calling thread's alone."""
-        return self._next.alone != self._next.trying
-
-    def note(self, weight: int, ticks: int) -> None:
-        """A run as chosen, of that much work, took so long."""
-        ran_alone = self.alone
-        size = self._next = self._sizes.setdefault(weight.bit_length(), _Size())
-        if ran_alone != self.alone:  # chosen for another size
-            return
+    def note(self, weight: int, ticks: int) -> int:
+        """A run, as chosen, of that much work took so long; gives `alone_sizes`, which may have changed."""
+        bit = 1 << weight.bit_length()
+        size = self._sizes.setdefault(bit, _Size())
         if size.trying:
             size.tried.append(ticks)
             self._judge(size)
-            return
-        size.times.append(ticks)
-        size.left -= 1
-        if size.left == 0 or (ticks > size.limit and self._became_slow(size)):
-            size.trying, size.tried = True, []
+        else:
+            size.times.append(ticks)
+            size.left -= 1
+            if size.left == 0 or (ticks > size.limit and self._became_slow(size)):
+                size.trying, size.tried = True, []
+        self.alone_sizes = self.alone_sizes | bit if size.alone != size.trying else self.alone_sizes & ~bit
+        return self.alone_sizes
 
     @staticmethod
     def _became_slow(size: _Size) -> bool:

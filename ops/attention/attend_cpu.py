@@ -1,26 +1,42 @@
 """flash_attn on the CPU for whatever the op allows: any segments, dtypes, strides, masks and row lists, streams in place.
 
-One piece of work is a token, a kv head and some of its query heads. It goes through the rows that the token sees in tiles, with
-a running soft-max in f32. Rows that it does not see are never loaded as keys or values.
+One piece of work is a token, a kv head and some of its query heads; or a few tokens, where few heads share a kv head. It goes
+in tiles through the rows that the token sees, with a running soft-max in f32.
+
+Rows that no token of a piece sees are not loaded. One that only some of them see gets no weight for the others, but may hold an
+infinite number or NaN, which no weight makes 0: where a piece's result has a NaN, it is computed again token by token.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from tensorgraph.backends.cpu.functions import exp
-from tensorgraph.backends.cpu.ir import F32, I64, Int, Value
+from tensorgraph.backends.cpu.ir import F32, I1, I64, Int, Value
 from tensorgraph.backends.cpu.kernel import CHUNK, Call, Context, Kernel, Ref
 from tensorgraph.backends.cpu.operands import Operand
-from tensorgraph.dims import Extent, maximum, product
+from tensorgraph.dims import ALWAYS, Extent, Guard, maximum, product
 from tensorgraph.graph import Node
 from tensorgraph.ops.attention.attend import Rule
-from tensorgraph.ops.attention.attend_rows_cpu import Lists, Query, Segment, element_stride, list_ids, list_tile, span
-from tensorgraph.ops.attention.attend_tile_cpu import TILE, Heads, Rows, copy_padded, whole_vectors
+from tensorgraph.ops.attention.attend_rows_cpu import (
+    Lists,
+    Query,
+    Segment,
+    element_stride,
+    list_ids,
+    list_tile,
+    one_for_all,
+    span,
+)
+from tensorgraph.ops.attention.attend_tile_cpu import TILE, Heads, Logits, Rows, copy_padded, whole_vectors
 
 Slots = Mapping[str, "Operand | None"]
+TOKENS = {1: 8, 2: 4, 3: 4, 4: 4}
+"""By heads of a kv head: the tokens that go through dense rows together."""
+FEW = 3
+"""Up to so many tokens in a step, each goes by itself."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +44,9 @@ class Sizes:
     """The extents of an attention: None where only a step knows them, and the most that they can be.
 
     Attributes:
-        heads: query heads of one piece of work, at most.
-        pieces: of one kv head.
+        tokens: of one piece of work, at most.
+        heads: query heads of one piece, at most: those of all its tokens.
+        pieces: of one kv head and its tokens.
         most_ids: rows that a token's list can name in any segment.
     """
 
@@ -39,6 +56,7 @@ class Sizes:
     most_d_k: int
     most_d_v: int
     most_ids: int
+    tokens: int
     heads: int
     pieces: int
 
@@ -61,6 +79,7 @@ def _rooms(s: Sizes) -> dict[str, int]:
         "sums": heads * d_v * 4,
         "scores": heads * TILE * 4,
         "added": heads * TILE * 4,
+        "seen": TILE,
         **dict.fromkeys(("tops", "totals", "factors"), heads * 4),
         **dict.fromkeys(("keys", "values"), (TILE + 8) * 8),
         "key copy": TILE * d_k * 4,
@@ -98,6 +117,7 @@ def sizes_of(node: Node) -> Sizes:
         maximum(q.shape[2]),
         maximum(node.shape[2]),
         max((maximum(n) for n in lists), default=0),
+        1,
         max(-(-most // max(pieces, 1)), 1),
         pieces,
     )
@@ -128,17 +148,33 @@ def _is_of_rows(vector: Node, what: str) -> bool:
 
 
 def general_calls(node: Node, context: Context) -> Sequence[Call]:
-    """One call; of a stream that stays where it is, neither positions nor sequences of its rows are read."""
+    """One call, or one for few and one for many tokens.
+
+    Of a stream that stays where it is, neither positions nor sequences of its rows are read.
+    """
     sizes, rules = sizes_of(node), node.attrs["segments"]
     refs: dict[str, Ref | None] = {"y": Ref(node)}
     for slot, value in zip(node.slots, node.inputs, strict=True):
         refs[slot] = Ref(value, context.layout(stored(value)) if slot[0] in "kv" else "dense")
+    alone = sizes.most_ids > 0 or sizes.group not in TOKENS
     for i in range(len(rules)):
         if any((ref := refs.get(f"{x}{i}")) is not None and ref.layout != "dense" for x in "kv"):
             refs.pop(f"seq{i}", None)
             refs.pop(f"pos{i}", None)
-    q, k0 = node.at("q"), node.at("k0")
-    assert q is not None and k0 is not None
+            alone = True
+    if alone or sizes.group is None:
+        return [_call(node, refs, sizes, ALWAYS)]
+    n_tokens = TOKENS[sizes.group]
+    several = replace(sizes, tokens=n_tokens, heads=n_tokens * sizes.group)
+    few, many = node.shape[0] <= FEW, node.shape[0] > FEW
+    made = ((few, sizes), (many, several))
+    return [_call(node, refs, s, ALWAYS if guard is True else guard) for guard, s in made if guard is not False]
+
+
+def _call(node: Node, refs: Mapping[str, Ref | None], sizes: Sizes, guard: Guard) -> Call:
+    rules = node.attrs["segments"]
+    k0 = node.at("k0")
+    assert k0 is not None
     most_rows = max(maximum(x.shape[0]) for slot, x in zip(node.slots, node.inputs, strict=True) if slot[0] == "k")
     bits = (-(-most_rows // 512) + 1) * 64 if sizes.most_ids else 0
     attrs = {
@@ -148,18 +184,18 @@ def general_calls(node: Node, context: Context) -> Sequence[Call]:
         "by_pos": tuple(node.at(f"pos{i}") is not None for i in range(len(rules))),
         "sizes": sizes,
     }
+    tiles = (node.shape[0] + (sizes.tokens - 1)) // sizes.tokens
     work = sizes.heads * (sizes.most_d_k + sizes.most_d_v) * 16
-    return [
-        Call(
-            emit_attention,
-            refs,
-            attrs,
-            items=product((q.shape[0], k0.shape[1], sizes.pieces)),
-            grain=max(1, CHUNK // max(work, 1)),
-            scratch_bytes=_offsets(sizes)[1] + bits,
-            nodes=(node,),
-        )
-    ]
+    return Call(
+        emit_attention,
+        refs,
+        attrs,
+        items=product((tiles, k0.shape[1], sizes.pieces)),
+        grain=max(1, CHUNK // max(work, 1)),
+        scratch_bytes=_offsets(sizes)[1] + bits,
+        guard=guard,
+        nodes=(node,),
+    )
 
 
 def emit_attention(
@@ -175,23 +211,51 @@ def emit_attention(
         keys = _given(operands, f"k{i}")
         others = (operands.get(f"{name}{i}") for name in ("pos", "seq", "ids", "mask"))
         segments.append(Segment(i, rule, by_pos[i], keys, operands.get(f"v{i}") or keys, *others))
-    lists = Lists(at["keys"], at["values"], at["added"], at["ids"], at["bits"])
-    with k.rows((q.shape[0], k0.shape[1], sizes.pieces)) as (token, kv_head, piece):
-        group = sizes.group if sizes.group is not None else k.i64(q.shape[1]) // k0.shape[1]
+    lists = Lists(*(at[name] for name in ("keys", "values", "added", "seen", "ids", "bits")))
+    n_tokens, n_kv = k.i64(q.shape[0]), k0.shape[1]
+
+    def attend(first: Value, count: Value, kv_head: Value, piece: Value) -> Value:
+        """Heads of `count` tokens; returns whether a result is NaN (or infinite)."""
+        group: Int = sizes.group if sizes.group is not None else k.i64(q.shape[1]) // n_kv
         skipped = piece * sizes.heads
-        query = Query(
-            token,
-            kv_head,
-            kv_head * group + skipped,
-            k.min(k.i64(group) - skipped, sizes.heads),
-            k.convert(pos.load([token]), I64) if pos is not None else None,
-            k.convert(seq.load([token]), I64) if seq is not None else None,
-        )
-        with k.when(query.n_heads.gt(0)):
-            _begin(k, heads, q, sinks, query)
-            for segment in segments:
-                _attend(k, heads, segment, query, lists, at, sizes, scale, softcap)
-            _finish(k, heads, y, query)
+        n_heads = k.i64(group) * count if sizes.tokens > 1 else k.min(k.i64(group) - skipped, sizes.heads)
+        lanes = sizes.tokens if sizes.tokens > 1 else 0
+        vectors = (_of_tokens(k, x, first, count, lanes) for x in (pos, seq))
+        query = Query(first, kv_head, kv_head * group + skipped, group, n_heads, lanes, *vectors)
+        _begin(k, heads, q, sinks, query)
+        for segment in segments:
+            _attend(k, heads, segment, query, lists, at, sizes, scale, softcap)
+        return _finish(k, heads, y, query)
+
+    with k.rows(((n_tokens + (sizes.tokens - 1)) // sizes.tokens, n_kv, sizes.pieces)) as (tile, kv_head, piece):
+        if sizes.tokens == 1:
+            with k.when(k.i64(q.shape[1]).gt(0)):
+                attend(tile, k.i64(1), kv_head, piece)
+        else:
+            _attempts(k, tile * sizes.tokens, n_tokens, sizes.tokens, lambda first, count: attend(first, count, kv_head, piece))
+
+
+def _attempts(k: Kernel, start: Value, n_tokens: Value, most: int, attend: Callable[[Value, Value], Value]) -> None:
+    """All tokens of a tile at once; where that gives a NaN, each of them again by itself."""
+    with k.loop(0, most + 1, 1, [k.const(0, I1)]) as loop:
+        whole, (again,) = loop.i.eq(0), loop.values
+        first = k.select(whole, start, start + loop.i - 1)
+        count = k.select(whole, k.min(n_tokens - start, k.i64(most)), 1)
+        wanted = whole | (again & first.lt(n_tokens))
+        (found,) = k.either(wanted, lambda: [attend(first, count)], lambda: [again])
+        loop.next(k.select(whole, found, again))
+
+
+def _of_tokens(k: Kernel, numbers: Operand | None, first: Value, count: Value, lanes: int) -> Value | None:
+    """The numbers of tokens, as `Query` has them."""
+    if numbers is None:
+        return None
+    if not lanes:
+        return k.convert(numbers.load([first]), I64)
+    found = k.zero(I64.x(lanes))
+    for lane in range(lanes):
+        found = found.with_lane(lane, k.convert(numbers.load([first + k.min(count - 1, lane)]), I64))
+    return found
 
 
 def _given(operands: Slots, name: str) -> Operand:
@@ -217,8 +281,8 @@ def _begin(k: Kernel, heads: Heads, q: Operand, sinks: Operand | None, query: Qu
     """Queries in f32, sums of nothing; a sink is a row without a value."""
     with k.loop(0, heads.count) as loop:
         loop.next()
-        head = query.first_head + k.min(loop.i, query.n_heads - 1)
-        copy_padded(k, q.row([query.token, head]), heads.queries + loop.i * (heads.query_stride * 4), q.shape[2])
+        token, head = query.head(k, loop.i)
+        copy_padded(k, q.row([token, head]), heads.queries + loop.i * (heads.query_stride * 4), q.shape[2])
         top, total = k.const(-math.inf, F32), k.const(0.0, F32)
         if sinks is not None:
             top = k.convert(sinks.load([head]), F32)
@@ -255,14 +319,16 @@ def _attend(
 
     with k.loop(0, n, TILE) as tiles:
         tiles.next()
-        found = list_tile(k, segment, query, rows, lists, row_of, tiles.i, k.min(tiles.i + TILE, n))
+        found, by_token = list_tile(k, segment, query, rows, lists, row_of, tiles.i, k.min(tiles.i + TILE, n))
         with k.when(found.gt(0)):
             keys.fill(found, segment.keys.shape[2] if sizes.d_k is None else sizes.d_k, element_stride(segment.keys))
             heads.score(keys, found)
             if not shared:
                 values.fill(found, segment.values.shape[2] if sizes.d_v is None else sizes.d_v, element_stride(segment.values))
-            added = None if segment.mask is None else lists.added
-            heads.weights(found, scale, softcap, added, TILE if segment.mask is not None and segment.mask.ndim == 3 else 0)
+            mask = segment.mask
+            added, stride = (None, 0) if mask is None else (lists.added, 0 if one_for_all(mask, query) else TILE)
+            seen = lists.seen if by_token else None
+            heads.weights(found, Logits(scale, softcap, added, stride, seen, sizes.heads // sizes.tokens))
             heads.weigh(values, found)
 
 
@@ -275,14 +341,17 @@ def _source(k: Kernel, rows: Operand, width: int | None, n_heads: int, listed: V
     return Rows(k, rows.dtype, listed, None if together and cheap else copy, stride)
 
 
-def _finish(k: Kernel, heads: Heads, y: Operand, query: Query) -> None:
-    with k.loop(0, query.n_heads) as loop:
-        loop.next()
+def _finish(k: Kernel, heads: Heads, y: Operand, query: Query) -> Value:
+    """Divide sums by totals; returns whether a result is NaN or infinite."""
+    with k.loop(0, query.count, 1, [k.zero(F32.x(k.lanes))]) as loop:
         total = k.load(heads.totals + loop.i * 4, F32)
         divisor = k.splat(k.select(total.eq(0.0), 1.0, total), k.lanes)
-        sums, out = heads.sums + loop.i * (heads.value_stride * 4), y.row([query.token, query.first_head + loop.i])
+        sums, out = heads.sums + loop.i * (heads.value_stride * 4), y.row(query.head(k, loop.i))
 
-        def write(i: Value, mask: Value | None, _: list[Value]) -> None:
-            out.store(i, k.load(sums + i * 4, F32.x(k.lanes)) / divisor, mask)
+        def write(i: Value, mask: Value | None, carried: list[Value]) -> list[Value]:
+            value = k.load(sums + i * 4, F32.x(k.lanes)) / divisor
+            out.store(i, value, mask)
+            return [k.fma(value, 0.0, carried[0])]
 
-        k.sweep(y.shape[2], write)
+        loop.next(*k.sweep(y.shape[2], write, loop.values))
+    return k.sum(loop.results[0]).is_nan()

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tensorgraph.backends.cpu.ir import F32, I1, I32, I64, Int, Value
+from tensorgraph.backends.cpu.ir import F32, I1, I8, I32, I64, Int, Type, Value
 from tensorgraph.backends.cpu.kernel import Kernel
 from tensorgraph.backends.cpu.operands import Operand, stored_type
 from tensorgraph.backends.cpu.state_calls import field, n_sequences, row_address
@@ -16,14 +16,28 @@ from tensorgraph.ops.attention.attend_tile_cpu import TILE
 
 @dataclass(frozen=True)
 class Query:
-    """A token and some of its heads, of one kv head; its position and its sequence where it has them (all i64)."""
+    """Some heads, all of one kv head, of a token or of several tokens in a row: `n_heads` of each, `count` in all.
+
+    Attributes:
+        lanes: 0 for one token, else the most tokens that there can be.
+        pos, seq: of the token, or vectors of `lanes`, the last token repeated; None where there are none. i64, as all else.
+    """
 
     token: Value
     kv_head: Value
     first_head: Value
-    n_heads: Value
+    n_heads: Int
+    count: Value
+    lanes: int
     pos: Value | None
     seq: Value | None
+
+    def head(self, k: Kernel, number: Value) -> tuple[Value, Value]:
+        """The token and the head of a number; those that are too large mean the last."""
+        n = k.min(number, self.count - 1)
+        if not self.lanes:
+            return self.token, self.first_head + n
+        return self.token + n // self.n_heads, self.first_head + n % self.n_heads
 
 
 @dataclass(frozen=True)
@@ -95,7 +109,8 @@ def span(k: Kernel, segment: Segment, query: Query) -> Span:
 
 
 def _sees(k: Kernel, segment: Segment, query: Query, row: Value) -> Value | None:
-    """Whether a row within the query's span is one that it sees, by position and sequence; None where that is certain."""
+    """Whether a row within the query's span is one that it sees (of several tokens: each), by position and sequence; None
+    where that is certain."""
     every, window, causal = segment.rule
     found: list[Value] = []
     if segment.table is not None:
@@ -125,46 +140,69 @@ class Lists:
     Attributes:
         keys, values: addresses of rows, i64 [TILE + 8].
         added: what the mask adds, f32 [1 or heads, TILE].
+        seen: of each row, i8 [TILE], a bit for each token that sees it, where there are several.
         ids: i64, of a token's rows each once. bits: one for each row of a segment.
     """
 
     keys: Value
     values: Value
     added: Value
+    seen: Value
     ids: Value
     bits: Value
 
 
 def list_tile(
-    k: Kernel, segment: Segment, query: Query, rows: Span, lists: Lists, row_of: Callable[[Value], Value], start: Value, stop: Value
-) -> Value:
-    """List those of the candidates start..stop-1 that the query sees; returns how many. `row_of` gives a candidate's row."""
+    k: Kernel,
+    segment: Segment,
+    query: Query,
+    rows: Span,
+    lists: Lists,
+    row_of: Callable[[Value], Value],
+    start: Value,
+    stop: Value,
+) -> tuple[Value, bool]:
+    """List those of the candidates start..stop-1 that some token of the query sees; `row_of` gives a candidate's row.
+
+    Returns how many there are, and whether `lists.seen` says which token sees which of them; else all see all, but for the mask.
+    """
+    by_token = False
     with k.loop(start, stop, 1, [k.i64(0)]) as loop:
         (n,) = loop.values
         row = row_of(loop.i)
         k.store(_as_number(k, rows.address(k, segment.keys, row, query.kv_head)), lists.keys + n * 8)
         if segment.values is not segment.keys:
             k.store(_as_number(k, rows.address(k, segment.values, row, query.kv_head)), lists.values + n * 8)
-        found = [seen] if (seen := _sees(k, segment, query, row)) is not None else []
+        seen = _sees(k, segment, query, row)
+        if seen is not None and seen.lanes:
+            bits = k.convert(seen.bits_as(Type("i", seen.lanes)), I8, signed=False)
+            k.store(bits, lists.seen + n)
+            seen, by_token = bits.ne(0), True
         if segment.mask is not None:
-            found.append(_list_mask(k, segment.mask, query, row, lists.added + n * 4))
-        seen = _all(found)
+            shown = _list_mask(k, segment.mask, query, row, lists.added + n * 4)
+            seen = shown if seen is None else seen & shown
         loop.next(n + 1 if seen is None else n + k.convert(seen, I64, signed=False))
-    return loop.results[0]
+    return loop.results[0], by_token
 
 
 def _as_number(k: Kernel, address: Value) -> Value:
     return k.instruction(f"ptrtoint ptr {address.ref} to i64", I64)
 
 
+def one_for_all(mask: Operand, query: Query) -> bool:
+    """Whether a mask adds the same for all heads of a query."""
+    return mask.ndim == 2 and not query.lanes
+
+
 def _list_mask(k: Kernel, mask: Operand, query: Query, row: Value, to: Value) -> Value:
     """Write what the mask adds for a row, and say whether any head sees it."""
-    if mask.ndim == 2:
+    if one_for_all(mask, query):
         value = k.convert(mask.load([query.token, row]), F32)
         k.store(value, to)
         return value.gt(-math.inf)
-    with k.loop(0, query.n_heads, 1, [k.const(0, I1)]) as heads:
-        value = k.convert(mask.load([query.first_head + heads.i, query.token, row]), F32)
+    with k.loop(0, query.count, 1, [k.const(0, I1)]) as heads:
+        token, head = query.head(k, heads.i)
+        value = k.convert(mask.load([token, row] if mask.ndim == 2 else [head, token, row]), F32)
         k.store(value, to + heads.i * (TILE * 4))
         heads.next(heads.values[0] | value.gt(-math.inf))
     return heads.results[0]

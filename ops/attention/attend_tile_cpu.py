@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tensorgraph.backends.cpu.functions import exp, tanh
-from tensorgraph.backends.cpu.ir import F32, I64, Int, Value
+from tensorgraph.backends.cpu.ir import F32, I8, I64, Int, Value
 from tensorgraph.backends.cpu.kernel import Kernel
 from tensorgraph.backends.cpu.operands import Row, read_value, stored_type
 from tensorgraph.dtypes import DType
@@ -76,6 +76,35 @@ def copy_padded(k: Kernel, source: Row, to: Value, width: Int) -> None:
 
 
 @dataclass(frozen=True)
+class Logits:
+    """What makes logits of scores.
+
+    Attributes:
+        added: what the mask adds, f32 [1 or heads, TILE]; `added_stride` is 0 or TILE.
+        seen: of each row, i8 [TILE], a bit for each token that sees it; each has so many heads, one token's after another's.
+    """
+
+    scale: float
+    softcap: float
+    added: Value | None
+    added_stride: int
+    seen: Value | None
+    n_heads: int
+
+    def of(self, k: Kernel, scores: Value, head: Value, row: Value) -> Value:
+        """Those of rows from `row` on, for one head."""
+        s, lanes = scores * self.scale, scores.lanes
+        if self.softcap:
+            s = tanh(k, s / self.softcap) * self.softcap
+        if self.added is not None:
+            s = s + k.load(self.added + (head * self.added_stride + row) * 4, F32.x(lanes))
+        if self.seen is not None:
+            bit = k.const(1, I8) << k.convert(head // self.n_heads, I8)
+            s = k.select((k.load(self.seen + row, I8.x(lanes)) & k.splat(bit, lanes)).ne(0), s, -math.inf)
+        return s
+
+
+@dataclass(frozen=True)
 class Heads:
     """What a chunk keeps in scratch of `count` query heads.
 
@@ -129,19 +158,15 @@ class Heads:
                     to = self.scores + ((heads.i + h) * TILE + rows.i) * 4
                     k.store(dots.shuffle(range(at, at + n_rows)), to)
 
-    def weights(self, n: Value, scale: float, softcap: float, added: Value | None, added_stride: int) -> None:
-        """Scores of n rows to weights, which lower the sums so far by `factors`; `added` is f32 [1 or count, TILE]."""
+    def weights(self, n: Value, logits: Logits) -> None:
+        """Scores of n rows to weights, which lower the sums so far by `factors`."""
         k, lanes = self.k, self.k.lanes
         low = k.const(-math.inf, F32.x(lanes))
         with k.loop(0, self.count) as heads:
             heads.next()
             at = self.scores + heads.i * (TILE * 4)
             with k.loop(0, n, lanes, [low]) as rows:
-                s = k.load(at + rows.i * 4, F32.x(lanes)) * scale
-                if softcap:
-                    s = tanh(k, s / softcap) * softcap
-                if added is not None:
-                    s = s + k.load(added + (heads.i * added_stride + rows.i) * 4, F32.x(lanes))
+                s = logits.of(k, k.load(at + rows.i * 4, F32.x(lanes)), heads.i, rows.i)
                 s = k.select(k.tail_mask(lanes, n - rows.i), s, low)
                 k.store(s, at + rows.i * 4)
                 rows.next(k.max(rows.values[0], s))
@@ -193,7 +218,7 @@ class Heads:
 
 
 def lane_sums(k: Kernel, vectors: Sequence[Value]) -> Value:
-    """A vector whose lane i is the sum over all lanes of the i-th; as many as there are, a power of two, at most a vector's lanes.
+    """A vector whose lane i is the sum over all lanes of the i-th vector; these are a power of two, at most their lanes.
 
     Two vectors at a time become one, their lanes added in pairs; shuffles stay within 16 bytes where they can.
     """

@@ -21,7 +21,8 @@ _AT_ONCE = 16  # elements of an interleaved row
 def reads(node: Node, slot: str) -> tuple[str, ...]:
     """A table that products read too is held once, as they hold it."""
     a = node.at("a")
-    return ("r16",) if slot == "a" and a is not None and a.op == "constant" and a.dtype.is_float else ()
+    held = a is not None and a.op == "constant" and a.dtype.is_float and a.dtype.name != "f64"
+    return ("r16",) if slot == "a" and held else ()
 
 
 def calls(node: Node, context: Context) -> Sequence[Call]:

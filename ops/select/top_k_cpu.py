@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from tensorgraph.backends.cpu.ir import I32, Value
 from tensorgraph.backends.cpu.kernel import CHUNK, Call, Context, Kernel, NodeKernel, Ref, row_work
-from tensorgraph.backends.cpu.operands import Operand, computed_type
+from tensorgraph.backends.cpu.operands import Operand, Row, computed_type
 from tensorgraph.backends.cpu.sorting import TILE, Least, key_type, least_bytes, lowest_key, ordered_key
 from tensorgraph.dims import product
 from tensorgraph.graph import Node
@@ -31,20 +31,22 @@ def _calls(node: Node, context: Context) -> Sequence[Call]:
 def _emit(k: Kernel, operands: Mapping[str, Operand], *, best: int) -> None:
     x, y = operands["x"], operands["y"]
     least = Least(k, k.scratch(), best, key_type(x.type))
-    n = k.i64(x.shape[-1])
     with k.rows(y.shape[:-1]) as index:
-        row, out = x.row(index), y.row(index)
-        with k.loop(0, n, TILE, least.begin(lowest_key(least.type))) as loop:
-            start = loop.i
-            left = n - start
+        select_best(k, least, x.row(index), k.i64(x.shape[-1]), y.row(index))
 
-            def key(i: Value, mask: Value | None, start: Value = start) -> tuple[Value, Value]:
-                v = row.load(start + i, least.lanes, mask)
-                return ordered_key(k, v, descending=True), k.lane_numbers(least.lanes) + k.narrow(start + i, I32)
 
-            state = least.offer(k.min(left, TILE), key, loop.values)
-            loop.next(*least.cut(state, left.le(TILE)))
-        least.write(loop.results, out.store)
+def select_best(k: Kernel, least: Least, row: Row, n: Value, out: Row) -> None:
+    """`top_k` of the n elements of a row."""
+    with k.loop(0, n, TILE, least.begin(lowest_key(least.type))) as loop:
+        start, left = loop.i, n - loop.i
+
+        def key(i: Value, mask: Value | None) -> tuple[Value, Value]:
+            v = row.load(start + i, least.lanes, mask)
+            return ordered_key(k, v, descending=True), k.lane_numbers(least.lanes) + k.narrow(start + i, I32)
+
+        state = least.offer(k.min(left, TILE), key, loop.values)
+        loop.next(*least.cut(state, left.le(TILE)))
+    least.write(loop.results, out.store)
 
 
 top_k.kernels["cpu"] = NodeKernel(_calls)

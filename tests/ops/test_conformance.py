@@ -89,7 +89,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("op", "mistake"), MISTAKES, ids=lambda v: v if isinstance(v, str) else next(iter(v.values())).__name__)
 def test_a_planted_mistake_fails(op: str, mistake: dict[str, Any]) -> None:
     with registered("mistaken", lambda name: KernelDevice(name, **mistake)) as backend:
-        report = check(op, backend, examples=150, seed=3)
+        report = check(op, backend, examples=250, seed=3)
     assert not report.ok and report.failure is not None
     assert report.failure.part != "second run" and report.failure.case
 

@@ -76,6 +76,8 @@ def draw_any(op: Op, draw: Draw) -> tuple[Case, Slots]:
     operands = {}
     for slot, x in slots.items():
         kinds = [kind for kind in KINDS if _possible(op, slot, x, shapes[slot], kind)]
+        if shapes[slot] != x.shape:  # strides that are known only when a step runs
+            kinds += [kind for kind in kinds if kind in ("permuted", "scattered")] * 2
         operands[slot] = present(slot, x, shapes[slot], draw(st.sampled_from(kinds)), draw)
     node = op.apply({slot: operand.node for slot, operand in operands.items()}, symbolic)
     return Case(op, operands, attrs, node, dims), slots

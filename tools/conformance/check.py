@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -176,12 +176,13 @@ def _conform(case: Case, drawn: Slots, device: Device) -> float:
     if got.shape != shape or got.dtype != dtype:
         raise NotConforming("result", f"wanted {dtype}{list(shape)}; got {got.dtype}{list(got.shape)}")
     worst, dtypes = 0.0, {slot: as_dtype(x.dtype) for slot, x in values.items()}
+    meaning = Meaning(op, case.attrs, dtypes, rounds=op.expansion is not None and not device.supports(case.node))
     both = op.reference_fn is not None and op.expansion is not None
     for part in ("reference", "expansion") if both else ("reference",):
-        exact = Meaning(op, case.attrs, dtypes, expanded=part == "expansion")(values)
+        exact = replace(meaning, expanded=part == "expansion")(values)
         if exact.shape != shape:
             raise NotConforming(part, f"the {part} itself gives {list(exact.shape)} where the shape rule says {list(shape)}")
-        verdict = judge(got, exact, dtype, op.tolerance, Meaning(op, case.attrs, dtypes), values)
+        verdict = judge(got, exact, dtype, op.tolerance, meaning, values)
         if not verdict.ok:
             gone = f"got {verdict.got}, wanted {verdict.wanted}"
             error = f"error {_fraction(verdict.worst)} of the allowed, {verdict.allowed:.3g} here"

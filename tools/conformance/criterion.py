@@ -15,8 +15,9 @@ element of each float input:
 
 - `moved`: how far `exact` changes when every such element is multiplied by 1 + 2**-24 or 1 - 2**-24. A kernel that is
   backward stable, in whatever order it sums, errs by a few of these.
-- `lost`: how far the reference, computed in float32, is from the reference in float64, both of the inputs changed by 2**-23
-  and rounded to f32: what rounding intermediates costs, where they cancel.
+- `lost`: how far the reference, computed in float32, is from the reference in float64, both of inputs changed by a unit in the
+  last place of their own dtype: what rounding intermediates costs, where they cancel. Of an op that the backend runs
+  by its expansion, it is how far the expansion is, every op of it rounded to its dtype.
 
 Where `exact` is well conditioned, 16 of either are a relative error of about 1e-6, less than sqrt(1e-10).
 
@@ -41,7 +42,7 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 Slots = Mapping[str, Array]
 Compute = Callable[[Slots, Any], Array]
-"""The reference: floats are taken as of the type given, float32 or float64, and computed in it."""
+"""The reference, computed in the type given, float32 or float64, as float64."""
 
 DRAWS = 16
 STEP, TIE_STEP = 2.0**-24, 2.0**-50
@@ -90,16 +91,18 @@ def conditioning(compute: Compute, slots: Slots, exact: Array) -> tuple[Array, A
     """The larger of `moved` and `lost` of every element, and where finite and infinite results lie within a rounding."""
     rng = np.random.default_rng(0)
     floats = {slot: x.astype(np.float64) for slot, x in slots.items() if _is_float(x.dtype)}
+    unit = {slot: float(ml_dtypes.finfo(slots[slot].dtype).eps) for slot in floats}  # type: ignore[no-untyped-call]
     moved, tie, lost = (np.zeros(exact.shape) for _ in range(3))
     unstable = np.zeros(exact.shape, bool)
+    unchanged = compute(slots, np.float64)
     for _ in range(DRAWS):
         signs = {slot: rng.choice((-1.0, 1.0), x.shape) for slot, x in floats.items()}
         for step, total in ((STEP, moved), (TIE_STEP, tie)):
             changed = compute({**slots, **{slot: x * (1 + step * signs[slot]) for slot, x in floats.items()}}, np.float64)
-            unstable |= np.isfinite(changed) != np.isfinite(exact)
-            total += _squares(changed, exact)
-        near = {**slots, **{slot: np.float32(x * (1 + 2 * STEP * signs[slot])) for slot, x in floats.items()}}
-        lost += _squares(compute(near, np.float32).astype(np.float64), compute(near, np.float64))
+            unstable |= np.isfinite(changed) != np.isfinite(unchanged)
+            total += _squares(changed, unchanged)
+        beside = {slot: (x * (1 + unit[slot] * signs[slot])).astype(slots[slot].dtype) for slot, x in floats.items()}
+        lost += _squares(compute({**slots, **beside}, np.float32), compute({**slots, **beside}, np.float64))
     moved, tie, lost = (np.sqrt(total / DRAWS) for total in (moved, tie, lost))
     return np.maximum(np.where(tie > JUMP * moved, 0.0, moved), lost), unstable
 

@@ -70,18 +70,22 @@ def runner(op: Op, backend: str | Device = "reference") -> Callable[..., Array]:
 class Meaning:
     """What an op's result is for some inputs: by its reference, or by its expansion on the reference backend.
 
-    `dtypes` are the inputs' own, which an expansion is given where the op wants just those.
+    `dtypes` are the inputs' own, which an expansion is given where the op wants just those. With `rounds`, what is computed in
+    float32 is the expansion, over inputs of their own dtypes and rounded to its own after each op.
     """
 
     op: Op
     attrs: Mapping[str, Any]
     dtypes: Mapping[str, DType]
     expanded: bool = False
+    rounds: bool = False
 
     def __call__(self, slots: Mapping[str, Array], kind: Any = np.float64) -> Array:
         """The result with floats computed in float64, or float32, and not rounded to the result's dtype."""
         given = {slot: x.astype(kind) if as_dtype(x.dtype).is_float else x for slot, x in slots.items()}
-        if not self.expanded and self.op.reference_fn is not None:
+        if self.rounds and kind == np.float32:
+            result = self._expand({slot: x.astype(self.dtypes[slot].numpy) for slot, x in slots.items()})
+        elif not self.expanded and self.op.reference_fn is not None:
             with np.errstate(all="ignore"):
                 result = np.asarray(self.op.compute(given, self.op.check_attrs(self.attrs)))
         else:

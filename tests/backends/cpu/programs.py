@@ -137,12 +137,11 @@ class MixProgram:
             assert firsts.tolist() == (of_thread > 0).astype(int).tolist()
 
 
-def await_sleepers(executor: Executor) -> None:
-    """Until every worker slept once more than now."""
-    before = [counter["parks"] for counter in executor.counters()]
+def await_sleepers(executor: Executor, beyond: int = 0) -> None:
+    """Until every worker slept more than so many times."""
     for thread in range(1, executor.max_threads):
         end = time.monotonic() + 20
-        while executor.counters()[thread]["parks"] == before[thread]:
+        while executor.counters()[thread]["parks"] <= beyond:
             assert time.monotonic() < end
             time.sleep(1e-3)
 

@@ -67,13 +67,13 @@ def test_sleep_and_wake(jit: Jit, kernels: dict[str, int]) -> None:
 def test_a_sleeper_comes(jit: Jit, kernels: dict[str, int]) -> None:
     executor = Executor(jit, 2)
     program, flags = meeting(kernels, executor)
-    assert program.run(executor) is None  # the worker has just begun
-    for _ in range(20):
-        await_sleepers(executor)
+    for run in range(21):
+        slept = executor.counters()[1]["parks"]
         flags[:] = 0
-        assert program.run(executor) is None
+        assert program.run(executor) is None  # at first the worker has just begun, then it sleeps
         assert flags.tolist() == [1, 1]
-    assert executor.counters()[1]["chunks"] == 21
+        assert executor.counters()[1]["chunks"] == run + 1
+        await_sleepers(executor, slept)
     executor.close()
 
 
