@@ -242,7 +242,8 @@ def choose(alternatives: Mapping[str, tuple[Node, Guard | bool]], name: str = ""
         GraphError: the last one has a guard (there must be a form for every step).
     """
     forms = {label: (n, ALWAYS if g is True else g) for label, (n, g) in alternatives.items() if g is not False}
-    nodes, guards = tuple(n for n, _ in forms.values()), tuple(g for _, g in forms.values() if isinstance(g, Guard))
+    dense = {n: n if n.index_map.is_dense else registry.ops.get("cont")(n) for n, _ in forms.values()}  # lies where the form does
+    nodes, guards = tuple(dense[n] for n, _ in forms.values()), tuple(g for _, g in forms.values() if isinstance(g, Guard))
     if not guards or guards[-1].bounds:
         given = f"if {guards[-1]}" if guards else "no form"
         raise GraphError(f"[choose] the last form must be always possible; got: {given} ({source_line()})")

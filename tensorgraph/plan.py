@@ -66,7 +66,7 @@ class Plan:
 
     def choose(self, dims: Bindings) -> tuple[int, ...]:
         """Which form of each choice a step of these extents takes."""
-        return tuple(next(i for i, guard in enumerate(node.attrs["guards"]) if guard.holds(dims)) for node in self.choices)
+        return () if not self.choices else tuple(next(i for i, guard in enumerate(node.attrs["guards"]) if guard.holds(dims)) for node in self.choices)
 
     def active(self, choice: Sequence[int]) -> frozenset[Node]:
         """The nodes that a step computes when its choices fall so."""
@@ -171,7 +171,8 @@ class Executable:
         self._inputs = sorted(plan.graph.inputs.items(), key=lambda i: any(not isinstance(e, (int, Dim)) for e in i[1].shape))
         self._programs: dict[tuple[int, ...], list[Program]] = {}
         self._constants: dict[str, dict[Node, Any]] = {name: {} for name in self._devices}
-        self._lock = _All([d.lock for d in sorted(plan.devices, key=lambda d: d.name)])
+        self._outputs = tuple(plan.graph.outputs.items())
+        self._lock: AbstractContextManager[Any] = plan.devices[0].lock if len(plan.devices) == 1 else _All([d.lock for d in sorted(plan.devices, key=lambda d: d.name)])
         self._attach(weights)
 
     def _attach(self, weights: WeightSource | Mapping[str, np.ndarray] | None) -> None:
@@ -234,12 +235,14 @@ class Executable:
         """`run` unchecked: of the inputs, those that are `needed`, in their dtype; the values of all Dims."""
         with self._lock:
             values: Values = {}
+            run = Run(dims, state)
             for device, program, fixed, needs in self._program(self.plan.choose(dims)):
                 for name, node in needs:
                     values[node] = device.upload(inputs[name], node.dtype)
-                values.update(fixed)
-                program(values, Run(dims, state))
-            return {name: self._result(node, values, inputs) for name, node in self.plan.graph.outputs.items()}
+                if fixed:
+                    values.update(fixed)
+                program(values, run)
+            return {name: self._result(node, values, inputs) for name, node in self._outputs}
 
     def _result(self, node: Node, values: Values, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         device = self._devices[self.plan.scheduled.device[node]]

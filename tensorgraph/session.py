@@ -184,7 +184,7 @@ class Session:
     ) -> list[Any]:
         """Evaluate several sessions of one store together, as one ragged batch a step; results as `eval` gives them."""
         checked = [(session, session._check(ids)) for session, ids in work]
-        if len({id(session) for session, _ in checked}) != len(checked):
+        if len(checked) > 1 and len({id(session) for session, _ in checked}) != len(checked):
             raise StateError("[batch] wanted each session once; got one twice")
         if len({id(session._store) for session, _ in checked}) != 1:
             raise StateError("[batch] wanted sessions of one store (made by `fork` or `sibling`); got none, or of several")
@@ -269,6 +269,9 @@ class Session:
         return self._seq
 
     def _check(self, ids: Iterable[int]) -> np.ndarray:
+        if isinstance(ids, list) and len(ids) == 1 and type(ids[0]) is int and 0 <= ids[0] < self.engine.vocab_size:
+            if self.length < self.context:
+                return np.array(ids, np.int32)
         self._open()
         try:
             array = np.asarray(list(ids) if not isinstance(ids, np.ndarray) else ids)
@@ -353,7 +356,7 @@ def _tokens(chunks: Sequence[_Chunk]) -> tuple[np.ndarray, np.ndarray, list[int]
     """The tokens of all chunks, the numbers of those whose logits are wanted, and where each chunk ends."""
     if len(chunks) == 1:
         ids, n_out = chunks[0].ids, chunks[0].n_out
-        return ids.astype(np.int32), np.arange(len(ids) - n_out, len(ids), dtype=np.int32), [len(ids)]
+        return ids.astype(np.int32, copy=False), np.arange(len(ids) - n_out, len(ids), dtype=np.int32), [len(ids)]
     ends = np.cumsum([len(c.ids) for c in chunks]).tolist()
     out_ids = [np.arange(end - c.n_out, end, dtype=np.int32) for c, end in zip(chunks, ends, strict=True)]
     return np.concatenate([c.ids for c in chunks]).astype(np.int32), np.concatenate(out_ids), ends

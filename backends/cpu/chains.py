@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from tensorgraph.backends.cpu.elementwise import Read, elementwise_call, kernel_of
+from tensorgraph.backends.cpu.elementwise import Read, common_shape, elementwise_call, kernel_of
 from tensorgraph.backends.cpu.grouping import CpuGroup, make_group
 from tensorgraph.dims import product
 from tensorgraph.graph import Graph, Node
@@ -94,11 +94,9 @@ class _Search:
                 if read.node.base in inside:
                     if not _in_row_order(read) or self.condition.get(read.node) != self.condition[last]:
                         return False
-                elif node.shape != last.shape and read.index_map.reshape(last.shape) is None:
-                    return False
                 else:
-                    outside.add((read.node.base, read.index_map))
-        return len(outside) <= MOST_READS
+                    outside.add(read)
+        return len(outside) <= MOST_READS and common_shape(nodes, self.reads.__getitem__) is not None
 
     def _goes_round(self, a: _Chain, b: _Chain) -> bool:
         """Whether b, which reads a, also reads something else that needs a."""

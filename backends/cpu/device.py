@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, Literal
@@ -39,6 +40,7 @@ class Code:
         self._addresses: dict[str, int] = {}
         self.executor = Executor(self.jit)
         self._threads: Threads = "auto"
+        self._lock = threading.RLock()
 
     def text(self, emit: Any, names: Sequence[str], keys: Sequence[OperandKey | None], attrs: tuple[tuple[str, Any], ...]) -> str:
         key = (emit, names, keys, attrs)
@@ -55,10 +57,11 @@ class Code:
 
     def run(self, threads: Threads, table: int, n_steps: int) -> list[int] | None:
         """Walk a table with so many threads; what a kernel that refused its input left, code and details."""
-        if threads != self._threads:
-            self.executor.set_threads(threads)
-            self._threads = threads
-        return self.executor.run(table, n_steps)
+        with self._lock:  # threads are numbered below what the caller made room for
+            if threads != self._threads:
+                self.executor.set_threads(threads)
+                self._threads = threads
+            return self.executor.run(table, n_steps)
 
 
 @cache
@@ -140,6 +143,8 @@ class CpuDevice(Device):
         if layout != "dense":
             return pack(array, dtype, layout, self)
         value = np.asarray(array)
+        if not constant and value.dtype == dtype.numpy:
+            return value
         if dtype.is_block:
             value = registry.decoders.get(dtype.name)(value) if value.dtype == np.uint8 else value.astype(np.float32)
         elif value.dtype != dtype.numpy:
@@ -182,12 +187,12 @@ class CpuDevice(Device):
             self.scratch = aligned(wanted)
             self.scratch_version += 1
 
-    def run(self, table: np.ndarray, messages: Mapping[int, str]) -> None:
-        """Walk a table of steps.
+    def run(self, table: tuple[np.ndarray, int], messages: Mapping[int, str]) -> None:
+        """Walk a table of steps, given with its address.
 
         Raises: InputError: a kernel refused its input.
         """
-        refused = self.code.run(self.threads, table.ctypes.data, len(table))
+        refused = self.code.run(self.threads, table[1], len(table[0]))
         if refused:
             code, *values = refused
             raise InputError(messages[code].format(*values))

@@ -13,6 +13,7 @@ from tensorgraph.backends.cpu.ir import I32, I64, Int, Value
 from tensorgraph.backends.cpu.kernel import CHUNK, Call, Calls, Context, Kernel, NodeKernel, Ref
 from tensorgraph.backends.cpu.lines import PIECE, arrange
 from tensorgraph.backends.cpu.operands import Operand, computed_type, read_value, stored_type, written_value
+from tensorgraph.dims import Shape
 from tensorgraph.dtypes import DType
 from tensorgraph.graph import Node
 from tensorgraph.op import Op
@@ -28,9 +29,9 @@ class Read:
     node: Node
     index_map: IndexMap
 
-    @property
-    def ref(self) -> Ref:
-        return Ref(self.node, index_map=self.index_map)
+    def in_shape(self, shape: Shape) -> IndexMap | None:
+        """The same elements in row order in another shape, None where strides cannot say it."""
+        return self.index_map if self.index_map.shape == shape else self.index_map.reshape(shape)
 
 
 def broadcast_inputs(node: Node) -> tuple[Read, ...]:
@@ -93,6 +94,11 @@ def kernel_of(node: Node) -> ElementwiseKernel | None:
     return kernel if isinstance(kernel, ElementwiseKernel) and kernel.applies(node) and kernel.supports(node) else None
 
 
+def _kernel(node: Node) -> ElementwiseKernel:
+    kernel: ElementwiseKernel = registry.ops.get(node.op).kernel("cpu")
+    return kernel
+
+
 @dataclass(frozen=True)
 class Step:
     """One op of a chain: `inputs` number the values before it, what is read first and then the steps' results."""
@@ -104,32 +110,33 @@ class Step:
     attrs: Mapping[str, Any] = field(compare=False)
 
 
+def common_shape(nodes: Sequence[Node], operands: Callable[[Node], Sequence[Read]]) -> Shape | None:
+    """A shape of one of some nodes of one size in which all of them can read what is not of them, None where there is none."""
+    outside = [read for node in nodes for read in operands(node) if read.node.base not in nodes]
+    shapes = sorted(dict.fromkeys(node.shape for node in nodes), key=len, reverse=True)
+    return next((shape for shape in shapes if all(read.in_shape(shape) is not None for read in outside)), None)
+
+
 def elementwise_call(nodes: Sequence[Node], stored: Sequence[Node]) -> Call:
     """One call that computes nodes of one size, inputs before users, and stores some of them.
 
     What they read of one another they read in row order; everything else is read in their shape.
     """
-    shape = nodes[-1].shape
-    reads: dict[Read, int] = {}
-    wanted: list[tuple[Node, list[Node | Read]]] = []
+    shape = common_shape(nodes, lambda node: _kernel(node).operands(node))
+    assert shape is not None
+    inputs: dict[Node, list[Node | Read]] = {}
     for node in nodes:
-        kernel = kernel_of(node)
-        assert kernel is not None
-        inputs: list[Node | Read] = []
-        for read in kernel.operands(node):
-            if read.node.base in nodes:
-                inputs.append(read.node.base)
-            else:
-                index_map = read.index_map if node.shape == shape else read.index_map.reshape(shape)
-                assert index_map is not None
-                inputs.append(Read(read.node, index_map))
-                reads.setdefault(inputs[-1], len(reads))  # type: ignore[arg-type]
-        wanted.append((node, inputs))
-    number: dict[Node | Read, int] = {**reads, **{node: len(reads) + i for i, node in enumerate(nodes)}}
+        inputs[node] = []
+        for read in _kernel(node).operands(node):
+            moved = None if read.node.base in nodes else read.in_shape(shape)
+            inputs[node].append(read.node.base if moved is None else Read(read.node, moved))
+    reads = list(dict.fromkeys(i for each in inputs.values() for i in each if isinstance(i, Read)))
+    values: list[Node | Read] = [*reads, *nodes]
+    number = {value: i for i, value in enumerate(values)}
     steps = []
-    for node, inputs in wanted:
+    for node in nodes:
         text = ", ".join(f"{name}={node.attrs[name]!r}" for name in sorted(node.attrs) if name != "shape")
-        steps.append(Step(node.op, tuple(number[i] for i in inputs), node.dtype, text, node.attrs))
+        steps.append(Step(node.op, tuple(number[i] for i in inputs[node]), node.dtype, text, node.attrs))
     lines = arrange(shape, [IndexMap.dense(shape), *(r.index_map for r in reads)])
     operands = {f"y{i}": Ref(node, index_map=lines.maps[0]) for i, node in enumerate(stored)}
     operands |= {f"x{i}": Ref(r.node, index_map=m) for i, (r, m) in enumerate(zip(reads, lines.maps[1:], strict=True))}
@@ -215,10 +222,9 @@ def compute(k: Kernel, steps: Sequence[Step], values: Sequence[Value]) -> list[V
     found = list(values)
     used = {i for step in steps for i in step.inputs}
     for step in steps:
-        kernel: ElementwiseKernel = registry.ops.get(step.op).kernel("cpu")
-        value = k.convert(kernel.formula(k, [found[i] for i in step.inputs], step.attrs), computed_type(step.dtype))
+        formula = registry.ops.get(step.op).kernel("cpu").formula
+        value = k.convert(formula(k, [found[i] for i in step.inputs], step.attrs), computed_type(step.dtype))
         if len(found) in used:
             value = read_value(k, written_value(k, value, step.dtype), step.dtype)
         found.append(value)
     return found
-

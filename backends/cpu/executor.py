@@ -153,7 +153,8 @@ class _Code:
     def __init__(self, jit: Jit, *, timed: bool) -> None:
         texts = [text(jit.target, timed) for text in (loop.alone_text, loop.caller_text, loop.worker_text)]
         alone, caller, worker, chooser = jit.compile([*texts, loop.chooser_text(jit.target)])
-        self.jit, self.alone, self.caller, self.worker, self.chooser = jit, _RUN(alone), _RUN(caller), _WORK(worker), _RUN(chooser)
+        self.jit, self.worker = jit, _WORK(worker)
+        self.alone, self.caller, self.chooser = _RUN(alone), _RUN(caller), _RUN(chooser)
         self.futex = loop.LoopFunction(jit.target, {}).futex
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tensorgraph.backends.cpu.activations import Rows
 from tensorgraph.backends.cpu.ir import Int, Value
@@ -86,20 +86,49 @@ def multiply(
     token_tiles = (count + (tiling.tokens - 1)) // tiling.tokens
 
     with k.rows([batch, tiling.n_blocks, token_tiles, tiling.groups]) as (number, block, token_tile, within):
-        group, token = block * tiling.groups + within, token_tile * tiling.tokens
-        tile, row, of = group * tiling.per_group, number * count + token, matrix(number)
+        token = token_tile * tiling.tokens
+        row = number * count + token
 
-        def piece(n_tiles_each: int) -> None:
-            panels = [find_panel(w, tile + i, of) for i in range(n_tiles_each) for w in weights]
-            sums = panel_dot(k, panels, x.from_row(row, tiling.tokens), panels[0].size_bytes * n_tiles_each)
-            for t in range(tiling.tokens):
-                with k.when((token + t).lt(count)):
-                    for i in range(n_tiles_each):
-                        epilogue(tile + i, row + t, [sums[i * len(weights) + w][t] for w in range(len(weights))])
+        def store(tile: Value, n: int, sums: list[Value]) -> None:
+            epilogue(tile, row + n, sums)
 
-        complete = tiling.n_groups * tiling.per_group == n_tiles(height)
-        with k.when(group.lt(tiling.n_groups if complete else tiling.n_groups - 1)):
-            piece(tiling.per_group)
-        if not complete:
-            with k.when(group.eq(tiling.n_groups - 1)):
-                piece(1)
+        group, here = block * tiling.groups + within, k.min(count - token, k.i64(tiling.tokens))
+        multiply_group(k, weights, tiling, group, matrix(number), x.from_row(row, 1), here, store)
+
+
+def multiply_group(
+    k: Kernel,
+    weights: Sequence[Operand],
+    tiling: Tiling,
+    group: Value,
+    matrix: Int,
+    x: Rows,
+    count: Value,
+    store: Callable[[Value, int, list[Value]], None],
+) -> None:
+    """One group of panels of each weight times adjacent rows of activations.
+
+    Args:
+        group: of `tiling`; nothing is done where there is none of that number.
+        matrix: of the weights, counted over their leading axes.
+        count: of the rows, from 1 to `tiling.tokens`; as many as that must be readable.
+        store: `store(tile, n, sums)`, as an `Epilogue`, for row n of x.
+    """
+    height = weights[0].shape[-2]
+    assert isinstance(height, int)
+    tile = group * tiling.per_group
+
+    def piece(tiles: int) -> None:
+        panels = [find_panel(w, tile + i, matrix) for i in range(tiles) for w in weights]
+        sums = panel_dot(k, panels, replace(x, count=tiling.tokens), panels[0].size_bytes * tiles)
+        for t in range(tiling.tokens):
+            with k.when(k.i64(t).lt(count)):
+                for i in range(tiles):
+                    store(tile + i, t, [sums[i * len(weights) + w][t] for w in range(len(weights))])
+
+    complete = tiling.n_groups * tiling.per_group == n_tiles(height)
+    with k.when(group.lt(tiling.n_groups if complete else tiling.n_groups - 1)):
+        piece(tiling.per_group)
+    if not complete:
+        with k.when(group.eq(tiling.n_groups - 1)):
+            piece(1)

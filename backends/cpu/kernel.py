@@ -66,9 +66,9 @@ class Kernel(Function):
         this kernel does afterwards must still be harmless."""
         code = zlib.crc32(message.encode()) | 1
         MESSAGES[code] = message
-        with self.when(condition):
-            status = self._header(HEADER.index("status"))
-            for i, value in enumerate((code, *values)):
+        status = self._header(HEADER.index("status"))
+        with self.when(condition & self.load(status, I64).eq(0)):  # the first to refuse has its say
+            for i, value in reversed([*enumerate((code, *values))]):
                 number = self.convert(value, I64) if isinstance(value, Value) else self.i64(value)
                 self.store(number, status + 8 * i)
 

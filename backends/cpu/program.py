@@ -14,7 +14,7 @@ from tensorgraph.backends.cpu.kernel import HEADER, MESSAGES, Buffer, Call, Kern
 from tensorgraph.backends.cpu.operands import Operand
 from tensorgraph.backends.cpu.streams import ClassTable
 from tensorgraph.device import Part, Run, Values
-from tensorgraph.dims import Dim, Extent, FloorDiv, Poly, Symbol, maximum
+from tensorgraph.dims import Dim, Extent, FloorDiv, Guard, Poly, Symbol, maximum
 from tensorgraph.dtypes import DType, as_dtype
 from tensorgraph.errors import GraphError, InputError, StateError, UnsupportedError
 from tensorgraph.graph import Node
@@ -72,53 +72,57 @@ class Program:
         device.require(part.memory.peak_bytes, max((c.scratch_bytes for c in self.calls), default=0))
         self._starts = starts
         self._guards = list(dict.fromkeys(c.guard for c in self.calls if c.guard.bounds))
-        self._tables: dict[tuple[bool, ...], np.ndarray] = {}
+        self._holds = compiled_guards(self._guards)
+        self._tables: dict[tuple[bool, ...], tuple[np.ndarray, int]] = {}
         self._items = [self._number(c.items) for c in self.calls]
         self._arrange_extents()
         self._seen: tuple[Any, ...] = ()
         self._classes: dict[str, ClassTable] = {}
-        self._outputs = [(n, *self._output(n)) for n in part.keep if n.op not in ("input", "constant")]
+        self._outputs = [self._output(n) for n in part.keep if n.op not in ("input", "constant")]
 
     # What a run does.
 
     def __call__(self, values: Values, run: Run) -> None:
-        self._check(run.dims)
-        self.extents[: self._n_dynamic] = self._evaluate(run.dims)
+        dims, device = run.dims, self.device
+        if self._checks:
+            self._check(dims)
+        if self._n_dynamic:
+            self.extents[: self._n_dynamic] = self._evaluate(dims)
         for node, buffer in self._external.items():
             given = values[node]
-            buffer[: given.size] = given.reshape(-1)
-        seen = (self.device.arena_version, self.device.scratch_version)
+            buffer[: given.size] = given if given.ndim == 1 else given.reshape(-1)
+        seen = (device.arena_version, device.scratch_version)
         if seen != self._seen:
             self._bind()
             self._seen = seen
         if self._streams:
             self._bind_streams(run)
-        holds = tuple(guard.holds(run.dims) for guard in self._guards)
+        holds = self._holds(dims)
         table = self._tables.get(holds)
         if table is None:
             table = self._tables[holds] = self._table(holds)
-        self.device.run(table, MESSAGES)
-        arena = self.device.arena
-        for node, shape, offset, dtype in self._outputs:
-            extents = tuple(e if isinstance(e, int) else e.evaluate(run.dims) for e in shape)
-            values[node] = np.ndarray(extents, dtype, arena, offset)
+        device.run(table, MESSAGES)
+        for output in self._outputs:
+            values[output.node] = output.array(device.arena, dims)
 
     def table(self, dims: Mapping[str, int]) -> tuple[np.ndarray, list[Call]]:
         """The table that a run of these extents walks, and the calls of its lines."""
-        holds = tuple(guard.holds(dims) for guard in self._guards)
-        return self._table(holds), [c for c in self.calls if self._made(c, holds)]
+        holds = self._holds(dims)
+        return self._table(holds)[0], [c for c in self.calls if self._made(c, holds)]
 
     def _made(self, call: Call, holds: Sequence[bool]) -> bool:
         return not call.guard.bounds or holds[self._guards.index(call.guard)]
 
-    def _table(self, holds: tuple[bool, ...]) -> np.ndarray:
+    def _table(self, holds: tuple[bool, ...]) -> tuple[np.ndarray, int]:
+        """The lines of the calls that are made, and their address."""
         base, extents = self.args.ctypes.data, self.extents.ctypes.data
         rows = [
             [code, base + 8 * start, extents + 8 * self._place_of[items], call.grain, call.most_chunks, 0, 0, 0]
             for call, code, start, items in zip(self.calls, self._codes, self._starts, self._items, strict=True)
             if self._made(call, holds)
         ]
-        return np.array(rows, np.int64).reshape(len(rows), 8)
+        lines = np.array(rows, np.int64).reshape(len(rows), 8)
+        return lines, int(lines.ctypes.data)
 
     # Addresses.
 
@@ -153,7 +157,8 @@ class Program:
             for name in self._streams:
                 wanted, layout = self._streams[name], store.layouts[name]
                 if layout != wanted or store.page_rows != 16:
-                    raise StateError(f"[run] wanted pages of 16 rows held as {wanted} for {name!r}; got {store.page_rows}, {layout}")
+                    got = f"{store.page_rows}, {layout}"
+                    raise StateError(f"[run] wanted pages of 16 rows held as {wanted} for {name!r}; got {got}")
             for i, name in self._stream_args:
                 self.args[i] = store.pages(name).ctypes.data
             for i, name in self._class_args:
@@ -266,15 +271,35 @@ class Program:
             self._external[base] = np.zeros(max(_most_elements(base), 1), np.float32 if dtype.is_block else dtype.numpy)
         return Place("external", base, 0, index_map, "dense", dtype)
 
-    def _output(self, node: Node) -> tuple[tuple[Extent, ...], int, np.dtype]:
-        base = node
-        while base.op in ("choose", "view"):
-            source = base.inputs[self.part.taken[base]] if base.op == "choose" else base
-            if not source.index_map.is_dense:
-                raise GraphError(f"[cpu] {node!r} is a view that is not dense; wanted a copy of it as an output ({node.where})")
-            base = source.base
-        buffer = self.part.memory.buffers[base]
-        return node.shape, buffer.offset, np.dtype(np.float32) if node.dtype.is_block else node.dtype.numpy  # type: ignore[return-value]
+    def _output(self, node: Node) -> Output:
+        """How a node's value is seen after a run."""
+        place = self._place(Ref(node))
+        dtype = np.dtype(np.float32) if node.dtype.is_block else node.dtype.numpy
+        assert dtype is not None
+        buffer = {"external": self._external.get(place.of), "constant": getattr(self.part.constants.get(node.base), "data", None)}
+        index_map, item = place.index_map, dtype.itemsize
+        strides = tuple(s * item for s in index_map.strides)
+        offset = index_map.offset * item + place.offset_bytes
+        where = None if index_map.is_dense and isinstance(offset, int) else compiled((offset, *strides))
+        return Output(node, compiled(index_map.shape), dtype, buffer.get(place.kind), place.offset_bytes, where)
+
+
+class Output(NamedTuple):
+    """A value after a run: an array of a shape in a buffer (the arena where None), dense from an offset or as `where` says."""
+
+    node: Node
+    shape: Callable[[Mapping[str, int]], tuple[int, ...]]
+    dtype: np.dtype
+    buffer: np.ndarray | None
+    offset: int
+    where: Callable[[Mapping[str, int]], tuple[int, ...]] | None
+
+    def array(self, arena: np.ndarray, dims: Mapping[str, int]) -> np.ndarray:
+        buffer = arena if self.buffer is None else self.buffer
+        if self.where is None:
+            return np.ndarray(self.shape(dims), self.dtype, buffer, self.offset)
+        offset, *strides = self.where(dims)
+        return np.ndarray(self.shape(dims), self.dtype, buffer, offset, tuple(strides))
 
 
 def _most_elements(node: Node) -> int:
@@ -314,6 +339,17 @@ def compiled(extents: Sequence[Extent]) -> Callable[[Mapping[str, int]], tuple[i
     """A function from the values of Dims to those of extents."""
     listed = "".join(f"{_source(e)}, " for e in extents)
     made: Callable[[Mapping[str, int]], tuple[int, ...]] = eval(f"lambda d: ({listed})")  # from extents, no text of a user's
+    return made
+
+
+def compiled_guards(guards: Sequence[Guard]) -> Callable[[Mapping[str, int]], tuple[bool, ...]]:
+    """A function from the values of Dims to whether guards hold."""
+    texts = []
+    for guard in guards:
+        bounds = [f"{low} <= {_source(e)}" for e, low, _ in guard.bounds if low is not None]
+        bounds += [f"{_source(e)} <= {high}" for e, _, high in guard.bounds if high is not None]
+        texts.append(f"({' and '.join(bounds) or 'True'}), ")
+    made: Callable[[Mapping[str, int]], tuple[bool, ...]] = eval(f"lambda d: ({''.join(texts)})")
     return made
 
 

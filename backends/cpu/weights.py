@@ -194,7 +194,7 @@ def _interleave(matrices: np.ndarray, dtype: DType, to: int, device: CpuDevice) 
     assert len(HEADER) == 3
     table = np.array([[code, args.ctypes.data, items, max(1, _CHUNK_BYTES // max(each, 1)), 64, 0, 0, 0]], np.int64)
     with device.lock:
-        device.run(table, MESSAGES)
+        device.run((table, int(table.ctypes.data)), MESSAGES)
 
 
 def write_units(k: Kernel, operands: Mapping[str, Operand], *, dtype: str) -> None:

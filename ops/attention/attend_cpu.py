@@ -143,7 +143,7 @@ def general_reads(node: Node, slot: str) -> tuple[str, ...]:
 
 def _is_of_rows(vector: Node, what: str) -> bool:
     """Whether this is an input `rows.CLASS.pos` or `rows.CLASS.seq`, as `extents.step_inputs` gives them."""
-    name = vector.attrs["name"].split(".") if vector.op == "input" else ()
+    name: list[str] = vector.attrs["name"].split(".") if vector.op == "input" else []
     return len(name) == 3 and (name[0], name[2]) == ("rows", what)
 
 
@@ -201,6 +201,7 @@ def _call(node: Node, refs: Mapping[str, Ref | None], sizes: Sizes, guard: Guard
 def emit_attention(
     k: Kernel, operands: Slots, *, scale: float, softcap: float, rules: Sequence[Rule], by_pos: Sequence[bool], sizes: Sizes
 ) -> None:
+    """`flash_attn`; `by_pos`: which segments' rows have positions, whether those are read or not."""
     q, k0, y = _given(operands, "q"), _given(operands, "k0"), _given(operands, "y")
     sinks, pos, seq = (operands.get(name) for name in ("sinks", "pos", "seq"))
     scratch = k.scratch()

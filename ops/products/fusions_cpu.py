@@ -18,7 +18,7 @@ from tensorgraph.backends.cpu.matvec import kind_of
 from tensorgraph.backends.cpu.state_calls import read_call
 from tensorgraph.backends.cpu.weights import interleaved
 from tensorgraph.dims import Guard
-from tensorgraph.graph import Node
+from tensorgraph.graph import STRUCTURAL, Node
 from tensorgraph.ops.attention.flash_attn_cpu import FEW, paged, slices_call, tiles_call
 from tensorgraph.ops.attention.paged_cpu import Heads
 from tensorgraph.ops.products.linear_cpu import Part, Source, emit_few
@@ -116,7 +116,7 @@ def _rows(node: Node) -> int:
 
 def _gate(scope: Scope, node: Node, unit: Node, mine: set[Node]) -> Chain | None:
     """The two products of a gated unit: its gate first."""
-    kernel = registry.ops.get(unit.op).kernel("cpu") if unit.op not in ("append", "choose", "copy") else None
+    kernel = registry.ops.get(unit.op).kernel("cpu") if unit.op not in STRUCTURAL else None
     a, b = unit.at("a"), unit.at("b")
     if "swapped" not in unit.attrs or not hasattr(kernel, "formula") or a not in mine or b not in mine or a is b:
         return None

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tensorgraph import registry
-from tensorgraph.compiler import compile
 from tensorgraph.device import Device, get_devices
-from tensorgraph.errors import TensorGraphError, UnsupportedError
+from tensorgraph.errors import TensorGraphError
 from tensorgraph.graph import Graph, Node
 from tensorgraph.op import Op
+from tensorgraph.passes import ExpandFused
 from tensorgraph.tools.conformance.case import draw_any
 from tensorgraph.tools.conformance.check import hypothesis, run_drawn
-from tensorgraph.tools.conformance.evaluate import OPTIONS
 
 How = Literal["yes", "partly", "by expansion", "no", "absent"]
 
@@ -67,17 +66,15 @@ def sample_nodes(op: Op, count: int, seed: int) -> list[Node]:
 def _support(op: str, backend: str, device: Device | None, nodes: Sequence[Node]) -> Support:
     if device is None:
         return Support(op, backend, "absent")
-    supported = sum(device.supports(node) for node in nodes)
-    if supported == len(nodes):
-        return Support(op, backend, "yes", supported, len(nodes))
-    compiled = [_compiles(node, device) for node in nodes]
-    how: How = "by expansion" if all(compiled) else "partly" if any(compiled) else "no"
-    return Support(op, backend, how, max(supported, sum(compiled)), len(nodes))
+    own = sum(device.supports(node) for node in nodes)
+    if own == len(nodes):
+        return Support(op, backend, "yes", own, len(nodes))
+    supported = sum(_runs_expanded(node, device) for node in nodes)
+    how: How = "by expansion" if supported == len(nodes) else "partly" if supported else "no"
+    return Support(op, backend, how, supported, len(nodes))
 
 
-def _compiles(node: Node, device: Device) -> bool:
-    try:
-        compile(Graph(y=node), device, OPTIONS)
-    except UnsupportedError:
-        return False
-    return True
+def _runs_expanded(node: Node, device: Device) -> bool:
+    """Whether a device runs a node, or all that it expands into."""
+    expanded = ExpandFused(device.supports)(Graph(y=node))
+    return all(device.supports(n) for n in expanded.nodes if n.op not in ("input", "constant"))
