@@ -107,6 +107,19 @@ class Device(ABC):
         """A function that computes a part's nodes, reading and writing values by node."""
 
 
+def readers(graph: Graph, node: Node) -> list[tuple[Node, str]]:
+    """Who reads a node, and in which slot: also through dense views that leave its first axis as it is."""
+    found = []
+    for user in graph.users[node]:
+        same = user.op == "view" and user.index_map.is_dense and user.shape[:1] == node.shape[:1]
+        if same and user not in graph.outputs.values():
+            found += readers(graph, user)
+        else:
+            slots = user.slots if len(user.slots) == len(user.inputs) else ("",) * len(user.inputs)
+            found += [(user, slot) for slot, i in zip(slots, user.inputs, strict=True) if i is node]
+    return found
+
+
 def get_devices(names: str | Device | Sequence[str | Device]) -> tuple[Device, ...]:
     """Devices by name: a backend's (`"reference"`), or one of several of a backend (`"reference:1"`); in order of preference."""
     listed = names.split(",") if isinstance(names, str) else [names] if isinstance(names, Device) else list(names)

@@ -229,7 +229,7 @@ class Op:
         return {n: slots.get(n) for n in names}, {k: v for k, v in given.items() if k not in names}
 
     def kernel(self, backend: str) -> Any:
-        """How a backend computes this op, by the module MODULE_BACKEND beside the one that declares it; None where it does not."""
+        """How a backend computes this op, by the module MODULE_BACKEND beside the one declaring it; None where it does not."""
         if backend not in self.kernels:
             beside = f"{self.module}_{backend}"
             if beside not in sys.modules and importlib.util.find_spec(beside) is not None:

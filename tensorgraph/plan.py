@@ -66,7 +66,9 @@ class Plan:
 
     def choose(self, dims: Bindings) -> tuple[int, ...]:
         """Which form of each choice a step of these extents takes."""
-        return () if not self.choices else tuple(next(i for i, guard in enumerate(node.attrs["guards"]) if guard.holds(dims)) for node in self.choices)
+        if not self.choices:
+            return ()
+        return tuple(next(i for i, guard in enumerate(node.attrs["guards"]) if guard.holds(dims)) for node in self.choices)
 
     def active(self, choice: Sequence[int]) -> frozenset[Node]:
         """The nodes that a step computes when its choices fall so."""
@@ -172,7 +174,8 @@ class Executable:
         self._programs: dict[tuple[int, ...], list[Program]] = {}
         self._constants: dict[str, dict[Node, Any]] = {name: {} for name in self._devices}
         self._outputs = tuple(plan.graph.outputs.items())
-        self._lock: AbstractContextManager[Any] = plan.devices[0].lock if len(plan.devices) == 1 else _All([d.lock for d in sorted(plan.devices, key=lambda d: d.name)])
+        locks = [d.lock for d in sorted(plan.devices, key=lambda d: d.name)]
+        self._lock: AbstractContextManager[Any] = locks[0] if len(locks) == 1 else _All(locks)
         self._attach(weights)
 
     def _attach(self, weights: WeightSource | Mapping[str, np.ndarray] | None) -> None:

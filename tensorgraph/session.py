@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import numpy as np
 
 from tensorgraph.compiler import CompileOptions, PlanCache
-from tensorgraph.device import Device, get_devices
+from tensorgraph.device import Device, get_devices, readers
 from tensorgraph.dims import Dim
 from tensorgraph.dtypes import DType, as_dtype
 from tensorgraph.errors import FormatError, InputError, StateError
@@ -112,8 +112,7 @@ class Engine:
         graph, specs = self.model.graph(Extents(), self.kv_dtype), self.model.states()
         chosen: dict[str, Layout] = {}
         for name, node in graph.streams.items():
-            users = [(u, slot) for u in graph.users[node] for slot, i in zip(u.slots, u.inputs, strict=True) if i is node]
-            chosen[name] = self.devices[0].stream_layout(specs[name], users)
+            chosen[name] = self.devices[0].stream_layout(specs[name], readers(graph, node))
         return {name: layout for name, layout in chosen.items() if layout != "rows"}
 
 

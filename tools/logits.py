@@ -38,8 +38,8 @@ def logits(
     ] = None,
     chunk: Annotated[int | None, typer.Option(min=1, help="Tokens in a chunk.", show_default="one chunk")] = None,
     dump: Annotated[list[str] | None, typer.Option(help="Also write this named node; may be repeated.", metavar="NAME")] = None,
-    threads: options.Threads = None,
-    backend: options.Backend = "reference",
+    threads: options.Threads = options.AUTO,
+    backend: options.Backend = options.BACKEND,
     kv_type: options.KvType = "f16",
     exact: options.Exact = False,
     as_json: options.Json = False,
@@ -53,16 +53,18 @@ def logits(
     tensorgraph logits model.gguf --ids a.npz:ids --ids b.npz:ids --chunk 7 --kv-type f32 --exact --out both.npz
     tensorgraph logits model.gguf --ids ids.json --dump blk.0.attn_out --dump blk.3.out --out taps.npz
     """
-    options.limit_threads(threads)
+    count = options.thread_count(threads)
+    options.limit_threads(count)
     import numpy as np
 
+    from tensorgraph.compiler import CompileOptions
     from tensorgraph.models.text.model import load
 
     sequences = [read_ids(name) for name in ids]
     if not out.parent.is_dir() or out.is_dir():  # said before the work is done
         raise InputError(f"[logits] wanted --out as a file in a folder that is there; got {str(out)!r}")
     with options.working("loading"):
-        loaded = load(model, backend=backend, kv_type=kv_type)
+        loaded = load(model, backend=backend, kv_type=kv_type, options=CompileOptions(exact=exact), threads=count)
     with loaded:
         results = evaluate(loaded, sequences, prefill, chunk, ("logits", *(dump or [])))
     arrays: dict[str, Any] = {}

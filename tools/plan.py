@@ -29,7 +29,7 @@ def plan(
     sequences: Annotated[int, typer.Option(min=1, help="Sequences in a step.")] = 1,
     kv_type: options.KvType = "f16",
     dtype: Annotated[str, typer.Option("--type", help="Type of matrices where there are no weights.", metavar="TYPE")] = "f16",
-    backend: options.Backend = "reference",
+    backend: options.Backend = options.BACKEND,
     text: Annotated[bool, typer.Option("--text", help="Print the plan itself.")] = False,
     as_json: options.Json = False,
 ) -> None:

@@ -33,8 +33,8 @@ def run(
     stop: Annotated[list[str] | None, typer.Option(help="End at this text; may be repeated.", metavar="TEXT")] = None,
     ctx: Annotated[int | None, typer.Option(min=1, help="Most tokens of prompt and answer.", show_default="the model's")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Most tokens of a prompt evaluated in one step.")] = 512,
-    threads: options.Threads = None,
-    backend: options.Backend = "reference",
+    threads: options.Threads = options.AUTO,
+    backend: options.Backend = options.BACKEND,
     kv_type: options.KvType = "f16",
     exact: options.Exact = False,
     as_json: options.Json = False,
@@ -48,7 +48,9 @@ def run(
     tensorgraph run smollm2 --chat
     echo "2 + 2 =" | tensorgraph run model.gguf --json
     """
-    options.limit_threads(threads)
+    count = options.thread_count(threads)
+    options.limit_threads(count)
+    from tensorgraph.compiler import CompileOptions
     from tensorgraph.models.text.model import load
     from tensorgraph.models.text.sampling import Sampler
 
@@ -62,7 +64,7 @@ def run(
         raise InputError("[run] --system goes with --chat")
     before = [{"role": "system", "content": system}] if system is not None else []
     with options.working("loading"):
-        loaded = load(model, backend=backend, kv_type=kv_type)
+        loaded = load(model, backend=backend, kv_type=kv_type, options=CompileOptions(exact=exact), threads=count)
         session = loaded.session(context=ctx, step_tokens=batch)
     with loaded, session:
         talk = Talk(session, sampler, tokens, stop or [], stats)

@@ -62,7 +62,7 @@ def test_ops(
     declared = [registry.ops.get(name) for name in chosen]  # an unknown one is refused before anything runs
     if list_ops:
         listed = [{"op": o.name, "signature": str(o.signature) if o.signature else None, "source": o.source} for o in declared]
-        rows = [(str(o["op"]), o["source"], o["signature"] or "(by its shape rule)") for o in listed]
+        rows: list[tuple[str, ...]] = [(str(o["op"]), str(o["source"]), o["signature"] or "(by its shape rule)") for o in listed]
         typer.echo(
             json.dumps({"ops": listed}) if as_json else options.table([("op", "source", "inputs -> result"), *rows], left=3)
         )

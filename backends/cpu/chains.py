@@ -6,7 +6,7 @@ from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tensorgraph.backends.cpu.elementwise import Read, common_shape, elementwise_call, kernel_of
-from tensorgraph.backends.cpu.grouping import CpuGroup, make_group
+from tensorgraph.backends.cpu.group import CpuGroup, make_group
 from tensorgraph.dims import product
 from tensorgraph.graph import Graph, Node
 

@@ -13,14 +13,15 @@ from tensorgraph import registry
 from tensorgraph.backends.cpu.code_cache import CodeCache, default_folder
 from tensorgraph.backends.cpu.constants import Held, aligned
 from tensorgraph.backends.cpu.executor import Executor, usable_cores
-from tensorgraph.backends.cpu.grouping import CpuGroup, group_nodes
+from tensorgraph.backends.cpu.group import CpuGroup
+from tensorgraph.backends.cpu.grouping import group_nodes
 from tensorgraph.backends.cpu.jit import Jit
 from tensorgraph.backends.cpu.kernel import Context, Kernel, NodeKernel
 from tensorgraph.backends.cpu.operands import stored_type
 from tensorgraph.backends.cpu.program import OperandKey, Program, write_kernel
 from tensorgraph.backends.cpu.target import Target, find_target, host
 from tensorgraph.backends.cpu.weights import LAYOUTS, pack
-from tensorgraph.device import Device, Part, Run, Values
+from tensorgraph.device import Device, Part, Run, Values, readers
 from tensorgraph.dtypes import DType
 from tensorgraph.errors import InputError, UnsupportedError
 from tensorgraph.graph import STRUCTURAL, Graph, Node
@@ -129,7 +130,7 @@ class CpuDevice(Device):
                     found[node] = self.constant_layout(node, graph.users[node])
                 elif node.op in ("append", "read"):
                     kept = layouts.get(node.attrs["stream"], "rows")
-                    users = [(u, s) for u in graph.users[node] for s, value in _slots(u) if value is node]
+                    users = readers(graph, node)
                     direct = node not in graph.outputs.values() and all(kept in self._reads(u, s) for u, s in users)
                     found[node] = kept if direct else "dense"
                 else:

@@ -188,7 +188,8 @@ class Function:
         self._begin(labels[2])
         (a, from_a), (b, from_b) = ends
         return [
-            self.instruction(f"phi {x.type} [ {x.ref}, %{from_a} ], [ {y.ref}, %{from_b} ]", x.type) for x, y in zip(a, b, strict=True)
+            self.instruction(f"phi {x.type} [ {x.ref}, %{from_a} ], [ {y.ref}, %{from_b} ]", x.type)
+            for x, y in zip(a, b, strict=True)
         ]
 
     def select(self, condition: Value, yes: Number, no: Number) -> Value:
@@ -214,7 +215,9 @@ class Function:
             return self.instruction(f"load {type}, ptr {address.ref}, align {align}", type)
         name = f"llvm.masked.load.{type.suffix}.p0"
         self.declare(name, type, (PTR, mask.type, type))
-        return self.instruction(f"call {type} @{name}(ptr align {align} {address.ref}, {mask.type} {mask.ref}, {type} zeroinitializer)", type)
+        return self.instruction(
+            f"call {type} @{name}(ptr align {align} {address.ref}, {mask.type} {mask.ref}, {type} zeroinitializer)", type
+        )
 
     def store(self, value: Value, address: Value, *, align: int = 0, mask: Value | None = None) -> None:
         align, type = align or value.type.bits // 8 or 1, value.type
@@ -242,7 +245,8 @@ class Function:
         mask = mask if mask is not None else self.const(1, I1.x(offsets.lanes))
         name = f"llvm.masked.scatter.{value.type.suffix}.{at.type.suffix}"
         self.declare(name, None, (value.type, at.type, mask.type))
-        self.write(f"call void @{name}({value.type} {value.ref}, {at.type} align {value.type.bits // 8} {at.ref}, {mask.type} {mask.ref})")
+        to = f"{at.type} align {value.type.bits // 8} {at.ref}"
+        self.write(f"call void @{name}({value.type} {value.ref}, {to}, {mask.type} {mask.ref})")
 
     def prefetch(self, address: Value, locality: int = 3) -> None:
         self.declare("llvm.prefetch.p0", None, (PTR, I32, I32, I32))
@@ -301,7 +305,9 @@ class Function:
         """A scalar in every lane."""
         if not lanes or value.lanes:
             return value
-        first = self.instruction(f"insertelement {value.type.x(lanes)} poison, {value.type} {value.ref}, i64 0", value.type.x(lanes))
+        first = self.instruction(
+            f"insertelement {value.type.x(lanes)} poison, {value.type} {value.ref}, i64 0", value.type.x(lanes)
+        )
         return first.shuffle([0] * lanes)
 
     def join(self, a: Value, b: Value) -> Value:
@@ -326,7 +332,7 @@ class Function:
     # Conversions.
 
     def convert(self, x: Value, type: Type, *, signed: bool = True) -> Value:
-        """To another type of as many lanes: integers are extended or cut, floats rounded to nearest, float to integer toward zero."""
+        """To another type of as many lanes: integers extended or cut, floats rounded to nearest, to integers toward zero."""
         type = type.x(x.lanes)
         a, b = x.type, type
         if a == b:

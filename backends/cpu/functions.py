@@ -1,8 +1,9 @@
 """Functions of real numbers, lane by lane: f32 by range reduction and polynomials, f64 through the C library.
 
 All take scalars or vectors and give the same bits for both. Over all of f32, subnormal numbers, infinities and NaN included,
-they err by at most 2 units in the last place (`tests/backends/cpu/test_functions.py`). Polynomials were fitted for the least
-largest relative error of the function that they stand for, over the interval that is said, and rounded to f32.
+they err by at most 2 units in the last place; `silu` by 3.5, and `gelu` by 8, both below zero (`test_functions.py`). Polynomials
+were fitted for the least largest relative error of the function that they stand for, over the interval that is said, and
+rounded to f32.
 """
 
 from __future__ import annotations

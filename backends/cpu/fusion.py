@@ -83,7 +83,7 @@ def conditions(graph: Graph) -> dict[Node, Condition]:
 
 
 def in_order(groups: Sequence[Group], graph: Graph) -> list[Group] | None:
-    """The groups so that each comes after those that it reads; as they stand where that does, None where they go round in a circle."""
+    """The groups so that each comes after those that it reads, else as they stand; None where they go round in a circle."""
     owner = {node: group for group in groups for node in group.nodes}
     needs = {g: dict.fromkeys(owner[i] for n in g.nodes for i in n.inputs if i in owner and owner[i] is not g) for g in groups}
     done: dict[Group, None] = {}

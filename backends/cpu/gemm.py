@@ -16,6 +16,8 @@ from tensorgraph.dims import Extent
 from tensorgraph.dtypes import DType
 
 PANELS = 2
+SIZES = (1, 4)
+"""Activation rows, fewer than those of a whole tile, for which there is code."""
 MOST_TOKENS = 8
 """A row buffer must be readable for this many rows behind its last."""
 BLOCK_BYTES = 384 << 10  # of weights that stay in the cache while all rows pass
@@ -111,20 +113,24 @@ def multiply_group(
     Args:
         group: of `tiling`; nothing is done where there is none of that number.
         matrix: of the weights, counted over their leading axes.
-        count: of the rows, from 1 to `tiling.tokens`; as many as that must be readable.
+        count: of the rows, from 1 to `tiling.tokens`; as many as that must be readable. For few there is code of their own.
         store: `store(tile, n, sums)`, as an `Epilogue`, for row n of x.
     """
     height = weights[0].shape[-2]
     assert isinstance(height, int)
     tile = group * tiling.per_group
 
+    sizes = [n for n in SIZES if n < tiling.tokens] + [tiling.tokens]
+
     def piece(tiles: int) -> None:
-        panels = [find_panel(w, tile + i, matrix) for i in range(tiles) for w in weights]
-        sums = panel_dot(k, panels, replace(x, count=tiling.tokens), panels[0].size_bytes * tiles)
-        for t in range(tiling.tokens):
-            with k.when(k.i64(t).lt(count)):
-                for i in range(tiles):
-                    store(tile + i, t, [sums[i * len(weights) + w][t] for w in range(len(weights))])
+        for low, high in zip((0, *sizes), sizes, strict=False):
+            with k.when(count.gt(low) & count.le(high)):
+                panels = [find_panel(w, tile + i, matrix) for i in range(tiles) for w in weights]
+                sums = panel_dot(k, panels, replace(x, count=high), panels[0].size_bytes * tiles)
+                for t in range(high):
+                    with k.when(k.i64(t).lt(count)):
+                        for i in range(tiles):
+                            store(tile + i, t, [sums[i * len(weights) + w][t] for w in range(len(weights))])
 
     complete = tiling.n_groups * tiling.per_group == n_tiles(height)
     with k.when(group.lt(tiling.n_groups if complete else tiling.n_groups - 1)):

@@ -2,52 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 
 from tensorgraph import registry
+from tensorgraph.backends.cpu.chains import chain_group, find_chains
 from tensorgraph.backends.cpu.fusion import Scope, conditions, finders, in_order
-from tensorgraph.backends.cpu.kernel import Buffer, Call, Context, NodeKernel
+from tensorgraph.backends.cpu.group import CpuGroup, make_group
+from tensorgraph.backends.cpu.kernel import Context, NodeKernel
 from tensorgraph.backends.cpu.state_calls import state_calls
-from tensorgraph.dims import maximum
 from tensorgraph.graph import Graph, Node
 from tensorgraph.memory import Group
-from tensorgraph.op import node_bytes
-
-
-@dataclass(frozen=True, eq=False)
-class CpuGroup(Group):
-    """A group and the calls that compute it."""
-
-    calls: tuple[Call, ...] = ()
-
-    @cached_property
-    def reads(self) -> tuple[Node, ...]:
-        if not self.calls:
-            return () if self.nodes[0].op == "view" else super().reads
-        own = set(self.nodes)
-        refs = (ref.of for call in self.calls for ref in call.operands.values() if ref is not None)
-        return tuple(dict.fromkeys(n for n in refs if isinstance(n, Node) and n not in own))
-
-    def size_of(self, node: Node) -> int:
-        """Block types are held as f32."""
-        if not node.dtype.is_block:
-            return node_bytes(node)
-        n = 4
-        for extent in node.shape:
-            n *= maximum(extent)
-        return n
-
-
-def make_group(nodes: Sequence[Node], stored: Sequence[Node], calls: Sequence[Call]) -> CpuGroup:
-    """The group of some calls: their buffers are its scratch."""
-    scratch: dict[Hashable, int] = {}
-    for call in calls:
-        for ref in call.operands.values():
-            if ref is not None and isinstance(ref.of, Buffer):
-                scratch[ref.of] = maximum(ref.of.size_bytes)
-    return CpuGroup(tuple(nodes), tuple(stored), scratch, tuple(calls))
 
 
 def single(node: Node, context: Context) -> CpuGroup:
@@ -73,6 +37,9 @@ def group_nodes(nodes: Sequence[Node], graph: Graph, context: Context, *, fuse: 
         for group in find(scope):
             found.append(group)
             scope.taken.update(group.nodes)
+    for chain in find_chains(nodes, graph, conditioned, scope.taken):
+        found.append(chain_group(chain, graph))
+        scope.taken.update(chain)
     alone = {n: single(n, context) for n in nodes if n not in scope.taken}
     ordered = in_order(_listed(nodes, found, alone), graph)
     while ordered is None:  # two fusions need each other's results: without the last ones

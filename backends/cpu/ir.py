@@ -57,7 +57,14 @@ I1, I8, I16, I32, I64 = (Type("i", bits) for bits in (1, 8, 16, 32, 64))
 F16, F32, F64 = (Type("f", bits) for bits in (16, 32, 64))
 PTR = Type("p", 64)
 
-_COMPARE = {"lt": ("slt", "olt"), "le": ("sle", "ole"), "gt": ("sgt", "ogt"), "ge": ("sge", "oge"), "eq": ("eq", "oeq"), "ne": ("ne", "une")}
+_COMPARE = {
+    "lt": ("slt", "olt"),
+    "le": ("sle", "ole"),
+    "gt": ("sgt", "ogt"),
+    "ge": ("sge", "oge"),
+    "eq": ("eq", "oeq"),
+    "ne": ("ne", "une"),
+}
 
 
 class Value:

@@ -11,7 +11,6 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import Any
 
 from tensorgraph.backends.cpu.emit import Function, Loop, Values
@@ -89,7 +88,10 @@ class Kernel(Function):
     @staticmethod
     def size(shape: Sequence[Int]) -> Int:
         """The product of extents."""
-        return reduce(lambda a, b: b * a if isinstance(a, int) else a * b, shape, 1)
+        total: Int = 1
+        for extent in shape:
+            total = extent * total if isinstance(total, int) else total * extent
+        return total
 
     def unflatten(self, at: Value, shape: Sequence[Int]) -> list[Value]:
         """The index that a flat number means."""
@@ -113,7 +115,7 @@ class Kernel(Function):
             with self.loop(0, whole, lanes, values) as loop:
                 loop.next(*(body(loop.i, None, loop.values) or ()))
             values = loop.results
-        if isinstance(n, int):
+        if isinstance(n, int) and isinstance(whole, int):
             if n > whole:
                 values = list(body(self.i64(whole), self.tail_mask(lanes, n - whole), values) or ())
             return values
@@ -215,7 +217,8 @@ def cpu_kernel(
     known: bool = False,
 ) -> Callable[[Emit], Emit]:
     """Declares an op's kernel: `emit(k, *inputs, y, **attrs)` with operands as the op's signature orders them (None where
-    absent); of an op without a signature `emit(k, slots, y, **attrs)` with a mapping. The attribute `shape` is not passed: it is y's.
+    absent); of an op without a signature `emit(k, slots, y, **attrs)` with a mapping. The attribute `shape` is left out: it is
+    y's.
 
     Args:
         rows: the extents that `emit` divides with `k.rows`.

@@ -129,15 +129,15 @@ class Program:
     def _bind(self) -> None:
         """Write every address; again whenever the arena or the threads' scratch has moved."""
         device = self.device
-        extents, arena = self.extents.ctypes.data, device.arena.ctypes.data
-        found = {
+        extents, arena = int(self.extents.ctypes.data), int(device.arena.ctypes.data)
+        found: dict[str, Callable[[Any], int]] = {
             "status": lambda _: device.code.executor.status_address,
-            "scratch": lambda _: device.scratch.ctypes.data,
-            "scratch stride": lambda _: device.scratch_stride.ctypes.data,
+            "scratch": lambda _: int(device.scratch.ctypes.data),
+            "scratch stride": lambda _: int(device.scratch_stride.ctypes.data),
             "extent": lambda number: extents + 8 * self._place_of[number],
             "arena": lambda offset: arena + offset,
             "address": lambda address: address,
-            "external": lambda given: self._external[given[0]].ctypes.data + given[1],
+            "external": lambda given: int(self._external[given[0]].ctypes.data) + given[1],
             "stream": lambda _: 0,
             "class": lambda _: 0,
         }
@@ -148,11 +148,11 @@ class Program:
         self._store_seen: Any = None
 
     def _bind_streams(self, run: Run) -> None:
-        step = run.state
+        step: Any = run.state  # a state_store.Step: its pages are read where they lie
         if step is None:
             name = next(iter(self._streams))
             raise StateError(f"[run] the plan uses the stream {name!r}; wanted the step of a state store; got none")
-        store = step.store  # type: ignore[attr-defined]
+        store = step.store
         if self._store_seen != (store, store.moved):
             for name in self._streams:
                 wanted, layout = self._streams[name], store.layouts[name]
@@ -179,9 +179,9 @@ class Program:
     def _arrange_extents(self) -> None:
         """Those that change come first in the table; the function that computes them all at once."""
         dynamic = [e for e in self._numbers if not isinstance(e, int)]
-        order = [*dynamic, *(e for e in self._numbers if isinstance(e, int))]
+        order: list[Extent] = [*dynamic, *(e for e in self._numbers if isinstance(e, int))]
         self._place_of = {self._numbers[e]: i for i, e in enumerate(order)}
-        self.extents = np.array([0] * len(dynamic) + order[len(dynamic) :], np.int64)
+        self.extents = np.array([e if isinstance(e, int) else 0 for e in order], np.int64)
         self._n_dynamic = len(dynamic)
         self._evaluate: Callable[[Mapping[str, int]], tuple[int, ...]] = compiled(dynamic)
         self.args = np.zeros(max(len(self._args), 1), np.int64)
@@ -248,6 +248,7 @@ class Program:
             size = ref.of.size_bytes
             offset = self.part.memory.buffers[ref.of].offset
             return Place("arena", None, offset, IndexMap.dense((size,)), "dense", as_dtype("u8"))
+        assert isinstance(ref.of, Node)
         node, own = ref.of, ref.of.index_map
         index_map, base = ref.index_map or own, node.base
         if node.op == "view" and (own.within or not isinstance(own.offset, int)):
@@ -255,7 +256,9 @@ class Program:
         while base.op == "choose":
             form = base.inputs[self.part.taken[base]]
             if not form.index_map.is_dense:
-                raise UnsupportedError(f"[cpu] a form of {base!r} is a view that is not dense ({base.where}); wanted a copy of it")
+                raise UnsupportedError(
+                    f"[cpu] a form of {base!r} is a view that is not dense ({base.where}); wanted a copy of it"
+                )
             base = form.base
         dtype = node.dtype
         if base.op == "constant":
@@ -363,5 +366,3 @@ def _source(extent: Extent) -> str:
     if isinstance(extent, Poly):
         return " + ".join("*".join([str(c), *(f"({_source(s)})" for s in symbols)]) for symbols, c in extent.terms)
     raise GraphError(f"[cpu] {extent!r} has no value")
-
-

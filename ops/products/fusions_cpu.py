@@ -12,7 +12,7 @@ from typing import Any
 
 from tensorgraph import registry
 from tensorgraph.backends.cpu.fusion import Scope
-from tensorgraph.backends.cpu.grouping import CpuGroup, make_group
+from tensorgraph.backends.cpu.group import CpuGroup, make_group
 from tensorgraph.backends.cpu.kernel import Call, Ref
 from tensorgraph.backends.cpu.matvec import kind_of
 from tensorgraph.backends.cpu.state_calls import read_call
@@ -212,7 +212,9 @@ def _group(scope: Scope, b: Node, before: Before, chains: list[Chain]) -> CpuGro
         guard = Guard() if many is True else many
         if before.attention is not None and before.source.heads is not None:
             calls.append(tiles_call(before.attention, before.source.heads, guard))
-        calls += many_calls(context, replace(before.source, heads=None), [c.part for c in chains], operands, n_tokens, guard, inner)
+        calls += many_calls(
+            context, replace(before.source, heads=None), [c.part for c in chains], operands, n_tokens, guard, inner
+        )
     for chain in chains:
         if chain.part.stream and context.layout(chain.result) == "dense":
             calls.append(read_call(chain.result, context))
@@ -224,7 +226,9 @@ def _flat(node: Node, rows: int) -> Node:
     return node if node.ndim == 2 else node.reshape(node.shape[0], rows)
 
 
-def _few_calls(before: Before, chains: list[Chain], operands: dict[str, Ref | None], guard: Guard, nodes: tuple[Node, ...]) -> list[Call]:
+def _few_calls(
+    before: Before, chains: list[Chain], operands: dict[str, Ref | None], guard: Guard, nodes: tuple[Node, ...]
+) -> list[Call]:
     calls, source = [], before.source
     if before.attention is not None:
         assert source.heads is not None
@@ -233,7 +237,9 @@ def _few_calls(before: Before, chains: list[Chain], operands: dict[str, Ref | No
         operands = {**operands, "x": None, "part": part, "slices": number, "sinks": slices.operands["sinks"]}
     parts = tuple(c.part for c in chains)
     units = sum(p.units for p in parts)
-    size_bytes = sum(_weight_bytes(ref) for name, ref in operands.items() if ref is not None and name[0] in "wv" and name[1:].isdigit())
+    size_bytes = sum(
+        _weight_bytes(ref) for name, ref in operands.items() if ref is not None and name[0] in "wv" and name[1:].isdigit()
+    )
     grain = max(1, min(CHUNK_BYTES * units // max(size_bytes, 1), -(-units // 8)))
     attrs = {"source": source, "parts": parts}
     calls.append(Call(emit_few, operands, attrs, units, grain, scratch_bytes=source.scratch_bytes, guard=guard, nodes=nodes))
@@ -246,4 +252,3 @@ def _weight_bytes(ref: Ref) -> int:
     assert isinstance(rows, int) and isinstance(width, int)
     form = interleaved(ref.of.dtype)
     return -(-rows // 16) * (width // form.block) * form.unit_bytes
-

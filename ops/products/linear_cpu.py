@@ -152,9 +152,7 @@ def root_mean_square(k: Kernel, row: Row, width: int, eps: float) -> Value:
     return k.convert(1.0 / k.unary("sqrt", k.sum(total) / float(width) + eps), F32)
 
 
-def finish(
-    k: Kernel, operands: Operands, p: int, part: Part, rows: Sequence[Value], t: Value, found: Sequence[Value]
-) -> None:
+def finish(k: Kernel, operands: Operands, p: int, part: Part, rows: Sequence[Value], t: Value, found: Sequence[Value]) -> None:
     """What is done to the results of some tiles (of both weights, where there is a gate) for one token.
 
     Shapes: rows: the first row of each tile; found: f32 of 16 lanes for each tile, then for each of the second weight.

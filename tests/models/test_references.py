@@ -8,6 +8,8 @@ import pytest
 from tensorgraph.session import Session
 from tests.models import tiny
 
+pytestmark = tiny.on_every_backend
+
 SLOW = {("deepseek_v2", 3), ("deepseek_v2", 7), ("deepseek_v4", 3), ("deepseek_v4", 7)}
 """Chunks of many steps on the models with most nodes; their other chunks run always."""
 
@@ -24,8 +26,8 @@ def check(architecture: str, got: tiny.Array, stop: int | None = None, start: in
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-def test_prefill_then_one_by_one(architecture: str) -> None:
-    engine, stored = tiny.engine(architecture), tiny.reference(architecture)
+def test_prefill_then_one_by_one(backend: str, architecture: str) -> None:
+    engine, stored = tiny.engine(architecture, backend=backend), tiny.reference(architecture)
     ids, n_prefill = stored["input_ids"], int(stored["n_prefill"])
     with Session(engine) as session:
         check(architecture, session.eval(ids[:n_prefill], all_logits=True), n_prefill)
@@ -36,10 +38,10 @@ def test_prefill_then_one_by_one(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-def test_greedy(architecture: str) -> None:
+def test_greedy(backend: str, architecture: str) -> None:
     """Whole prefill, then the 16 tokens that the reference generates."""
     stored, generated, logits = tiny.reference(architecture), [], []
-    with Session(tiny.engine(architecture)) as session:
+    with Session(tiny.engine(architecture, backend=backend)) as session:
         all_logits = session.eval(stored["input_ids"], all_logits=True)
         check(architecture, all_logits)
         next_logits = all_logits[-1]
@@ -52,21 +54,21 @@ def test_greedy(architecture: str) -> None:
 
 
 @pytest.mark.parametrize(("architecture", "n"), chunked())
-def test_chunks(architecture: str, n: int) -> None:
-    with Session(tiny.engine(architecture), step_tokens=n) as session:
+def test_chunks(backend: str, architecture: str, n: int) -> None:
+    with Session(tiny.engine(architecture, backend=backend), step_tokens=n) as session:
         check(architecture, session.eval(tiny.tokens(architecture), all_logits=True))
 
 
 @pytest.mark.parametrize("architecture", [pytest.param(a, marks=pytest.mark.deep) for a in tiny.ARCHITECTURES])
-def test_one_by_one_from_the_start(architecture: str) -> None:
-    with Session(tiny.engine(architecture), step_tokens=1) as session:
+def test_one_by_one_from_the_start(backend: str, architecture: str) -> None:
+    with Session(tiny.engine(architecture, backend=backend), step_tokens=1) as session:
         check(architecture, np.stack([session.eval([i]) for i in tiny.tokens(architecture)]))
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-def test_a_ragged_batch(architecture: str) -> None:
+def test_a_ragged_batch(backend: str, architecture: str) -> None:
     """A third sequence, of another text, stands first: rows taken from the wrong sequence are wrong rows."""
-    engine, ids = tiny.engine(architecture), tiny.tokens(architecture)
+    engine, ids = tiny.engine(architecture, backend=backend), tiny.tokens(architecture)
     text = (ids[:61] * 7 + 3) % 512
     with Session(engine) as other, other.sibling() as a, other.sibling() as b:
         logits = Session.batch([(other, text), (a, ids), (b, ids[:37])], all_logits=True)
@@ -77,10 +79,10 @@ def test_a_ragged_batch(architecture: str) -> None:
 
 @pytest.mark.parametrize(("mine", "yours"), [(61, 40), pytest.param(7, 5, marks=pytest.mark.deep)])
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-def test_a_ragged_batch_with_phases_shifted(architecture: str, mine: int, yours: int) -> None:
+def test_a_ragged_batch_with_phases_shifted(backend: str, architecture: str, mine: int, yours: int) -> None:
     """Sequence b starts when a is at 77; each step takes other numbers of tokens of the two."""
     ids = tiny.tokens(architecture)
-    with Session(tiny.engine(architecture)) as a, a.sibling() as b:
+    with Session(tiny.engine(architecture, backend=backend)) as a, a.sibling() as b:
         of_a, of_b = [a.eval(ids[:77], all_logits=True)], []
         while a.length < len(ids):
             chunks = ids[a.length : a.length + mine], ids[b.length : b.length + yours]
@@ -93,13 +95,13 @@ def test_a_ragged_batch_with_phases_shifted(architecture: str, mine: int, yours:
 
 @pytest.mark.parametrize("n", [pytest.param(512, id="whole"), pytest.param(48, id="chunks of 48")])
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-def test_hidden_states_and_selections(architecture: str, n: int) -> None:
+def test_hidden_states_and_selections(backend: str, architecture: str, n: int) -> None:
     stored, config = tiny.reference(architecture), tiny.model(architecture).config
     states = {"hidden_embed": "embed", "hidden_norm": "norm"}
     states |= {f"hidden_layer{i}": f"blk.{i}.out" for i in range(config.num_hidden_layers)}
     chosen = list(tiny.selections(stored, getattr(config, "compress_ratios", ())))
     wanted = {*states.values(), *(tap for tap, _, _ in chosen)}
-    with Session(tiny.engine(architecture), step_tokens=n) as session:
+    with Session(tiny.engine(architecture, backend=backend), step_tokens=n) as session:
         taps = session.eval(stored["input_ids"], outputs=sorted(wanted), all_logits=True)
     for key, tap in states.items():
         found = tiny.nmse(taps[tap][stored["hidden_pos"]], stored[key])
@@ -117,10 +119,10 @@ FILES += [("deepseek_v3", "q8_0"), ("deepseek_v4", "mxfp4")]
 
 @pytest.mark.parametrize("n", [512, pytest.param(48, marks=pytest.mark.deep)])
 @pytest.mark.parametrize(("architecture", "kind"), FILES)
-def test_other_weight_types(architecture: str, kind: str, n: int) -> None:
+def test_other_weight_types(backend: str, architecture: str, kind: str, n: int) -> None:
     """The same arithmetic on dequantised weights."""
     stored = tiny.reference(architecture, "quant_refs")
-    with Session(tiny.engine(architecture, kind), step_tokens=n) as session:
+    with Session(tiny.engine(architecture, kind, backend=backend), step_tokens=n) as session:
         logits = session.eval(tiny.tokens(architecture), all_logits=True)
     found = tiny.nmse(logits[stored["pos"]], stored[f"{architecture}-{kind}/deq"])
     assert found <= 1e-9, f"NMSE {found:.1e}"

@@ -18,15 +18,17 @@ from tensorgraph.session import Engine, Session
 from tests.layout import ROOT
 from tests.models import tiny
 
+pytestmark = tiny.on_every_backend
+
 MODELS = ("llama", "deepseek_v32", "deepseek_v4")
 SAME = 1e-10
 F16_NOISE = {"llama": 1e-6, "deepseek_v32": 1e-2, "deepseek_v4": 2e-3}
 """What state in f16 may change: little more than in llama.cpp (4e-7, 8e-3, 1e-3), where it moves the same few selections."""
 
 
-def start(architecture: str, n: int, kv_dtype: str = "f32") -> Session:
+def start(backend: str, architecture: str, n: int, kv_dtype: str = "f32") -> Session:
     """A session that has been fed the first n tokens of the reference, and if need be others after them."""
-    session = Session(tiny.engine(architecture, kv_dtype=kv_dtype))
+    session = Session(tiny.engine(architecture, kv_dtype=kv_dtype, backend=backend))
     session.eval(text(architecture, n))
     return session
 
@@ -51,9 +53,9 @@ def goes_on(session: Session, ids: Sequence[int], chunk: int = 9) -> None:
 
 
 @pytest.mark.parametrize("architecture", MODELS)
-def test_fork_at_77_and_continue_both(architecture: str) -> None:
+def test_fork_at_77_and_continue_both(backend: str, architecture: str) -> None:
     """In turns, so that each writes to pages that the other one has shared."""
-    session = start(architecture, 77)
+    session = start(backend, architecture, 77)
     child = session.fork()
     texts = other(70, 1), other(70, 2)
     logits: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
@@ -69,18 +71,18 @@ def test_fork_at_77_and_continue_both(architecture: str) -> None:
 
 @pytest.mark.parametrize("length", [77, 130, 133])
 @pytest.mark.parametrize("architecture", MODELS)
-def test_trim_by_5_and_continue(architecture: str, length: int) -> None:
+def test_trim_by_5_and_continue(backend: str, architecture: str, length: int) -> None:
     """Also back over the end of blocks of 4 and of 128."""
-    session = start(architecture, length)
+    session = start(backend, architecture, length)
     session.trim(length - 5)
     assert session.ids == text(architecture, length - 5)
     goes_on(session, other(30, 4))
 
 
 @pytest.mark.parametrize("architecture", MODELS)
-def test_trim_leaves_a_fork_as_it_is(architecture: str) -> None:
+def test_trim_leaves_a_fork_as_it_is(backend: str, architecture: str) -> None:
     """Back over the end of a page that the two share."""
-    session = start(architecture, 77)
+    session = start(backend, architecture, 77)
     child = session.fork()
     session.trim(60)
     goes_on(session, other(30, 12))
@@ -88,8 +90,8 @@ def test_trim_leaves_a_fork_as_it_is(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", MODELS)
-def test_snapshot_then_restore(architecture: str) -> None:
-    session = start(architecture, 77)
+def test_snapshot_then_restore(backend: str, architecture: str) -> None:
+    session = start(backend, architecture, 77)
     snapshot = session.snapshot()
     session.eval(other(20, 5))
     session.restore(snapshot)
@@ -104,9 +106,9 @@ def test_snapshot_then_restore(architecture: str) -> None:
         session.restore(snapshot)
 
 
-def test_trim_below_what_is_retained() -> None:
+def test_trim_below_what_is_retained(backend: str) -> None:
     """V4's windows forget: then a snapshot below is taken and the tokens after it are evaluated again, or nothing is done."""
-    session = start("deepseek_v4", 300)
+    session = start(backend, "deepseek_v4", 300)
     with pytest.raises(CannotTrim) as caught:
         session.trim(120)
     earliest = caught.value.earliest
@@ -117,7 +119,7 @@ def test_trim_below_what_is_retained() -> None:
     session.trim(earliest)
     goes_on(session, other(40, 8))
 
-    session = start("deepseek_v4", 110)
+    session = start(backend, "deepseek_v4", 110)
     snapshot = session.snapshot()
     session.eval(text("deepseek_v4", 300)[110:])
     steps = session.engine.stats.tokens
@@ -132,8 +134,8 @@ def test_trim_below_what_is_retained() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "deepseek_v32"])
-def test_what_keeps_every_row_trims_to_any_length(architecture: str) -> None:
-    session = start(architecture, 150)
+def test_what_keeps_every_row_trims_to_any_length(backend: str, architecture: str) -> None:
+    session = start(backend, architecture, 150)
     for length in (101, 33, 16, 3):
         session.trim(length)
         goes_on(session, other(3, length))
@@ -145,8 +147,8 @@ import json, sys
 import numpy as np
 from tensorgraph.session import Session
 from tests.models import tiny
-architecture, kv_dtype, path, out = sys.argv[1:]
-session = Session(tiny.engine(architecture, kv_dtype=kv_dtype))
+backend, architecture, kv_dtype, path, out = sys.argv[1:]
+session = Session(tiny.engine(architecture, kv_dtype=kv_dtype, backend=backend))
 session.load(path)
 np.savez(out, ids=list(session.ids), logits=session.eval(json.loads(sys.stdin.read()), all_logits=True))
 """
@@ -154,10 +156,10 @@ np.savez(out, ids=list(session.ids), logits=session.eval(json.loads(sys.stdin.re
 
 @pytest.mark.parametrize("kv_dtype", ["f32", "f16"])
 @pytest.mark.parametrize("architecture", MODELS)
-def test_save_then_load_in_another_process(architecture: str, kv_dtype: str, tmp_path: Path) -> None:
-    session, more = start(architecture, 77, kv_dtype), other(60, 13)
+def test_save_then_load_in_another_process(backend: str, architecture: str, kv_dtype: str, tmp_path: Path) -> None:
+    session, more = start(backend, architecture, 77, kv_dtype), other(60, 13)
     session.save(tmp_path / "state")
-    command = [sys.executable, "-c", LOAD, architecture, kv_dtype, str(tmp_path / "state"), str(tmp_path / "out.npz")]
+    command = [sys.executable, "-c", LOAD, backend, architecture, kv_dtype, str(tmp_path / "state"), str(tmp_path / "out.npz")]
     subprocess.run(command, input=json.dumps(more).encode(), cwd=ROOT, check=True, timeout=120)
     with np.load(tmp_path / "out.npz") as out:
         assert out["ids"].tolist() == text(architecture, 77)
@@ -169,7 +171,7 @@ def test_save_then_load_in_another_process(architecture: str, kv_dtype: str, tmp
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("architecture", MODELS)
-def test_two_sessions_in_turns_change_no_bit(architecture: str, shared: bool) -> None:
+def test_two_sessions_in_turns_change_no_bit(backend: str, architecture: str, shared: bool) -> None:
     """Two sequences of one store, or of two stores, that take steps of different sizes, against each of them alone."""
     texts = (other(90, 14), other(70, 15))
     cuts = ([0, 20, 21, 22, 60, 61, 90], [0, 5, 33, 34, 35, 64, 70])
@@ -179,7 +181,7 @@ def test_two_sessions_in_turns_change_no_bit(architecture: str, shared: bool) ->
         logits: np.ndarray = session.eval(texts[which][a:b], all_logits=True)
         return logits.tobytes()
 
-    engine = tiny.engine(architecture)
+    engine = tiny.engine(architecture, backend=backend)
     alone = []
     for which in (0, 1):
         with Session(engine) as session:
@@ -191,11 +193,11 @@ def test_two_sessions_in_turns_change_no_bit(architecture: str, shared: bool) ->
 
 
 @pytest.mark.parametrize("architecture", MODELS)
-def test_f16_state_is_the_same_bytes_in_any_chunks(architecture: str, tmp_path: Path) -> None:
+def test_f16_state_is_the_same_bytes_in_any_chunks(backend: str, architecture: str, tmp_path: Path) -> None:
     """Rows are rounded when they are appended and read back rounded, by the step that appends them too."""
     ids, saved, logits = text(architecture, 150), [], []
-    options = dataclasses.replace(tiny.engine(architecture).options, lowerings=("absorbed",))
-    engine = Engine(tiny.model(architecture), "reference", kv_dtype="f16", options=options)
+    options = dataclasses.replace(tiny.engine(architecture, backend=backend).options, lowerings=("absorbed",))
+    engine = Engine(tiny.model(architecture), backend, kv_dtype="f16", options=options)
     for chunk in (150, 48, 7):
         with Session(engine, step_tokens=chunk) as session:
             logits.append(session.eval(ids, all_logits=True))
@@ -208,18 +210,18 @@ def test_f16_state_is_the_same_bytes_in_any_chunks(architecture: str, tmp_path: 
     assert 1e-9 < rounding < F16_NOISE[architecture]
 
 
-def test_a_window_forgets_what_is_beyond_it() -> None:
+def test_a_window_forgets_what_is_beyond_it(backend: str) -> None:
     """Through two layers a window of 20 reaches back 38 tokens and no further."""
     plain = tiny.model("llama")
     config = dataclasses.replace(plain.config, sliding_window=20)
-    engine = Engine(Model(plain.architecture, config, plain.catalog, plain.file), kv_dtype="f32")
+    engine = Engine(Model(plain.architecture, config, plain.catalog, plain.file), backend, kv_dtype="f32")
     ids = text("llama", 90)
     changed = [*ids[:10], (ids[10] + 1) % 512, *ids[11:]]
     want = tiny.whole(engine, ids)
     for got in (tiny.whole(engine, changed), chunks_of_7(engine, changed)):
         differs = np.abs(got - want).max(1) > 1e-4
         assert np.flatnonzero(differs).min() == 10 and np.flatnonzero(differs).max() == 10 + 2 * 19
-    assert np.abs(tiny.whole(tiny.engine("llama"), ids) - want).max(1).argmax() >= 20
+    assert np.abs(tiny.whole(tiny.engine("llama", backend=backend), ids) - want).max(1).argmax() >= 20
 
 
 def chunks_of_7(engine: Engine, ids: Sequence[int]) -> np.ndarray:

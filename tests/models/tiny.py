@@ -7,8 +7,10 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pytest
 
 import tensorgraph.models  # noqa: F401  (importing registers the architectures)
+from tensorgraph.compiler import CompileOptions
 from tensorgraph.models.architecture import Model, model_from_gguf
 from tensorgraph.models.text.gguf import GGUF
 from tensorgraph.session import Engine, Session
@@ -17,6 +19,8 @@ from tests.reference import reference_path
 Array = np.ndarray[Any, Any]
 
 ARCHITECTURES = ("llama", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "deepseek_v4")
+BACKENDS = ("reference", "cpu")
+on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def bound(architecture: str) -> float:
@@ -45,9 +49,11 @@ def model(architecture: str, kind: str = "f32") -> Model:
 
 
 @cache
-def engine(architecture: str, kind: str = "f32", kv_dtype: str = "f32") -> Engine:
+def engine(
+    architecture: str, kind: str = "f32", kv_dtype: str = "f32", backend: str = "reference", exact: bool = True
+) -> Engine:
     """One for all tests of a model, so that its plans are made once."""
-    return Engine(model(architecture, kind), "reference", kv_dtype=kv_dtype)
+    return Engine(model(architecture, kind), backend, kv_dtype=kv_dtype, options=CompileOptions(exact=exact))
 
 
 def tokens(architecture: str) -> Array:

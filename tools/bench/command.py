@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from tensorgraph.tools.bench.roofs import Roofs
 
 Counts = list[int] | None
-AUTO = "auto"
 PEER_FAILED = 1
 ROOFS_S = 0.15
 """Seconds that a measurement of the roofs takes, for each number of threads, in each round."""
@@ -40,9 +39,9 @@ def bench(
     rounds: Annotated[int, typer.Option("-r", "--rounds", min=1, help="Rounds that count.")] = 7,
     threads: Annotated[
         list[str] | None,
-        typer.Option("-t", "--threads", help="Threads; auto: as the backend likes.", metavar="N|auto", show_default=AUTO),
+        typer.Option("-t", "--threads", help="Threads; auto: as the backend likes.", metavar="N|auto", show_default=options.AUTO),
     ] = None,
-    backend: options.Backend = "cpu",
+    backend: options.Backend = options.BACKEND,
     kv_type: options.KvType = "f16",
     exact: options.Exact = False,
     peer: Annotated[
@@ -71,7 +70,7 @@ def bench(
         raise InputError("[bench] wanted --json or --md; got both")
     if peer_model is not None and (peer is None or len(names) > 1):
         raise InputError("[bench] --peer-model goes with --peer and one MODEL")
-    counts = thread_counts(threads or [AUTO])
+    counts = thread_counts(threads or [options.AUTO])
     if backend.startswith("reference"):
         if len(counts) > 1:
             raise InputError(f"[bench] NumPy's BLAS takes its threads once; wanted one -t for {backend}, got {len(counts)}")
@@ -93,14 +92,10 @@ def bench(
 def thread_counts(given: Sequence[str]) -> list[int | None]:
     """Numbers of threads, each once; None for `auto`.
 
-    Raises: InputError: one is neither a number above 0 nor `auto`.
+    Raises: InputError: one is neither a number of threads nor `auto`.
     """
-    found: list[int | None] = []
-    for text in dict.fromkeys(given):
-        if text != AUTO and not (text.isascii() and text.isdigit() and 0 < int(text) <= 4096):
-            raise InputError(f"[bench] wanted -t as a number from 1 to 4096, or {AUTO}; got {text!r}")
-        found.append(None if text == AUTO else int(text))
-    return list(dict.fromkeys(found))
+    counts = [options.thread_count(text) for text in given]
+    return list(dict.fromkeys(None if count == options.AUTO else count for count in counts))
 
 
 @dataclass
@@ -124,7 +119,7 @@ class Settings:
         from tensorgraph.tools.bench.report import Run
         from tensorgraph.tools.bench.rounds import Contest
 
-        label = AUTO if threads is None else str(threads)
+        label = options.AUTO if threads is None else str(threads)
         n_threads, context = threads or machine.cores(), max(case.end for case in self.cases)
 
         def told(text: str) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 from tensorgraph import registry
 from tensorgraph.compiler import CompileOptions
-from tensorgraph.device import get_devices
 from tensorgraph.extents import Extents
 from tensorgraph.graph import STRUCTURAL
 from tensorgraph.models.text.model import TextModel, TextSession, load
@@ -26,10 +25,7 @@ def open_model(path: str, backend: str, threads: int | None, kv_type: str, exact
 
     The reference backend is always exact, and takes its threads from NumPy's BLAS, which was told before it was imported.
     """
-    devices = get_devices(backend)
-    for device in devices:
-        device.set_threads("auto" if threads is None else threads)
-    return load(path, backend=devices, kv_type=kv_type, options=CompileOptions(exact=exact))
+    return load(path, backend=backend, kv_type=kv_type, options=CompileOptions(exact=exact), threads=threads or "auto")
 
 
 class Ours:

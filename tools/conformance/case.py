@@ -123,12 +123,12 @@ def present(name: str, x: Array, shape: Shape, kind: str, draw: Draw) -> Operand
     node = input(name, [step * shape[axis] + before + after for axis, before, step, after in layout], dtype)
     extents = [step * x.shape[axis] + before + after for axis, before, step, after in layout]
     stored = np.full(extents, np.nan if dtype.is_float else True, x.dtype)  # what an op must not read
-    window = []
+    window: list[Any] = [...]
     for i, (axis, before, step, _) in enumerate(layout):
         node = node.slice(i, before, before + step * shape[axis], step)
         window.append(slice(before, before + step * x.shape[axis], step))
     back = [int(i) for i in np.argsort(order)]
-    stored[(..., *window)].transpose(back)[...] = x
+    stored[tuple(window)].transpose(back)[...] = x
     return Operand(node.permute(*back), stored, x, kind)
 
 

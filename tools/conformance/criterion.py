@@ -4,7 +4,8 @@
 shape and dtype are the node's, and every element of it conforms:
 
 - ints, bools, and all results of an op whose tolerance is 0: it equals `exact` rounded to the dtype (NaN where that is NaN).
-- other floats: it is NaN exactly where `exact` is, infinite with its sign exactly where `exact` rounds to infinity, and else
+- other floats: it is NaN exactly where `exact` is, infinite with its sign where `exact` rounds to infinity and nowhere that is
+  farther from doing so than what follows allows, and else
 
       |got - exact| <= max(sqrt(tolerance) * |exact|, 16 * moved, 16 * lost) + half + 2**-118
 

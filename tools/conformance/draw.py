@@ -94,7 +94,8 @@ def values(dtype: DType, shape: tuple[int, ...], draw: Draw, decades: float = DE
     if not dtype.is_float:
         return rng.integers(-9, 10, shape).astype(dtype.numpy)
     far = 3.0 if dtype.name == "f16" else decades
-    exponent = {"one": 0.0, "huge": far, "tiny": -far, "mixed": rng.uniform(-far, far, shape), "ties": 0.0, "zero": 0.0}
+    exponent: dict[str, Any] = {"one": 0.0, "huge": far, "tiny": -far, "ties": 0.0, "zero": 0.0}
+    exponent["mixed"] = rng.uniform(-far, far, shape)
     kind = draw(st.sampled_from(sorted(exponent)))
     x = rng.standard_normal(shape) * 10.0 ** exponent[kind]
     if kind in ("ties", "zero"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import tensorgraph.ops  # noqa: F401  (importing registers)
 from tensorgraph.compiler import CompileOptions, compile
 from tensorgraph.dtypes import as_dtype
+from tensorgraph.errors import CannotTrim
 from tensorgraph.extents import Extents, step_inputs
 from tensorgraph.graph import Graph, Node, append, input
 from tensorgraph.ops.attention import Segment, flash_attn
@@ -143,7 +145,8 @@ class History:
             if change == 0 and len(self.seqs) < 4:
                 self.seqs.append(self.store.fork(seq))
             if change == 1:
-                self.store.trim(seq, max(0, self.store.length(seq) - int(self.rng.integers(0, 16))))
+                with suppress(CannotTrim):  # trimmed again and again, it is soon as short as what is kept allows
+                    self.store.trim(seq, max(0, self.store.length(seq) - int(self.rng.integers(0, 16))))
             chosen = self.rng.permutation(self.seqs)[: self.rng.integers(1, 4)]
             room = EXTENTS.context - 1
             self.step({int(s): min(int(self.rng.integers(1, 21)), room - self.store.length(s)) for s in chosen})

@@ -28,6 +28,7 @@ CASES = {
     "latent": LATENT,
     "listed rows": LISTED,
     "segments": SEGMENTS,
+    "listed rows of a window": Attention((Stream("near", window=8, n_ids=30),), dtype="f32"),
     "heads and values": Attention((Stream("kv", n_ids=40),), d_k=24, d_v=17, heads=6, kv_heads=3, dtype="bf16"),
     "wide groups": Attention((Stream("kv", own_values=False),), d_k=16, d_v=16, heads=68, kv_heads=1, dtype="f32"),
     "interleaved": Attention((Stream("kv"),), d_k=20, d_v=16, layouts=(("kv.k", "rows16"), ("kv.v", "rows16"))),
@@ -44,6 +45,17 @@ def test_rows_are_read_in_place() -> None:
     """Then positions and sequences of rows follow from the store's tables: the inputs are not read."""
     assert not [name for name in executable(SEGMENTS, "cpu").needed if name.startswith("rows.")]
     assert [name for name in executable(SEGMENTS, "reference").needed if name.startswith("rows.")]
+
+
+def test_a_sequence_that_is_not_in_the_batch_sees_nothing() -> None:
+    history = History(SEGMENTS, "cpu", np.random.default_rng(1))
+    with history.store.begin([(seq, 20) for seq in history.seqs]) as step:
+        inputs, dims = SEGMENTS.inputs(step, history.rng)
+        inputs["seqs"] = inputs["seqs"].copy()
+        inputs["seqs"][[3, 21, 39]] = -1, 2, 1 << 30
+        y, wanted = (executable(SEGMENTS, b).run(inputs, state=step, dims=dims)["y"] for b in ("cpu", "reference"))
+        np.testing.assert_allclose(y, wanted, rtol=0, atol=1e-5)
+        assert not y[[3, 21, 39]].any() and y[[4, 20, 38]].any(axis=(1, 2)).all()
 
 
 def test_ids_out_of_range() -> None:

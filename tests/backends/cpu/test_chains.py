@@ -14,7 +14,8 @@ import tensorgraph.ops  # noqa: F401  (importing registers)
 from tensorgraph.backends.cpu.chains import MOST_STEPS, chain_group, find_chains
 from tensorgraph.backends.cpu.device import CpuDevice
 from tensorgraph.backends.cpu.fusion import conditions, in_order
-from tensorgraph.backends.cpu.grouping import CpuGroup, single
+from tensorgraph.backends.cpu.group import CpuGroup
+from tensorgraph.backends.cpu.grouping import single
 from tensorgraph.backends.cpu.kernel import Context
 from tensorgraph.compiler import CompileOptions, compile
 from tensorgraph.dims import Dim

@@ -1,0 +1,47 @@
+"""A group of nodes on the CPU: what is computed in one go, and the calls that do it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from tensorgraph.backends.cpu.kernel import Buffer, Call
+from tensorgraph.dims import maximum
+from tensorgraph.graph import Node
+from tensorgraph.memory import Group
+from tensorgraph.op import node_bytes
+
+
+@dataclass(frozen=True, eq=False)
+class CpuGroup(Group):
+    """A group and the calls that compute it."""
+
+    calls: tuple[Call, ...] = ()
+
+    @cached_property
+    def reads(self) -> tuple[Node, ...]:
+        if not self.calls:
+            return () if self.nodes[0].op == "view" else super().reads
+        own = set(self.nodes)
+        refs = (ref.of for call in self.calls for ref in call.operands.values() if ref is not None)
+        return tuple(dict.fromkeys(n for n in refs if isinstance(n, Node) and n not in own))
+
+    def size_of(self, node: Node) -> int:
+        """Block types are held as f32."""
+        if not node.dtype.is_block:
+            return node_bytes(node)
+        n = 4
+        for extent in node.shape:
+            n *= maximum(extent)
+        return n
+
+
+def make_group(nodes: Sequence[Node], stored: Sequence[Node], calls: Sequence[Call]) -> CpuGroup:
+    """The group of some calls: their buffers are its scratch."""
+    scratch: dict[Hashable, int] = {}
+    for call in calls:
+        for ref in call.operands.values():
+            if ref is not None and isinstance(ref.of, Buffer):
+                scratch[ref.of] = maximum(ref.of.size_bytes)
+    return CpuGroup(tuple(nodes), tuple(stored), scratch, tuple(calls))
