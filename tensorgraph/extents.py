@@ -10,7 +10,7 @@ import numpy as np
 from tensorgraph.dims import Dim
 from tensorgraph.state import StreamClass
 from tensorgraph.state_pages import ClassStep
-from tensorgraph.state_store import Step
+from tensorgraph.state_step import Step
 
 
 @dataclass(frozen=True)
@@ -46,33 +46,38 @@ class Extents:
         return Dim(f"S{stream.name}", min(all_rows, window))
 
 
-def step_inputs(
-    step: Step, tokens: np.ndarray, out_ids: np.ndarray, wanted: Iterable[str]
-) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """A step's inputs, those of the wanted names, as graphs declare them, and its extents.
+class StepInputs:
+    """Makes a step's inputs, those of the wanted names, as graphs declare them, and its extents.
 
     Inputs: `tokens`, `positions`, `seqs` [T]; `out_ids` [O]; and for each stream class c `rows.c.pos`, `rows.c.seq` [S],
     `rows.c.new` (row), `rows.c.new_first` (position of the row's first token), `rows.c.new_seq` [N], all i32.
     """
-    dims = {"T": len(tokens), "O": len(out_ids)}
-    rows = {}
-    for stream, found in step.classes.items():
-        name = stream.name
-        rows[name] = stream, found
-        dims["S" if name == "1" else f"S{name}"] = len(found.seen)
-        if stream.every > 1:
-            dims[f"N{stream.every}"] = len(found.new)
-    inputs = {}
-    for name in wanted:
-        if name in _OF_TOKENS:
-            inputs[name] = tokens if name == "tokens" else out_ids if name == "out_ids" else getattr(step, name)
-        else:
-            _, stream_name, what = name.split(".")
+
+    def __init__(self, wanted: Iterable[str]) -> None:
+        names = tuple(wanted)
+        self._of_step = tuple(name for name in names if name in ("positions", "seqs"))
+        self._given = {name: name in names for name in ("tokens", "out_ids")}
+        self._of_rows = tuple((name, *name.split(".")[1:]) for name in names if name.startswith("rows."))
+
+    def __call__(self, step: Step, tokens: np.ndarray, out_ids: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+        dims = {"T": len(tokens), "O": len(out_ids)}
+        inputs = {name: getattr(step, name) for name in self._of_step}
+        if self._given["tokens"]:
+            inputs["tokens"] = tokens
+        if self._given["out_ids"]:
+            inputs["out_ids"] = out_ids
+        rows = {}
+        for stream, found in step.classes.items():
+            name = stream.name
+            rows[name] = stream, found
+            dims["S" if name == "1" else f"S{name}"] = len(found.seen)
+            if stream.every > 1:
+                dims[f"N{stream.every}"] = len(found.new)
+        for name, stream_name, what in self._of_rows:
             inputs[name] = _OF_ROWS[what](*rows[stream_name])
-    return inputs, dims
+        return inputs, dims
 
 
-_OF_TOKENS = frozenset(("tokens", "positions", "seqs", "out_ids"))
 _OF_ROWS: dict[str, Callable[[StreamClass, ClassStep], np.ndarray]] = {
     "pos": lambda stream, rows: rows.seen.rows,
     "seq": lambda stream, rows: rows.seen.seqs,

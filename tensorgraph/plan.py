@@ -247,6 +247,20 @@ class Executable:
                 program(values, run)
             return {name: self._result(node, values, inputs) for name, node in self._outputs}
 
+    def replay(
+        self, runs: Sequence[tuple[Mapping[str, np.ndarray], Bindings, StateAccess]], varying: str
+    ) -> Callable[[int, Any], np.ndarray | None] | None:
+        """Several steps prepared at once, of one plan with one output; `replay(i, x)` is the output's only row in the i-th, x
+        being the only element of the input `varying`, or None where something else ran in between. None where no device can."""
+        choices = {self.plan.choose(dims) for _, dims, _ in runs}
+        programs = self._program(choices.pop()) if len(choices) == 1 else []
+        if len(programs) != 1 or len(self._outputs) != 1 or not hasattr(programs[0][1], "replay"):
+            return None
+        _, program, fixed, needs = programs[0]
+        given = [({node: inputs[name] for name, node in needs}, Run(dims, state)) for inputs, dims, state in runs]
+        found: Callable[[int, Any], np.ndarray | None] | None = program.replay(given, self.plan.graph.inputs[varying])
+        return found
+
     def _result(self, node: Node, values: Values, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         device = self._devices[self.plan.scheduled.device[node]]
         if node.op == "input":

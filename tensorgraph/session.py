@@ -15,11 +15,12 @@ from typing import Any, NamedTuple, Protocol, Self
 import numpy as np
 
 from tensorgraph.compiler import CompileOptions, PlanCache
+from tensorgraph.decoding import Decoding
 from tensorgraph.device import Device, get_devices, readers
 from tensorgraph.dims import Dim
 from tensorgraph.dtypes import DType, as_dtype
 from tensorgraph.errors import FormatError, InputError, StateError
-from tensorgraph.extents import Extents, step_inputs
+from tensorgraph.extents import Extents, StepInputs
 from tensorgraph.graph import Graph, Node
 from tensorgraph.plan import Executable
 from tensorgraph.state import Layout, StateSpec
@@ -40,7 +41,7 @@ class GraphModel(Protocol):
     def states(self) -> Mapping[str, StateSpec]: ...
 
     def graph(self, extents: Extents, kv_dtype: DType) -> Graph:
-        """One step: inputs as `extents.step_inputs` gives them, the output `logits` [O, V]."""
+        """One step: inputs as `extents.StepInputs` gives them, the output `logits` [O, V]."""
 
     def weight(self, name: str) -> np.ndarray: ...
 
@@ -76,7 +77,7 @@ class Engine:
         self.lock = threading.RLock()
         self._graphs: dict[tuple[Extents, tuple[str, ...]], Graph] = {}
         self._bound: dict[str, Executable] = {}
-        self._ready: dict[tuple[Extents, tuple[str, ...]], Executable] = {}
+        self._ready: dict[tuple[Extents, tuple[str, ...]], tuple[Executable, StepInputs]] = {}
         self._uploaded: dict[tuple[str, str], Any] = {}
 
     def graph(self, extents: Extents, outputs: tuple[str, ...] = (LOGITS,)) -> Graph:
@@ -93,16 +94,20 @@ class Engine:
 
     def executable(self, extents: Extents, outputs: tuple[str, ...] = (LOGITS,)) -> Executable:
         """The plan of a step, compiled or found, with the model's weights attached."""
-        ready = self._ready.get((extents, outputs))
-        if ready is not None:
+        return self.ready(extents, outputs)[0]
+
+    def ready(self, extents: Extents, outputs: tuple[str, ...] = (LOGITS,)) -> tuple[Executable, StepInputs]:
+        """What `executable` gives, and what makes the inputs that it reads."""
+        found = self._ready.get((extents, outputs))
+        if found is not None:
             self.cache.hits += 1
-            return ready
-        options = replace(self.options, layouts=self.layouts)
-        plan = self.cache.get(self.graph(extents, outputs), self.devices, options)
+            return found
+        plan = self.cache.get(self.graph(extents, outputs), self.devices, replace(self.options, layouts=self.layouts))
         if plan.key not in self._bound:
             self._bound[plan.key] = plan.bind(self.model.weight, uploaded=self._uploaded)
-        self._ready[extents, outputs] = self._bound[plan.key]
-        return self._bound[plan.key]
+        executable = self._bound[plan.key]
+        self._ready[extents, outputs] = executable, StepInputs(executable.needed)
+        return self._ready[extents, outputs]
 
     @cached_property
     def layouts(self) -> dict[str, Layout]:
@@ -153,6 +158,7 @@ class Session:
             raise InputError(f"[session] wanted context and step_tokens >= 1; got {self.context}, {step_tokens}")
         self._store = store or StateStore(engine.model.states(), kv_dtype=engine.kv_dtype, layouts=engine.layouts)
         self._extents: dict[int, Extents] = {}
+        self._decoding: Decoding | None = None
         self._seq: int | None = self._store.new() if seq is None else seq
         self._ids: list[int] = list(ids)  # may run ahead of the state for a moment; `length` says how many count
 
@@ -175,7 +181,29 @@ class Session:
 
         Raises: InputError: no tokens, one outside the vocabulary, or more than the context holds; the session is unchanged.
         """
+        if outputs is None and self._decoding is not None and type(ids) is list and len(ids) == 1:
+            logits = self._next(ids[0])
+            if logits is not None:
+                return logits[None] if all_logits else logits
         return self.batch([(self, ids)], outputs=outputs, all_logits=all_logits)[0]
+
+    def _next(self, token: int) -> np.ndarray | None:
+        """One token by the steps that were prepared; None where it takes a step of its own."""
+        engine, decoding = self.engine, self._decoding
+        began = time.perf_counter()
+        with engine.lock:
+            if type(token) is not int or not 0 <= token < engine.vocab_size or decoding is None:
+                return None
+            logits = decoding.next(token) if decoding.lease.length < self.context else None
+            if logits is None:
+                self._decoding = None
+                return None
+            self._ids.append(token)
+            engine.cache.hits += 1
+            engine.stats.steps += 1
+            engine.stats.tokens += 1
+            engine.stats.run_s += time.perf_counter() - began
+        return logits
 
     @staticmethod
     def batch(
@@ -330,10 +358,10 @@ def _step(chunks: Sequence[_Chunk], outputs: tuple[str, ...]) -> list[dict[str, 
     tokens, out_ids, ends = _tokens(chunks)
     extents = first.extents(len(chunks))
     with engine.lock:
-        executable = engine.executable(extents, outputs)
+        executable, make_inputs = engine.ready(extents, outputs)
         began = time.perf_counter()
         with first._store.begin([(c.session._open(), len(c.ids)) for c in chunks]) as step:
-            inputs, dims = step_inputs(step, tokens, out_ids, executable.needed)
+            inputs, dims = make_inputs(step, tokens, out_ids)
             results = executable.step(inputs, dims, step)
             for chunk in chunks:
                 chunk.session._ids[chunk.session.length :] = chunk.ids.tolist()
@@ -341,6 +369,8 @@ def _step(chunks: Sequence[_Chunk], outputs: tuple[str, ...]) -> list[dict[str, 
         engine.stats.steps += 1
         engine.stats.tokens += ends[-1]
         engine.stats.run_s += time.perf_counter() - began
+        if len(chunks) == 1 and ends == [1] and outputs == (LOGITS,) and chunks[0].n_out:
+            first._decoding = Decoding.begin(first, executable, make_inputs)
     if len(chunks) == 1:  # all rows are its own
         return [{name: value if name in executable.by_token else value[None] for name, value in results.items()}]
     graph, out_at, split = executable.plan.graph, 0, []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from tensorgraph.dtypes import DType
@@ -24,7 +25,7 @@ class StreamClass:
     every: int
     keep: int | None
 
-    @property
+    @cached_property
     def name(self) -> str:
         """A short name for dims and inputs: "1", "4", "1w128"."""
         return str(self.every) if self.keep is None else f"{self.every}w{self.keep}"

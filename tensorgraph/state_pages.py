@@ -91,7 +91,7 @@ class PagePool:
                 array[copy[0]] = array[pages[-1]]
             pages = np.concatenate([pages[:-1], copy])
         n_more = -(-stop // self.page_rows) - table.first // self.page_rows - len(pages)
-        if n_more:
+        if n_more > 0:
             fresh.append(self.allocate(n_more))
             pages = np.concatenate([pages, fresh[-1]])
         return table if pages is table.pages else Table(table.first, pages)

@@ -5,32 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from tensorgraph.dtypes import DType
-from tensorgraph.errors import CannotTrim, ShapeError, StateError, UnknownNameError
+from tensorgraph.errors import CannotTrim, StateError, UnknownNameError
 from tensorgraph.state import Layout, StateSpec, StreamClass
 from tensorgraph.state_file import MAX_LENGTH, SavedState, load_state, save_state
-from tensorgraph.state_pages import ClassStep, PagePool, Rows, Table, ragged
-
-
-@dataclass(frozen=True, eq=False)
-class _State:
-    """Everything a sequence holds at one length; a table for each class."""
-
-    length: int
-    tables: tuple[Table, ...]
+from tensorgraph.state_pages import PagePool, Table
+from tensorgraph.state_step import Lease, SequenceState, Step
 
 
 class Snapshot:
     """A sequence's state at one length, kept until `release`; made by `StateStore.snapshot`."""
 
-    def __init__(self, store: StateStore, state: _State, history: dict[Snapshot, int]) -> None:
+    def __init__(self, store: StateStore, state: SequenceState, history: dict[Snapshot, int]) -> None:
         self._store, self._state, self._history = store, state, history
         self.released = False
 
@@ -48,116 +39,9 @@ class Snapshot:
 
 @dataclass
 class _Sequence:
-    state: _State
+    state: SequenceState
     # snapshots that begin with the same tokens as this sequence, and how many of those they share with it
     history: dict[Snapshot, int] = field(default_factory=dict)
-
-
-class Step:
-    """Everything an executable needs for one ragged batch; made by `StateStore.begin`.
-
-    Streams are appended to first and read afterwards. Ends with `commit` or `rollback`; as a context manager it rolls
-    back unless it was committed. Kernels that go to `StateStore.pages` directly use the slots in `classes`.
-
-    Shapes: T new tokens of all sequences, in batch order.
-    """
-
-    def __init__(self, store: StateStore, seqs: list[int], before: list[_State], counts: list[int]) -> None:
-        self.is_open = True
-        self.store, self._ids, self._before = store, seqs, before
-        self._start = [state.length for state in before]
-        self._stop = [n + count for n, count in zip(self._start, counts, strict=True)]
-        self._fresh: list[list[NDArray[np.int64]]] = [[] for _ in store._pools]
-        self.classes: dict[StreamClass, ClassStep] = {}
-        try:
-            for i, (cls, pool) in enumerate(store._pools.items()):
-                start, stop = [n // cls.every for n in self._start], [n // cls.every for n in self._stop]
-                tables = [
-                    pool.extend(state.tables[i], a, b, self._fresh[i]) for state, a, b in zip(before, start, stop, strict=True)
-                ]
-                low = [cls.first_read(n) for n in self._start]
-                new, seen = (Rows(pool.page_rows, tables, first, stop) for first in (start, low))
-                self.classes[cls] = ClassStep(tables, new, seen)
-        except BaseException:
-            self._release_fresh()
-            raise
-
-    @cached_property
-    def _tokens(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        return ragged(self._start, self._stop)
-
-    @property
-    def positions(self) -> NDArray[np.int32]:
-        """Position of each new token in its sequence: [T]."""
-        return self._tokens[0]
-
-    @property
-    def seqs(self) -> NDArray[np.int32]:
-        """Index in the batch of each new token's sequence: [T]."""
-        return self._tokens[1]
-
-    def append(self, stream: str, rows: ArrayLike) -> None:
-        """Write the rows that this step completes, rounded to the stream's dtype.
-
-        Shapes: rows [N, *row_shape], in the order of the class's `new`.
-        Raises: ShapeError, StateError, UnknownNameError.
-        """
-        spec, step = self._find(stream, "append")
-        given, wanted = np.asarray(rows), (len(step.new), *spec.row_shape)
-        if given.shape != wanted:
-            raise ShapeError(f'[append] wanted rows {list(wanted)} for "{stream}"; got {list(given.shape)}')
-        self.store._write(stream, step.new.slots, given)
-
-    def read(self, stream: str) -> NDArray[Any]:
-        """The visible rows, in the stream's dtype and the order of the class's `seen`.
-
-        Shapes: [S, *row_shape].
-        Raises: StateError, UnknownNameError.
-        """
-        return self.store._read(stream, self._find(stream, "read")[1].seen.slots)
-
-    def _find(self, stream: str, what: str) -> tuple[StateSpec, ClassStep]:
-        if not self.is_open:
-            raise StateError(f'[{what}] wanted an open step for "{stream}"; got one that was committed or rolled back')
-        spec = self.store._spec(stream, what)
-        return spec, self.classes[spec.stream_class]
-
-    def commit(self) -> None:
-        """Make the new tokens part of their sequences, and let whole pages fall out of `keep`."""
-        if not self.is_open:
-            raise StateError("[commit] wanted an open step; got one that was committed or rolled back")
-        store = self.store
-        kept: list[list[Table]] = []
-        for cls, pool in store._pools.items():
-            lows = [cls.first_read(max(0, n - store.slack)) for n in self._stop]
-            tables = self.classes[cls].tables
-            kept.append([pool.drop_below(table, low) for table, low in zip(tables, lows, strict=True)])
-        self.is_open, store._open = False, None
-        for i, seq in enumerate(self._ids):
-            state = _State(self._stop[i], tuple(tables[i] for tables in kept))
-            for pool, old, new in zip(store._pools.values(), self._before[i].tables, state.tables, strict=True):
-                if new is not old:
-                    pool.hold(new.pages)
-                    pool.release(old.pages)
-            store._sequences[seq].state = state
-        self._release_fresh()
-
-    def rollback(self) -> None:
-        """Leave every sequence as it was before the step, whatever was appended; nothing if the step has ended."""
-        if self.is_open:
-            self.is_open, self.store._open = False, None
-            self._release_fresh()
-
-    def _release_fresh(self) -> None:
-        for pool, fresh in zip(self.store._pools.values(), self._fresh, strict=True):
-            for pages in fresh:
-                pool.release(pages)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.rollback()
 
 
 class StateStore:
@@ -209,6 +93,7 @@ class StateStore:
         self._sequences: dict[int, _Sequence] = {}
         self._next_id = 0
         self._open: Step | None = None
+        self.leased: Lease | None = None
 
     @property
     def classes(self) -> tuple[StreamClass, ...]:
@@ -228,6 +113,7 @@ class StateStore:
     @property
     def used_pages(self) -> dict[StreamClass, int]:
         """How many pages of each class some sequence, snapshot or open step holds."""
+        self._end_lease()
         return {cls: pool.n_used for cls, pool in self._pools.items()}
 
     def pages(self, stream: str) -> NDArray[Any]:
@@ -239,7 +125,7 @@ class StateStore:
 
     def new(self) -> int:
         """An empty sequence; its id is never used again."""
-        return self._add(_Sequence(_State(0, self._no_tables)))
+        return self._add(_Sequence(SequenceState(0, self._no_tables)))
 
     def fork(self, seq: int) -> int:
         """Another sequence with the same tokens, which shares pages until one of the two writes to them."""
@@ -254,7 +140,8 @@ class StateStore:
 
     def length(self, seq: int) -> int:
         """Length in tokens."""
-        return self._entry(seq, "length").state.length
+        lease = self.leased
+        return lease.length if lease is not None and lease.seq == seq else self._entry(seq, "length").state.length
 
     def snapshot(self, seq: int) -> Snapshot:
         """The sequence as it is now, for `restore` and for `trim` to fall back on, until it is released."""
@@ -292,12 +179,12 @@ class StateStore:
         ranges = [(self._earliest(state), n, state) for state, n in states]
         reached = [(min(length, n), state) for low, n, state in ranges if low <= min(length, n)]
         if length == 0:
-            reached = [(0, _State(0, self._no_tables))]
+            reached = [(0, SequenceState(0, self._no_tables))]
         if not reached:
             raise CannotTrim(length, min(low for low, n, _ in ranges if low <= n))
         reach, state = max(reached, key=lambda pair: pair[0])
         tables = [p.cut(t, p.cls.n_rows(reach)) for p, t in zip(self._pools.values(), state.tables, strict=True)]
-        self._replace(entry, _State(reach, tuple(tables)))
+        self._replace(entry, SequenceState(reach, tuple(tables)))
         entry.history = {snapshot: min(n, reach) for snapshot, n in shared.items()}
         return reach
 
@@ -318,6 +205,15 @@ class StateStore:
                 raise StateError(f"[begin] wanted {wanted} for sequence {seq}; got {count}")
         self._open = Step(self, [seq for seq, _ in batch], states, [int(count) for _, count in batch])
         return self._open
+
+    def lease(self, seq: int, n_pages: int = 8) -> Lease | None:
+        """Pages for the next tokens of a sequence, so many new ones; None where its steps take more than lengths."""
+        state = self._idle(seq, "lease").state
+        plain = all(cls.every == 1 and cls.keep is None for cls in self._pools)
+        tables = zip(self._pools.values(), state.tables, strict=True)
+        if plain and (state.length % self.page_rows == 0 or all(pool.refs[t.pages[-1]] == 1 for pool, t in tables)):
+            self.leased = Lease(self, seq, state, n_pages)
+        return self.leased
 
     def save(self, seq: int, path: str | os.PathLike[str], extra: Mapping[str, str] | None = None) -> None:
         """Write a sequence to a safetensors file, rows in row order; `extra` comes back from `load`."""
@@ -344,7 +240,7 @@ class StateStore:
             tables[cls] = Table(first, pool.allocate(n_pages))
             for name in pool.arrays:
                 self._write(name, tables[cls].slots(first, n_rows, self.page_rows), saved.rows[name])
-        return self._add(_Sequence(_State(saved.length, tuple(tables.values())))), dict(saved.extra)
+        return self._add(_Sequence(SequenceState(saved.length, tuple(tables.values())))), dict(saved.extra)
 
     def _spec(self, stream: str, what: str) -> StateSpec:
         if stream not in self.specs:
@@ -354,9 +250,16 @@ class StateStore:
     def _entry(self, seq: int, what: str) -> _Sequence:
         if seq not in self._sequences:
             raise UnknownNameError(f"[{what}] wanted one of the sequences {list(self._sequences)}; got {seq}")
+        self._end_lease()
         return self._sequences[seq]
 
+    def _end_lease(self) -> None:
+        if self.leased is not None:
+            lease, self.leased = self.leased, None
+            self._sequences[lease.seq].state = lease.settle()
+
     def _no_step(self, what: str) -> None:
+        self._end_lease()
         if self._open is not None:
             raise StateError(f"[{what}] wanted no open step; got one that is neither committed nor rolled back")
 
@@ -369,20 +272,20 @@ class StateStore:
         self._next_id += 1
         return self._next_id - 1
 
-    def _hold(self, state: _State) -> None:
+    def _hold(self, state: SequenceState) -> None:
         for pool, table in zip(self._pools.values(), state.tables, strict=True):
             pool.hold(table.pages)
 
-    def _release(self, state: _State) -> None:
+    def _release(self, state: SequenceState) -> None:
         for pool, table in zip(self._pools.values(), state.tables, strict=True):
             pool.release(table.pages)
 
-    def _replace(self, entry: _Sequence, state: _State) -> None:
+    def _replace(self, entry: _Sequence, state: SequenceState) -> None:
         self._hold(state)  # first, since the two may share pages
         self._release(entry.state)
         entry.state = state
 
-    def _earliest(self, state: _State) -> int:
+    def _earliest(self, state: SequenceState) -> int:
         return max((cls.earliest(t.first) for cls, t in zip(self._pools, state.tables, strict=True)), default=0)
 
     def _at(self, stream: str, slots: NDArray[np.int64]) -> tuple[NDArray[Any], Any]:

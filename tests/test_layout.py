@@ -66,8 +66,8 @@ def test_files_stay_under_400_lines() -> None:
     assert {path: lines for path, lines in lengths.items() if lines > 400} == {}
 
 
-def test_the_core_stays_within_4300_lines() -> None:
-    assert sum(len(path.read_text().splitlines()) for path in (ROOT / "tensorgraph").rglob("*.py")) <= 4300
+def test_the_core_stays_within_4500_lines() -> None:
+    assert sum(len(path.read_text().splitlines()) for path in (ROOT / "tensorgraph").rglob("*.py")) <= 4500
 
 
 def test_every_folder_with_python_is_a_package() -> None:

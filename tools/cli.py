@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 from tensorgraph import __version__
 from tensorgraph.errors import TensorGraphError
-from tensorgraph.tools import inspect, logits, plan, run, test_ops, tokenize
+from tensorgraph.tools import inspect, logits, plan, profile, run, test_ops, tokenize
 from tensorgraph.tools.bench import command as bench
 
 INTERRUPTED = 130
@@ -41,7 +41,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (run.run, logits.logits, tokenize.tokenize, inspect.inspect, plan.plan, bench.bench, test_ops.test_ops):
+COMMANDS = (
+    *(run.run, logits.logits, tokenize.tokenize, inspect.inspect, plan.plan, bench.bench, profile.profile),
+    test_ops.test_ops,
+)
+for command in COMMANDS:
     app.command()(command)
 
 

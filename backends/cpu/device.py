@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, Literal
 
@@ -16,7 +18,7 @@ from tensorgraph.backends.cpu.executor import Executor, usable_cores
 from tensorgraph.backends.cpu.group import CpuGroup
 from tensorgraph.backends.cpu.grouping import group_nodes
 from tensorgraph.backends.cpu.jit import Jit
-from tensorgraph.backends.cpu.kernel import Context, Kernel, NodeKernel
+from tensorgraph.backends.cpu.kernel import Call, Context, Kernel, NodeKernel
 from tensorgraph.backends.cpu.operands import stored_type
 from tensorgraph.backends.cpu.program import OperandKey, Program, write_kernel
 from tensorgraph.backends.cpu.target import Target, find_target, host
@@ -28,6 +30,8 @@ from tensorgraph.graph import STRUCTURAL, Graph, Node
 from tensorgraph.state import Layout, StateSpec
 
 Threads = int | Literal["auto"]
+Note = Callable[[Sequence[Call], Mapping[str, int], np.ndarray, float], None]
+"""`note(calls, dims, seconds, spent_s)` of a run: seconds of each call [n]; seconds of all, taking the times among them."""
 
 
 class Code:
@@ -60,9 +64,19 @@ class Code:
         """Walk a table with so many threads; what a kernel that refused its input left, code and details."""
         with self._lock:  # threads are numbered below what the caller made room for
             if threads != self._threads:
-                self.executor.set_threads(threads)
-                self._threads = threads
+                self._set_threads(threads)
             return self.executor.run(table, n_steps)
+
+    def profile(self, threads: Threads, table: int, n_steps: int) -> tuple[np.ndarray, list[int] | None]:
+        """`run`, and the seconds of each step before what it gives."""
+        with self._lock:
+            if threads != self._threads:
+                self._set_threads(threads)
+            return self.executor.profile(table, n_steps), self.executor.status
+
+    def _set_threads(self, threads: Threads) -> None:
+        self.executor.set_threads(threads)
+        self._threads = threads
 
 
 @cache
@@ -84,7 +98,8 @@ class CpuDevice(Device):
         self.threads: Threads = "auto"
         self.arena = aligned(0)
         self.scratch, self.scratch_stride = aligned(0), np.zeros(1, np.int64)
-        self.arena_version = self.scratch_version = 0
+        self.version = 0  # how often memory has moved
+        self.note: Note | None = None
 
     @property
     def key(self) -> str:
@@ -179,14 +194,14 @@ class CpuDevice(Device):
         """Make room in the arena and in each thread's scratch; what is there may move."""
         if arena_bytes > len(self.arena):
             self.arena = aligned(arena_bytes)
-            self.arena_version += 1
+            self.version += 1
         stride = -(-scratch_bytes // 64) * 64
         n_threads = usable_cores() if self.threads == "auto" else self.threads
         wanted = max(stride, int(self.scratch_stride[0])) * n_threads
         if wanted > len(self.scratch) or stride > self.scratch_stride[0]:
             self.scratch_stride[0] = max(stride, int(self.scratch_stride[0]))
             self.scratch = aligned(wanted)
-            self.scratch_version += 1
+            self.version += 1
 
     def run(self, table: tuple[np.ndarray, int], messages: Mapping[int, str]) -> None:
         """Walk a table of steps, given with its address.
@@ -195,8 +210,33 @@ class CpuDevice(Device):
         """
         refused = self.code.run(self.threads, table[1], len(table[0]))
         if refused:
-            code, *values = refused
-            raise InputError(messages[code].format(*values))
+            raise _refusal(refused, messages)
+
+    @contextmanager
+    def profiling(self, note: Note) -> Iterator[None]:
+        """Until the block ends, `note` is told how long each call of each run took."""
+        before, self.note = self.note, note
+        try:
+            yield
+        finally:
+            self.note = before
+
+    def profile(
+        self, table: tuple[np.ndarray, int], messages: Mapping[int, str], calls: Sequence[Call], dims: Mapping[str, int]
+    ) -> None:
+        """`run` a table of these calls, and tell `note`."""
+        began = time.perf_counter()
+        seconds, refused = self.code.profile(self.threads, table[1], len(table[0]))
+        spent_s = time.perf_counter() - began
+        if refused:
+            raise _refusal(refused, messages)
+        if self.note is not None:
+            self.note(calls, dims, seconds, spent_s)
+
+
+def _refusal(status: Sequence[int], messages: Mapping[int, str]) -> InputError:
+    code, *values = status
+    return InputError(messages[code].format(*values))
 
 
 def _slots(node: Node) -> list[tuple[str, Node]]:

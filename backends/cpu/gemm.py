@@ -1,4 +1,4 @@
-"""Products of interleaved weights with many rows of activations, in tiles of 2 x 16 weight rows and up to 8 activation rows."""
+"""Products of interleaved weights with many rows of activations, in tiles of 16 or 32 weight rows and up to 8 activation rows."""
 
 from __future__ import annotations
 
@@ -15,19 +15,14 @@ from tensorgraph.backends.cpu.weights import find_panel, interleaved, n_tiles
 from tensorgraph.dims import Extent
 from tensorgraph.dtypes import DType
 
-PANELS = 2
 SIZES = (1, 4)
 """Activation rows, fewer than those of a whole tile, for which there is code."""
 MOST_TOKENS = 8
 """A row buffer must be readable for this many rows behind its last."""
 BLOCK_BYTES = 384 << 10  # of weights that stay in the cache while all rows pass
+_SUMS = {64: (2, 16), 32: (1, 4), 16: (1, 2)}  # by bytes of a register: panels, and sums of 16 rows, of a tile
 Epilogue = Callable[[Value, Value, list[Value]], None]
 """`epilogue(tile, token, sums)`: the products of rows `16 tile` to `16 tile + 15` of each weight with one activation row."""
-
-
-def tokens_per_tile(target: Target) -> int:
-    """Activation rows whose sums the target's registers hold."""
-    return {64: 8, 32: 4}.get(target.vector_bytes, 2)
 
 
 @dataclass(frozen=True)
@@ -54,12 +49,13 @@ class Tiling:
 
 def plan_tiles(target: Target, dtypes: Sequence[DType], rows: int, width: int) -> Tiling:
     """The pieces of a product of [rows, width] weights of these types, side by side."""
-    per_group = max(1, PANELS // len(dtypes))
+    most_panels, sums = _SUMS[target.vector_bytes]
+    per_group = max(1, most_panels // len(dtypes))
     n_groups = -(-n_tiles(rows) // per_group)
     group_bytes = sum(width // interleaved(d).block * interleaved(d).unit_bytes for d in dtypes) * per_group
     n_blocks = max(1, -(-n_groups * group_bytes // BLOCK_BYTES))
     groups = max(1, -(-n_groups // n_blocks))
-    return Tiling(max(1, -(-n_groups // groups)), groups, n_groups, per_group, tokens_per_tile(target))
+    return Tiling(max(1, -(-n_groups // groups)), groups, n_groups, per_group, max(1, sums // (per_group * len(dtypes))))
 
 
 def multiply(

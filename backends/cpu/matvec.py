@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tensorgraph.backends.cpu.activations import BLOCK, BLOCK_BYTES, SCALE, SCALED_SUM, START, Kind, Rows
-from tensorgraph.backends.cpu.int8 import dot_four
+from tensorgraph.backends.cpu.activations import BLOCK_BYTES, SCALE, SCALED_SUM, START, Kind, Rows
+from tensorgraph.backends.cpu.int8 import byte_dot
 from tensorgraph.backends.cpu.ir import F32, I32, Int, Value
 from tensorgraph.backends.cpu.kernel import Kernel
 from tensorgraph.backends.cpu.operands import Operand
@@ -28,7 +28,7 @@ def tile_dot(k: Kernel, weights: Operand, tile: Int, x: Rows, tiles: int = 1, ba
 
 
 def panel_dot(k: Kernel, panels: Sequence[Panel], x: Rows, ahead_bytes: int = AHEAD_BYTES) -> list[list[Value]]:
-    """Panels of equal length times each row of x: [panel][row], f32 of 16 lanes; memory is read so many bytes ahead."""
+    """Panels of one form and length times each row of x: [panel][row], f32 of 16 lanes; memory is read so many bytes ahead."""
     if x.kind == "int8":
         return _integer_dot(k, panels, x, ahead_bytes)
     return _float_dot(k, panels, x, ahead_bytes)
@@ -66,20 +66,37 @@ def _block_dot(
     k: Kernel, panels: Sequence[Panel], units: Sequence[Value], part: int, lanes: int, block: Value, x: Rows
 ) -> list[list[Value]]:
     """[panel][row] i32 of the weight rows in a part: one block's codes, less their centre, times the row's."""
-    codes = [p.form.codes for p in panels]
-    wide = I32.x(lanes)
-    sums: list[list[Value]] = []
-    for c in codes:
-        assert c is not None
-        starts = [block + (t * x.row_bytes + START[c.centre]) if c.centre else None for t in range(x.count)]
-        sums.append([k.zero(wide) if at is None else k.splat(k.load(at, I32), lanes) for at in starts])
-    groups = [c.groups(k, unit, part, lanes) for c, unit in zip(codes, units, strict=True) if c is not None]
-    for g in range(BLOCK // 4):
-        for t in range(x.count):
-            four = k.splat(k.load(block + (t * x.row_bytes + 4 * g), I32), lanes)
-            for p in range(len(panels)):
-                sums[p][t] = dot_four(k, sums[p][t], groups[p][g], four)
-    return sums
+    codes = panels[0].form.codes
+    assert codes is not None
+    dot = byte_dot(k, codes.bits, lanes)
+    n_words, pairs = codes.n_words, len(panels) * x.count
+
+    def add(word: Int, sums: Sequence[Sequence[Value]]) -> list[Sequence[Value]]:
+        sums = list(sums)
+        for listed in zip(*(codes.groups(k, unit, part, lanes, word) for unit in units), strict=True):
+            weights, at = [dot.of_codes(of_panel) for _, of_panel in listed], block + k.i64(listed[0][0]) * 4
+            for t in range(x.count):
+                row = dot.of_four(k.splat(k.load(at + t * x.row_bytes, I32), lanes))
+                for p in range(len(panels)):
+                    sums[p * x.count + t] = dot.add(sums[p * x.count + t], weights[p], row)
+        return sums
+
+    sums: list[Sequence[Value]] = [()] * pairs
+    if pairs == 1 or not dot.in_turn:
+        for word in range(n_words):
+            sums = add(word, sums)
+    else:
+        sums = add(0, sums)
+        each = len(sums[0])
+        with k.loop(1, n_words, 1, [v for total in sums for v in total]) as loop:
+            old = [loop.values[i : i + each] for i in range(0, len(loop.values), each)]
+            loop.next(*(v for total in add(loop.i, old) for v in total))
+        sums = [loop.results[i : i + each] for i in range(0, len(loop.results), each)]
+    zero = k.zero(I32.x(lanes))
+    starts = [block + (t * x.row_bytes + START[codes.centre]) if codes.centre else None for t in range(x.count)]
+    offsets = [zero if at is None else k.splat(k.load(at, I32), lanes) for at in starts] * len(panels)
+    ends = [dot.end(total, offset) for total, offset in zip(sums, offsets, strict=True)]
+    return [ends[i : i + x.count] for i in range(0, pairs, x.count)]
 
 
 def _float_dot(k: Kernel, panels: Sequence[Panel], x: Rows, ahead_bytes: int) -> list[list[Value]]:

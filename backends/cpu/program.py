@@ -12,6 +12,8 @@ from tensorgraph.backends.cpu.constants import Held
 from tensorgraph.backends.cpu.ir import I64, PTR, Int
 from tensorgraph.backends.cpu.kernel import HEADER, MESSAGES, Buffer, Call, Kernel, Ref
 from tensorgraph.backends.cpu.operands import Operand
+from tensorgraph.backends.cpu.replay import Replay
+from tensorgraph.backends.cpu.replay import Given, Replay, prepare
 from tensorgraph.backends.cpu.streams import ClassTable
 from tensorgraph.device import Part, Run, Values
 from tensorgraph.dims import Dim, Extent, FloorDiv, Guard, Poly, Symbol, maximum
@@ -61,8 +63,8 @@ class Program:
         self.calls: tuple[Call, ...] = tuple(c for group in part.groups for c in getattr(group, "calls", ()))
         self._numbers: dict[Extent, int] = {}  # of each extent, its place in the table of extents
         self._args: list[tuple[str, Any]] = []
-        self._checks: dict[IndexMap, Node] = {}
-        self._external: dict[Node, np.ndarray] = {}
+        self.checks: dict[IndexMap, Node] = {}
+        self.external: dict[Node, np.ndarray] = {}
         self._streams: dict[str, str] = {}  # stream to the class whose table its kernels read, found out in the first run
         starts, texts = [], []
         for call in self.calls:
@@ -72,43 +74,65 @@ class Program:
         device.require(part.memory.peak_bytes, max((c.scratch_bytes for c in self.calls), default=0))
         self._starts = starts
         self._guards = list(dict.fromkeys(c.guard for c in self.calls if c.guard.bounds))
-        self._holds = compiled_guards(self._guards)
+        self.holds = compiled_guards(self._guards)
         self._tables: dict[tuple[bool, ...], tuple[np.ndarray, int]] = {}
+        self._calls_of: dict[tuple[bool, ...], list[Call]] = {}
         self._items = [self._number(c.items) for c in self.calls]
         self._arrange_extents()
-        self._seen: tuple[Any, ...] = ()
-        self._classes: dict[str, ClassTable] = {}
-        self._outputs = [self._output(n) for n in part.keep if n.op not in ("input", "constant")]
+        self._seen = -1
+        self.owner: Replay | None = None  # whose numbers stand in the buffers, if they are not those of a run
+        self.class_tables: dict[str, ClassTable] = {}
+        self.outputs = [self._output(n) for n in part.keep if n.op not in ("input", "constant")]
 
     # What a run does.
 
     def __call__(self, values: Values, run: Run) -> None:
         dims, device = run.dims, self.device
-        if self._checks:
+        self.owner = None
+        if self.checks:
             self._check(dims)
-        if self._n_dynamic:
-            self.extents[: self._n_dynamic] = self._evaluate(dims)
-        for node, buffer in self._external.items():
+        if self.n_dynamic:
+            self.extents[: self.n_dynamic] = self.evaluate(dims)
+        for node, buffer in self.external.items():
             given = values[node]
             buffer[: given.size] = given if given.ndim == 1 else given.reshape(-1)
-        seen = (device.arena_version, device.scratch_version)
-        if seen != self._seen:
+        self.bind(run)
+        table = self.table_of(dims)
+        if device.note is None:
+            device.run(table, MESSAGES)
+        else:
+            device.profile(table, MESSAGES, self._made_calls(self.holds(dims)), dims)
+        for output in self.outputs:
+            values[output.node] = output.array(device.arena, dims)
+
+    def replay(self, runs: Sequence[Given], varying: Node) -> Replay | None:
+        """Several runs prepared at once, with one element of one input left open; None where they are not alike."""
+        return prepare(self, runs, varying)
+
+    def bind(self, run: Run) -> None:
+        """Write the addresses that a run needs."""
+        if self.device.version != self._seen:
             self._bind()
-            self._seen = seen
+            self._seen = self.device.version
         if self._streams:
             self._bind_streams(run)
-        holds = self._holds(dims)
-        table = self._tables.get(holds)
-        if table is None:
-            table = self._tables[holds] = self._table(holds)
-        device.run(table, MESSAGES)
-        for output in self._outputs:
-            values[output.node] = output.array(device.arena, dims)
+
+    def table_of(self, dims: Mapping[str, int]) -> tuple[np.ndarray, int]:
+        """The table that a run of these extents walks, and its address."""
+        holds = self.holds(dims)
+        if holds not in self._tables:
+            self._tables[holds] = self._table(holds)
+        return self._tables[holds]
 
     def table(self, dims: Mapping[str, int]) -> tuple[np.ndarray, list[Call]]:
         """The table that a run of these extents walks, and the calls of its lines."""
-        holds = self._holds(dims)
-        return self._table(holds)[0], [c for c in self.calls if self._made(c, holds)]
+        holds = self.holds(dims)
+        return self._table(holds)[0], self._made_calls(holds)
+
+    def _made_calls(self, holds: tuple[bool, ...]) -> list[Call]:
+        if holds not in self._calls_of:
+            self._calls_of[holds] = [c for c in self.calls if self._made(c, holds)]
+        return self._calls_of[holds]
 
     def _made(self, call: Call, holds: Sequence[bool]) -> bool:
         return not call.guard.bounds or holds[self._guards.index(call.guard)]
@@ -137,7 +161,7 @@ class Program:
             "extent": lambda number: extents + 8 * self._place_of[number],
             "arena": lambda offset: arena + offset,
             "address": lambda address: address,
-            "external": lambda given: int(self._external[given[0]].ctypes.data) + given[1],
+            "external": lambda given: int(self.external[given[0]].ctypes.data) + given[1],
             "stream": lambda _: 0,
             "class": lambda _: 0,
         }
@@ -163,13 +187,13 @@ class Program:
                 self.args[i] = store.pages(name).ctypes.data
             for i, name in self._class_args:
                 cls = store.specs[name].stream_class
-                table = self._classes.setdefault(cls.name, ClassTable(cls))
+                table = self.class_tables.setdefault(cls.name, ClassTable(cls))
                 self.args[i] = table.address
             self._store_seen = (store, store.moved)
-        for table in self._classes.values():
+        for table in self.class_tables.values():
             if table.fill(step.classes[table.stream_class]):  # it had to grow, and moved
                 for i, name in self._class_args:
-                    self.args[i] = self._classes[store.specs[name].stream_class.name].address
+                    self.args[i] = self.class_tables[store.specs[name].stream_class.name].address
 
     # Extents.
 
@@ -182,12 +206,12 @@ class Program:
         order: list[Extent] = [*dynamic, *(e for e in self._numbers if isinstance(e, int))]
         self._place_of = {self._numbers[e]: i for i, e in enumerate(order)}
         self.extents = np.array([e if isinstance(e, int) else 0 for e in order], np.int64)
-        self._n_dynamic = len(dynamic)
-        self._evaluate: Callable[[Mapping[str, int]], tuple[int, ...]] = compiled(dynamic)
+        self.n_dynamic = len(dynamic)
+        self.evaluate: Callable[[Mapping[str, int]], tuple[int, ...]] = compiled(dynamic)
         self.args = np.zeros(max(len(self._args), 1), np.int64)
 
     def _check(self, dims: Mapping[str, int]) -> None:
-        for index_map, node in self._checks.items():
+        for index_map, node in self.checks.items():
             shape, strides, offset = index_map.resolve(dims)
             size = node.base.size
             n = size if isinstance(size, int) else size.evaluate(dims)
@@ -252,7 +276,7 @@ class Program:
         node, own = ref.of, ref.of.index_map
         index_map, base = ref.index_map or own, node.base
         if node.op == "view" and (own.within or not isinstance(own.offset, int)):
-            self._checks.setdefault(own, node)
+            self.checks.setdefault(own, node)
         while base.op == "choose":
             form = base.inputs[self.part.taken[base]]
             if not form.index_map.is_dense:
@@ -270,8 +294,8 @@ class Program:
             return Place("stream", name, 0, index_map, ref.layout, dtype)
         if base in self.part.memory.buffers:
             return Place("arena", None, self.part.memory.buffers[base].offset, index_map, "dense", dtype)
-        if base not in self._external:
-            self._external[base] = np.zeros(max(_most_elements(base), 1), np.float32 if dtype.is_block else dtype.numpy)
+        if base not in self.external:
+            self.external[base] = np.zeros(max(_most_elements(base), 1), np.float32 if dtype.is_block else dtype.numpy)
         return Place("external", base, 0, index_map, "dense", dtype)
 
     def _output(self, node: Node) -> Output:
@@ -279,7 +303,7 @@ class Program:
         place = self._place(Ref(node))
         dtype = np.dtype(np.float32) if node.dtype.is_block else node.dtype.numpy
         assert dtype is not None
-        buffer = {"external": self._external.get(place.of), "constant": getattr(self.part.constants.get(node.base), "data", None)}
+        buffer = {"external": self.external.get(place.of), "constant": getattr(self.part.constants.get(node.base), "data", None)}
         index_map, item = place.index_map, dtype.itemsize
         strides = tuple(s * item for s in index_map.strides)
         offset = index_map.offset * item + place.offset_bytes

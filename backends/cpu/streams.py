@@ -19,17 +19,17 @@ class ClassTable:
 
     def __init__(self, stream_class: StreamClass) -> None:
         self.stream_class = stream_class
-        self._numbers = np.zeros(8 + 8 * 4, np.int64)
-        self.address: int = self._numbers.ctypes.data
+        self.numbers = np.zeros(8 + 8 * 4, np.int64)
+        self.address: int = self.numbers.ctypes.data
         self._kept: list[np.ndarray] = []
 
     def fill(self, step: ClassStep) -> bool:
         """Write a step's rows; True if the table had to grow, and moved."""
         n = len(step.tables)
-        moved = 8 + 8 * n > len(self._numbers)
+        moved = 8 + 8 * n > len(self.numbers)
         if moved:
-            self._numbers = np.zeros(8 + 16 * n, np.int64)
-            self.address = self._numbers.ctypes.data
+            self.numbers = np.zeros(8 + 16 * n, np.int64)
+            self.address = self.numbers.ctypes.data
         listed = [n, 0, 0, 0, 0, 0, 0, 0]
         seen_at = new_at = 0
         self._kept = [table.pages for table in step.tables]  # the addresses below stay good for the run
@@ -37,5 +37,5 @@ class ClassTable:
             a, b, c, d = step.seen.start[i], step.seen.stop[i], step.new.start[i], step.new.stop[i]
             listed += (table.pages.__array_interface__["data"][0], table.first, a, b, c, d, seen_at, new_at)
             seen_at, new_at = seen_at + b - a, new_at + d - c
-        self._numbers[: len(listed)] = listed
+        self.numbers[: len(listed)] = listed
         return moved

@@ -11,17 +11,18 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tensorgraph import registry
 from tensorgraph.backends.cpu.constants import Held, aligned
 from tensorgraph.backends.cpu.ir import Int, Value
-from tensorgraph.backends.cpu.kernel import HEADER, MESSAGES, Kernel
-from tensorgraph.backends.cpu.operands import Operand
+from tensorgraph.backends.cpu.kernel import HEADER, MESSAGES, MOST_CHUNKS, Kernel
+from tensorgraph.backends.cpu.operands import Operand, stored_type
 from tensorgraph.backends.cpu.program import OperandKey
-from tensorgraph.dtypes import DType, as_dtype
+from tensorgraph.dtypes import DType, as_dtype, f32
 from tensorgraph.errors import InputError
 from tensorgraph.graph import Node
 
@@ -31,8 +32,12 @@ if TYPE_CHECKING:
 LAYOUTS: tuple[str, ...] = ("r16",)
 """In the order in which they are preferred."""
 ROWS = 16
-_DECODED_BYTES = 1 << 22  # f32 of a type without a form, at once
+_RECODED = 1 << 20  # elements at once
 _CHUNK_BYTES = 1 << 18
+
+
+Recode = Callable[[NDArray[np.uint8]], NDArray[Any]]
+"""Bytes of rows [n, row_bytes] to others, or to values."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +47,21 @@ class Codes:
     Attributes:
         bits: of a code, 4 or 8.
         centre: 0, 8 or 128.
-        groups: `(k, unit, part, lanes)` -> 8 byte vectors of `4 * lanes`: of each row in part, elements 4 g to 4 g + 3, as u8.
+        groups: `(k, unit, part, lanes, word)`, word below `n_words`, -> groups g, below 8, and for each a vector of `4 * lanes`
+            bytes: of each row in part elements 4 g to 4 g + 3, as u8.
         scale, minimum: `(k, unit, part, lanes)` -> f32 of the rows in part; no minimum where None.
     """
 
     bits: int
     centre: int
-    groups: Callable[[Kernel, Value, int, int], Sequence[Value]]
+    groups: Callable[[Kernel, Value, int, int, Int], Sequence[tuple[Int, Value]]]
     scale: Callable[[Kernel, Value, int, int], Value]
     minimum: Callable[[Kernel, Value, int, int], Value] | None = None
+
+    @property
+    def n_words(self) -> int:
+        """Four bytes each that a row's block takes."""
+        return self.bits
 
 
 @dataclass(frozen=True)
@@ -59,20 +70,24 @@ class Interleaved:
 
     Attributes:
         block, unit_bytes: elements of one row in a unit, and bytes of it.
+        block_bytes: of one row's block as `write` reads it.
         write: `(k, sources, to)` copies one block of each of 16 rows, at 16 addresses, to the unit at an address.
         values: `(k, unit, element, part, lanes)` -> f32 of one element (a Python int) of the rows in part: `lanes` rows from
             row `part * lanes`.
         row_values: `(k, unit, row, first, lanes)` -> f32 of `lanes` consecutive elements of one row, inside a unit or (block 1)
             over adjacent units.
         codes: how int8 products read it; None for floats.
+        recode: what `write` reads of rows as they are in files; None where that is the same.
     """
 
     block: int
     unit_bytes: int
+    block_bytes: int
     write: Callable[[Kernel, Sequence[Value], Value], None]
     values: Callable[[Kernel, Value, int, int, int], Value]
     row_values: Callable[[Kernel, Value, Value, Value, int], Value]
     codes: Codes | None = None
+    recode: Recode | None = None
 
 
 FORMS: dict[str, Interleaved] = {}
@@ -148,30 +163,41 @@ def pack(array: np.ndarray, dtype: DType, layout: str, device: CpuDevice) -> Hel
         raise InputError(f"[pack] wanted the bytes of {dtype} as uint8; got {value.dtype}")
     if not dtype.is_block and value.dtype != dtype.numpy:
         value = value.astype(dtype.numpy)
-    form, stored = interleaved(dtype), dtype
-    if dtype.name not in FORMS:
-        stored = as_dtype("f32")
+    form = interleaved(dtype)
+    recode = form.recode if dtype.name in FORMS else registry.decoders.get(dtype.name)
     *lead, rows, length = value.shape
     width = length // dtype.block_bytes * dtype.block_size if dtype.is_block else length
     matrices = value.reshape(int(np.prod(lead)), rows, length)
-    each = width // form.block * form.unit_bytes
-    held = aligned(len(matrices) * n_tiles(rows) * each)
-    if stored is dtype:
-        _interleave(matrices, stored, held.ctypes.data, device)
+    tile = width // form.block * form.unit_bytes
+    held = aligned(len(matrices) * n_tiles(rows) * tile)
+    to = int(held.ctypes.data)
+    if recode is None:
+        _interleave(matrices, dtype, to, device)
         return Held(held, layout, (*lead, rows, width))
-    decode = registry.decoders.get(dtype.name)
-    step = max(ROWS, _DECODED_BYTES // max(4 * width, 1) // ROWS * ROWS)
-    to = held.ctypes.data
+    step = max(ROWS, _RECODED // max(width, 1) // ROWS * ROWS)
     for matrix in matrices:
         for start in range(0, rows, step):
-            some = decode(np.ascontiguousarray(matrix[start : start + step]))
-            _interleave(some[None], stored, to, device)
-            to += n_tiles(len(some)) * each
+            some = recode(np.ascontiguousarray(matrix[start : start + step]))
+            _interleave(some[None], dtype if dtype.name in FORMS else f32, to, device)
+            to += n_tiles(len(some)) * tile
     return Held(held, layout, (*lead, rows, width))
 
 
-def _interleave(matrices: np.ndarray, dtype: DType, to: int, device: CpuDevice) -> None:
-    """[E, M, bytes of a row, or elements] to units from an address on."""
+def unpack(held: Held, dtype: DType, device: CpuDevice) -> NDArray[np.float32]:
+    """The values of a constant in layout r16, as f32."""
+    *lead, rows, width = held.shape
+    found: NDArray[np.float32] = np.empty(held.shape, np.float32)
+    keys = (
+        OperandKey("units", dtype.name, "r16", (int(np.prod(lead)), rows, width), (), False),
+        OperandKey("to", "f32", "dense", (1,), (1,), False),
+    )
+    if found.size:
+        _run(device, read_units, keys, (), found.size // width, max(1, _CHUNK_BYTES // width), (held.address, found.ctypes.data))
+    return found
+
+
+def _interleave(matrices: NDArray[Any], dtype: DType, to: int, device: CpuDevice) -> None:
+    """[E, M, elements, or bytes that a form's `write` reads] to units from an address on."""
     if not matrices.size:
         return
     item = matrices.itemsize
@@ -183,16 +209,29 @@ def _interleave(matrices: np.ndarray, dtype: DType, to: int, device: CpuDevice) 
         OperandKey("source", element, "dense", (None,) * 3, (None, None, 1 if dense else None), False),
         OperandKey("to", "u8", "dense", (1,), (1,), False),
     )
-    text = device.kernel_text(write_units, ("source", "to"), keys, (("dtype", dtype.name),))
-    (code,) = device.jit_compile([text])
-    tiles = n_tiles(matrices.shape[1])
-    each = matrices.nbytes // (len(matrices) * tiles)
+    n = len(matrices) * n_tiles(matrices.shape[1])
     extents = [*matrices.shape, *(strides[:-1] if dense else strides)]
-    numbers = np.array([0, len(matrices) * tiles, *extents], np.int64)  # no scratch; items; what the kernel reads
-    zero, items, *of_source = range(numbers.ctypes.data, numbers.ctypes.data + numbers.nbytes, 8)
-    args = np.array([device.code.executor.status_address, zero, zero, matrices.ctypes.data, *of_source, to], np.int64)
+    grain = max(1, _CHUNK_BYTES * n // matrices.nbytes)
+    _run(device, write_units, keys, (("dtype", dtype.name),), n, grain, (matrices.ctypes.data, *extents, to))
+
+
+def _run(
+    device: CpuDevice,
+    emit: Any,
+    keys: tuple[OperandKey, ...],
+    attrs: tuple[tuple[str, Any], ...],
+    items: int,
+    grain: int,
+    given: Sequence[int],
+) -> None:
+    """One call of a kernel; `given` are the addresses of its operands, the first one's followed by its unknown extents."""
+    (code,) = device.jit_compile([device.kernel_text(emit, tuple(key.name for key in keys), keys, attrs)])
+    first, *extents, last = given
+    numbers = np.array([0, items, *extents], np.int64)
+    zero, n_items, *places = range(numbers.ctypes.data, numbers.ctypes.data + numbers.nbytes, 8)
+    args = np.array([device.code.executor.status_address, zero, zero, first, *places, last], np.int64)  # no scratch
     assert len(HEADER) == 3
-    table = np.array([[code, args.ctypes.data, items, max(1, _CHUNK_BYTES // max(each, 1)), 64, 0, 0, 0]], np.int64)
+    table = np.array([[code, args.ctypes.data, n_items, grain, MOST_CHUNKS, 0, 0, 0]], np.int64)
     with device.lock:
         device.run((table, int(table.ctypes.data)), MESSAGES)
 
@@ -200,15 +239,29 @@ def _interleave(matrices: np.ndarray, dtype: DType, to: int, device: CpuDevice) 
 def write_units(k: Kernel, operands: Mapping[str, Operand], *, dtype: str) -> None:
     """A kernel: matrices in row order, as bytes for block types, to units."""
     source, to = operands["source"], operands["to"]
-    stored = as_dtype(dtype)
-    form = interleaved(stored)
+    form, item = interleaved(as_dtype(dtype)), stored_type(source.dtype).size_bytes
     matrices, rows, length = (k.i64(n) for n in source.shape)
     tiles = (rows + (ROWS - 1)) // ROWS
-    units = length // stored.block_bytes if stored.is_block else length
-    step = k.i64(source.strides[-1]) * stored.block_bytes
+    units = length // (form.block_bytes // item)
+    step = k.i64(source.strides[-1]) * form.block_bytes
     with k.rows([matrices, tiles]) as (matrix, tile):
         starts = [source.at([matrix, k.min(tile * ROWS + r, rows - 1)]) for r in range(ROWS)]
         begin = to.address + (matrix * tiles + tile) * units * form.unit_bytes
         with k.loop(0, units) as loop:
             loop.next()
             form.write(k, [start + loop.i * step for start in starts], begin + loop.i * form.unit_bytes)
+
+
+def read_units(k: Kernel, operands: Mapping[str, Operand]) -> None:
+    """A kernel: units to f32 in row order."""
+    units, to = operands["units"], operands["to"]
+    matrices, rows, width = units.shape
+    assert isinstance(rows, int) and isinstance(width, int)
+    whole = width // ROWS * ROWS
+    with k.rows([matrices, rows]) as (matrix, row):
+        number, out = matrix * (n_tiles(rows) * ROWS) + row, to.address + (matrix * rows + row) * (width * 4)
+        for start, stop, lanes in ((0, whole, ROWS), (whole, width, 1)):
+            if start < stop:
+                with k.loop(start, stop, lanes) as loop:
+                    loop.next()
+                    k.store(load_r16_row(units, number, loop.i, lanes), out + loop.i * 4)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import tokenizers
@@ -31,6 +32,24 @@ def bytes_of_token(token: str) -> bytes:
     return token.encode()
 
 
+def _merges(
+    texts: Sequence[str], ids: Mapping[str, int], controls: Callable[[], Collection[str]]
+) -> list[tuple[str, str]]:
+    """The two tokens of each merge, without the merges that have to do with control tokens.
+
+    Raises: FormatError where another one is no pair of tokens that make a token.
+    """
+    found = []
+    for index, merge in enumerate(texts):
+        left, _, right = merge.partition(" ")
+        if left in ids and right in ids and left + right in ids and left and right:
+            found.append((left, right))
+        elif {left, right, left + right}.isdisjoint(controls()):
+            where = f'"tokenizer.ggml.merges"[{index}]'
+            raise FormatError(f"[tokenizer] wanted two tokens that make a third in {where}; got {merge!r}")
+    return found
+
+
 class ByteLevelBPE:
     """Ordinary text to ids and back by byte-level BPE.
 
@@ -44,18 +63,11 @@ class ByteLevelBPE:
 
         Raises: FormatError where a merge is no pair of tokens that make a token.
         """
-        tokens, kinds = vocabulary.tokens, vocabulary.kinds
+        tokens, control = vocabulary.tokens, Kind.CONTROL.value
         self._tokens = tokens
-        ids = {token: i for i, token in enumerate(tokens) if kinds[i] != Kind.CONTROL}
-        controls = {token for token, kind in zip(tokens, kinds, strict=True) if kind == Kind.CONTROL}
-        merges = []
-        for index, merge in enumerate(strings(metadata, "tokenizer.ggml.merges")):
-            left, _, right = merge.partition(" ")
-            if left and right and left in ids and right in ids and left + right in ids:
-                merges.append((left, right))
-            elif not {left, right, left + right} & controls:
-                where = f'"tokenizer.ggml.merges"[{index}]'
-                raise FormatError(f"[tokenizer] wanted two tokens that make a third in {where}; got {merge!r}")
+        ids = {token: i for i, (token, kind) in enumerate(zip(tokens, vocabulary.kinds, strict=True)) if kind != control}
+        controls = cache(lambda: {token for token, kind in zip(tokens, vocabulary.kinds, strict=True) if kind == control})
+        merges = _merges(strings(metadata, "tokenizer.ggml.merges"), ids, controls)
         model = models.BPE(ids, merges, ignore_merges=pre_tokenizer.ignore_merges)
         self._tokenizer = tokenizers.Tokenizer(model)
         self._tokenizer.pre_tokenizer = pre_tokenizer.build()

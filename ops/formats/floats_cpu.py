@@ -32,7 +32,7 @@ def _declare(name: str) -> None:
             out = out.with_lane(i, k.load(at + i * (ROWS * item), stored))
         return read_value(k, out, dtype)
 
-    FORMS[name] = Interleaved(1, ROWS * item, write, values, row_values)
+    FORMS[name] = Interleaved(1, ROWS * item, item, write, values, row_values)
 
 
 for _name in ("f32", "f16", "bf16"):

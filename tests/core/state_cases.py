@@ -9,7 +9,8 @@ import numpy as np
 
 from tensorgraph.dtypes import bf16, f16, f32
 from tensorgraph.state import StateSpec
-from tensorgraph.state_store import StateStore, Step
+from tensorgraph.state_step import Step
+from tensorgraph.state_store import StateStore
 
 SPECS = {
     "k": StateSpec((2, 3)),

@@ -13,7 +13,7 @@ from tensorgraph import registry
 from tensorgraph.compiler import PlanCache
 from tensorgraph.errors import FormatError, InputError, StateError, TensorGraphError, UnknownNameError
 from tensorgraph.session import Engine, Session
-from tensorgraph.state_store import Step
+from tensorgraph.state_step import Step
 from tests.models import tiny
 
 Array = np.ndarray[Any, Any]

@@ -18,7 +18,8 @@ from tensorgraph.errors import (
     UnknownNameError,
 )
 from tensorgraph.state import Layout, StateSpec, StreamClass
-from tensorgraph.state_store import Snapshot, StateStore, Step
+from tensorgraph.state_step import Step
+from tensorgraph.state_store import Snapshot, StateStore
 from tests.core.state_cases import SPECS, assert_same, fill, look_back, numpy_type
 
 

@@ -10,18 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tensorgraph.compiler import CompileOptions
 from tensorgraph.errors import InputError
 from tensorgraph.models import TextModel, find_smollm2, load
 from tensorgraph.models.text import model as loading
-from tests.models.tiny import nmse
+from tests.models.tiny import BACKENDS, nmse
 from tests.reference import reference_path
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
-@pytest.fixture(scope="module")
-def smollm2() -> Iterator[TextModel]:
-    with load("smollm2", kv_type="f32") as model:
+@pytest.fixture(scope="module", params=BACKENDS)
+def smollm2(request: pytest.FixtureRequest) -> Iterator[TextModel]:
+    with load("smollm2", backend=request.param, kv_type="f32", options=CompileOptions(exact=True)) as model:
         yield model
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tensorgraph.dtypes import f16
-from tensorgraph.extents import step_inputs
+from tensorgraph.extents import StepInputs
 from tensorgraph.models.text.gguf import GGUF
 from tensorgraph.models.text.model import load
 from tensorgraph.state_store import StateStore
@@ -173,7 +173,7 @@ def test_the_dims_of_a_step_are_those_of_a_session() -> None:
             with store.begin([(store.new(), 250 - n_new)]) as before:
                 before.commit()
             with store.begin([(0, n_new)]) as last:
-                _, dims = step_inputs(last, np.zeros(n_new), np.zeros(1), ())
+                _, dims = StepInputs(())(last, np.zeros(n_new), np.zeros(1))
             assert step["dims"] == dims
 
 

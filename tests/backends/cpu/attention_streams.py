@@ -19,7 +19,8 @@ from tensorgraph.graph import Graph, Node, append, input
 from tensorgraph.ops.attention import Segment, flash_attn
 from tensorgraph.plan import Executable
 from tensorgraph.state import Layout, StateSpec
-from tensorgraph.state_store import StateStore, Step
+from tensorgraph.state_step import Step
+from tensorgraph.state_store import StateStore
 
 Array = np.ndarray[Any, Any]
 EXTENTS = Extents(tokens=64, context=192, sequences=4)

@@ -1,0 +1,121 @@
+"""Layout r16: what is packed is read back as its type's own decoder reads it, to the last bit."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import tensorgraph.ops  # noqa: F401  (registers the block types)
+from tensorgraph.backends.cpu.device import CpuDevice
+from tensorgraph.backends.cpu.emit import Function
+from tensorgraph.backends.cpu.ir import I64, PTR
+from tensorgraph.backends.cpu.jit import Jit
+from tensorgraph.backends.cpu.operands import Operand
+from tensorgraph.backends.cpu.target import TARGETS, Target, can_run, host
+from tensorgraph.backends.cpu.weights import interleaved, load_r16_row, n_tiles, pack, unpack
+from tensorgraph.dtypes import DType, as_dtype
+from tensorgraph.errors import InputError
+from tensorgraph.ops.formats import FORMATS, decode
+
+Array = np.ndarray[Any, Any]
+FLOATS = ("f32", "f16", "bf16")
+RUNNABLE = [target for target in (host(), *TARGETS.values()) if can_run(target)]
+
+
+def random_rows(dtype: DType, *shape: int, seed: int = 0) -> Array:
+    """Any bits: infinite and undefined numbers too."""
+    rng = np.random.default_rng(seed)
+    *lead, width = shape
+    n_bytes = dtype.size_bytes(width)
+    raw = rng.integers(0, 256, (*lead, n_bytes), np.uint8)
+    return raw if dtype.is_block else raw.view(dtype.numpy)
+
+
+def values(array: Array, dtype: DType) -> Array:
+    return decode(array, dtype) if dtype.is_block else array.astype(np.float32)
+
+
+def assert_same(got: Array, want: Array) -> None:
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("name", [*FLOATS, *FORMATS])
+def test_every_type_comes_back_as_it_is_decoded(name: str) -> None:
+    device, dtype = CpuDevice(), as_dtype(name)
+    width = 2 * dtype.block_size if dtype.is_block else 37
+    array = random_rows(dtype, 2, 37, width)
+    held = pack(array, dtype, "r16", device)
+    assert held.address % 64 == 0 and held.shape == (2, 37, width)
+    assert_same(unpack(held, dtype, device), values(array, dtype))
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in ("q2_k", "q3_k", "q6_k", "nvfp4")])
+def test_block_types_stay_small(name: str) -> None:
+    """A code takes 4 bits or 8, and its share of the scale and the minimum 4 more at most."""
+    form = interleaved(as_dtype(name))
+    assert form.codes is not None and form.unit_bytes * 8 <= 16 * form.block * (form.codes.bits + 2)
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (16, 64), (17, 32), (5, 3, 96), (2, 2, 33, 32), (0, 32), (3, 0)])
+def test_shapes(shape: tuple[int, ...]) -> None:
+    device, dtype = CpuDevice(), as_dtype("q4_1")
+    array = random_rows(dtype, *shape)
+    assert_same(unpack(pack(array, dtype, "r16", device), dtype, device), values(array, dtype))
+
+
+@pytest.mark.parametrize("name", ["f32", "bf16", "q8_0", "q4_k"])
+def test_views_are_packed_as_they_are_seen(name: str) -> None:
+    device, dtype = CpuDevice(), as_dtype(name)
+    array = random_rows(dtype, 3, 40, 2 * max(dtype.block_size, 32))
+    view = array[::-1, 1::2] if dtype.is_block else array[1:, ::-3, 5::2]
+    assert not view.flags.c_contiguous
+    assert_same(unpack(pack(view, dtype, "r16", device), dtype, device), values(np.ascontiguousarray(view), dtype))
+
+
+def test_more_rows_than_are_recoded_at_once() -> None:
+    device, dtype = CpuDevice(), as_dtype("q5_0")
+    array = random_rows(dtype, 2, 1100, 1024)
+    assert_same(unpack(pack(array, dtype, "r16", device), dtype, device), values(array, dtype))
+
+
+def test_rows_behind_the_last_are_copies_of_it() -> None:
+    device, dtype = CpuDevice(), as_dtype("f32")
+    array = random_rows(dtype, 3, 5)
+    units = pack(array, dtype, "r16", device).data.view(np.float32).reshape(5, 16)
+    assert_same(units, array[[0, 1, *[2] * 14]].T)
+
+
+def test_other_arrays_are_converted_or_refused() -> None:
+    device = CpuDevice()
+    array = np.arange(6.0).reshape(2, 3)
+    assert_same(unpack(pack(array, as_dtype("bf16"), "r16", device), as_dtype("bf16"), device), array.astype(ml_dtypes.bfloat16))
+    with pytest.raises(InputError, match="wanted the bytes of q4_0 as uint8; got float64"):
+        pack(array, as_dtype("q4_0"), "r16", device)
+
+
+@pytest.mark.parametrize("target", RUNNABLE, ids=lambda target: target.name)
+@pytest.mark.parametrize("name", [*FLOATS, "q4_1", "q8_0", "q5_k"])
+def test_parts_of_a_row(name: str, target: Target) -> None:
+    dtype = as_dtype(name)
+    rows, width = 19, max(dtype.block_size, 32)
+    array = random_rows(dtype, 2, rows, width)
+    held, want = pack(array, dtype, "r16", CpuDevice()), values(array, dtype)
+    counts = (4, 8, 16) if dtype.is_block else (1, 4, 8, 16)
+    k = Function("kernel", {"units": PTR, "to": PTR, "row": I64}, target)
+    units, to, row = k.parameters.values()
+    weights = Operand(k, dtype, (2, rows, width), (), units, "r16")
+    for i, lanes in enumerate(counts):
+        with k.loop(0, width, lanes) as loop:
+            loop.next()
+            k.store(load_r16_row(weights, row, loop.i, lanes), to + (loop.i + i * width) * 4)
+    jit = Jit(target, None)
+    run = ctypes.CFUNCTYPE(None, *(ctypes.c_int64,) * 3)(jit.compile([k.text()])[0])
+    for matrix in range(2):
+        for at in (0, 1, 15, 16, 18):
+            got = np.zeros((len(counts), width), np.float32)
+            run(held.address, got.ctypes.data, matrix * n_tiles(rows) * 16 + at)
+            assert_same(got, np.broadcast_to(want[matrix, at], got.shape))
