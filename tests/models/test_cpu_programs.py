@@ -59,11 +59,16 @@ def test_fused_or_not_with_activations_of_8_bits(kind: str) -> None:
         assert tiny.nmse(fused["blk.0.out"], plain["blk.0.out"]) <= 1e-6
 
 
+def deep_but(plain: str, *others: str) -> list[object]:
+    return [plain, *(pytest.param(other, marks=pytest.mark.deep) for other in others if other != plain)]
+
+
+@pytest.mark.parametrize("architecture", deep_but(*tiny.ARCHITECTURES))
 @pytest.mark.parametrize("backend", HERE)
-def test_every_target_in_f32(backend: str) -> None:
-    stored = tiny.reference("llama")
-    engine = tiny.engine("llama", backend=backend)
-    assert tiny.nmse(evaluate(engine, "llama")["logits"], stored["logits"]) <= tiny.bound("llama")
+def test_every_target_in_f32(backend: str, architecture: str) -> None:
+    stored = tiny.reference(architecture)
+    engine = tiny.engine(architecture, backend=backend)
+    assert tiny.nmse(evaluate(engine, architecture)["logits"], stored["logits"]) <= tiny.bound(architecture)
     generated: list[int] = []
     with Session(engine) as session:
         logits = session.eval(stored["input_ids"])
@@ -73,7 +78,7 @@ def test_every_target_in_f32(backend: str) -> None:
     assert generated == stored["greedy_tokens"].tolist()
 
 
-@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("kind", deep_but("q4_1", *QUANTISED))
 @pytest.mark.parametrize("backend", HERE)
 def test_every_target_with_activations_of_8_bits(backend: str, kind: str) -> None:
     found = evaluate(tiny.engine("llama", kind, backend=backend, exact=False), "llama")
@@ -83,7 +88,7 @@ def test_every_target_with_activations_of_8_bits(backend: str, kind: str) -> Non
         assert tiny.nmse(found["blk.0.out"], host["blk.0.out"]) <= 1e-6
 
 
-@pytest.mark.parametrize("kind", ["q4_1", "q5_0", "q8_0"])
+@pytest.mark.parametrize("kind", deep_but("q4_1", "q4_0", "q5_0", "q5_1", "q8_0", "f16"))
 @pytest.mark.parametrize("backend", HERE)
 def test_every_target_with_quantised_weights_exactly(backend: str, kind: str) -> None:
     stored = tiny.reference("llama", "quant_refs")
