@@ -135,7 +135,7 @@ class Step:
 
 
 class Lease:
-    """The next tokens of one sequence, one a step, with pages for all of them: they take new lengths and nothing else of the store.
+    """The next tokens of one sequence, one a step, with pages for all of them: they take new lengths, nothing else of the store.
 
     Good until anything else is done with the store, which gives back the pages that were not needed. `length` is raised by
     whoever has computed a token's rows.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +15,8 @@ from tensorgraph.tools.bench import command as bench
 
 INTERRUPTED = 130
 BAD_INPUT = 2
+OBJECTS = 100_000
+"""New objects between two searches for cycles: a vocabulary and a plan have 10^6 that stay, and are searched each time."""
 
 
 class Commands(TyperGroup):
@@ -66,6 +69,7 @@ def options(
 
 def main() -> None:
     """The console script."""
+    gc.set_threshold(OBJECTS)
     app()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +31,22 @@ class Held:
     def array(self) -> np.ndarray:
         """A dense constant as an array."""
         return np.ndarray(self.shape, self.dtype, self.data)
+
+
+def forget(array: np.ndarray) -> None:
+    """Give back the memory of a mapped file that an array lies in; what is read of it again comes from the file."""
+    base: object = array
+    while isinstance(base, (np.ndarray, memoryview)):
+        base = base.base if isinstance(base, np.ndarray) else base.obj
+    if not isinstance(base, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED") or not array.flags.c_contiguous:
+        return
+    if array.flags.writeable:  # then it may hold what the file does not
+        return
+    start = array.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
+    first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (start + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if last > first:
+        base.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def aligned(size_bytes: int) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 
 from tensorgraph import registry
 from tensorgraph.backends.cpu.code_cache import CodeCache, default_folder
-from tensorgraph.backends.cpu.constants import Held, aligned
+from tensorgraph.backends.cpu.constants import Held, aligned, forget
 from tensorgraph.backends.cpu.executor import Executor, usable_cores
 from tensorgraph.backends.cpu.group import CpuGroup
 from tensorgraph.backends.cpu.grouping import group_nodes
@@ -156,17 +156,14 @@ class CpuDevice(Device):
         return group_nodes(nodes, graph, context, fuse=options is None or options.fuse)
 
     def upload(self, array: np.ndarray, dtype: DType, *, constant: bool = False, layout: str = "dense") -> Any:
-        if layout != "dense":
-            return pack(array, dtype, layout, self)
-        value = np.asarray(array)
-        if not constant and value.dtype == dtype.numpy:
-            return value
-        if dtype.is_block:
-            value = registry.decoders.get(dtype.name)(value) if value.dtype == np.uint8 else value.astype(np.float32)
-        elif value.dtype != dtype.numpy:
-            value = value.astype(dtype.numpy)
-        if not constant:
-            return np.ascontiguousarray(value)
+        if constant:
+            held = pack(array, dtype, layout, self) if layout != "dense" else self._hold(array, dtype)
+            forget(array)  # weights are held once
+            return held
+        return np.ascontiguousarray(_in_dtype(array, dtype))
+
+    def _hold(self, array: np.ndarray, dtype: DType) -> Held:
+        value = _in_dtype(array, dtype)
         held = aligned(value.nbytes)
         np.ndarray(value.shape, value.dtype, held)[...] = value
         return Held(held, "dense", value.shape, value.dtype)
@@ -232,6 +229,15 @@ class CpuDevice(Device):
             raise _refusal(refused, messages)
         if self.note is not None:
             self.note(calls, dims, seconds, spent_s)
+
+
+def _in_dtype(array: np.ndarray, dtype: DType) -> np.ndarray:
+    """As the CPU holds it: block types as f32."""
+    value = np.asarray(array)
+    if not dtype.is_block:
+        return value if value.dtype == dtype.numpy else value.astype(dtype.numpy)
+    decoded: np.ndarray = registry.decoders.get(dtype.name)(value) if value.dtype == np.uint8 else value.astype(np.float32)
+    return decoded
 
 
 def _refusal(status: Sequence[int], messages: Mapping[int, str]) -> InputError:

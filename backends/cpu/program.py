@@ -12,7 +12,6 @@ from tensorgraph.backends.cpu.constants import Held
 from tensorgraph.backends.cpu.ir import I64, PTR, Int
 from tensorgraph.backends.cpu.kernel import HEADER, MESSAGES, Buffer, Call, Kernel, Ref
 from tensorgraph.backends.cpu.operands import Operand
-from tensorgraph.backends.cpu.replay import Replay
 from tensorgraph.backends.cpu.replay import Given, Replay, prepare
 from tensorgraph.backends.cpu.streams import ClassTable
 from tensorgraph.device import Part, Run, Values

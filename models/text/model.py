@@ -7,7 +7,7 @@ from functools import cached_property
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
@@ -17,7 +17,6 @@ from tensorgraph.dtypes import DType
 from tensorgraph.errors import CannotTrim, InputError
 from tensorgraph.extents import Extents
 from tensorgraph.models.architecture import Model, model_from_gguf
-from tensorgraph.models.text.chat import ChatTemplate
 from tensorgraph.models.text.generation import Generation
 from tensorgraph.models.text.gguf import GGUF
 from tensorgraph.models.text.sampling import Sampler
@@ -25,6 +24,9 @@ from tensorgraph.models.text.tokenizer import Tokenizer
 from tensorgraph.plan import Plan
 from tensorgraph.session import Engine, Session
 from tensorgraph.state_store import StateStore
+
+if TYPE_CHECKING:
+    from tensorgraph.models.text.chat import ChatTemplate
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | np.ndarray | Sequence[Message]
@@ -111,6 +113,8 @@ class TextModel:
     @cached_property
     def chat_template(self) -> ChatTemplate:
         """Raises: FormatError where the file has none."""
+        from tensorgraph.models.text.chat import ChatTemplate  # jinja2 takes as long to import as all of this package
+
         return ChatTemplate.from_gguf(self._metadata)
 
     def session(self, *, context: int | None = None, step_tokens: int = 512) -> TextSession:

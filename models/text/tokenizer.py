@@ -166,8 +166,9 @@ class _GGUFCodec:
 
     def __init__(self, model: ByteLevelBPE | SentencePieceBPE, vocabulary: Vocabulary) -> None:
         self._model, self.space_prefix, self.bytes_of = model, model.space_prefix, model.bytes_of
-        special = (Kind.CONTROL, Kind.UNKNOWN, Kind.USER_DEFINED)
-        self._ids = {token: i for i, token in enumerate(vocabulary.tokens) if token and vocabulary.kinds[i] in special}
+        special = frozenset(kind.value for kind in (Kind.CONTROL, Kind.UNKNOWN, Kind.USER_DEFINED))
+        tokens = vocabulary.tokens
+        self._ids = {tokens[i]: i for i, kind in enumerate(vocabulary.kinds) if kind in special and tokens[i]}
         added = [token for token, i in self._ids.items() if vocabulary.kinds[i] == Kind.USER_DEFINED]
         self._patterns = {False: _any_of(added), True: _any_of(list(self._ids))}
 

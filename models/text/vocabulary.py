@@ -56,7 +56,7 @@ class Vocabulary:
         named = {name: _token_id(metadata, name, len(tokens)) for name in ("bos", "eos", "eot", "eom", "unknown")}
         kinds = [Kind.NORMAL.value] * len(tokens)
         if "tokenizer.ggml.token_type" in metadata:
-            kinds = [int(kind) for kind in numbers(metadata, "tokenizer.ggml.token_type", len(tokens))]
+            kinds = list(map(int, numbers(metadata, "tokenizer.ggml.token_type", len(tokens))))
         else:
             for token_id in named.values():
                 if token_id is not None:
@@ -68,7 +68,8 @@ class Vocabulary:
 
 def end_ids(tokens: Sequence[str], kinds: Sequence[int], named: set[int]) -> frozenset[int]:
     """Every id that ends a generation: those that the metadata names, and special tokens with a known text."""
-    known = {tokens[i]: i for i, kind in enumerate(kinds) if kind != Kind.NORMAL and tokens[i] in _END_TEXTS}
+    normal = Kind.NORMAL.value
+    known = {tokens[i]: i for i, kind in enumerate(kinds) if kind != normal and tokens[i] in _END_TEXTS}
     if "<|return|>" in known:  # gpt-oss ends each message with <|end|>, a turn only with the others
         known.pop("<|end|>", None)
     return frozenset(named | set(known.values()))
@@ -93,7 +94,7 @@ def numbers(metadata: Mapping[str, Any], key: str, count: int) -> list[float]:
     """
     values = _array(metadata, key)
     values = values.tolist() if hasattr(values, "tolist") else list(values)
-    if len(values) != count or not all(type(value) in (int, float) for value in values):
+    if len(values) != count or not set(map(type, values)) <= {int, float}:
         raise FormatError(f'[tokenizer] wanted {count} numbers in "{key}", one per token; got {len(values)} values')
     return values
 

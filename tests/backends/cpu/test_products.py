@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -10,8 +12,12 @@ import pytest
 
 import tensorgraph.ops  # noqa: F401  (registers the block types)
 from tensorgraph.backends.cpu.device import CpuDevice
+from tensorgraph.backends.cpu.emit import Function
+from tensorgraph.backends.cpu.int8 import byte_dot
+from tensorgraph.backends.cpu.ir import I8, I32, PTR
+from tensorgraph.backends.cpu.jit import Jit
 from tensorgraph.backends.cpu.matvec import kind_of
-from tensorgraph.backends.cpu.target import TARGETS, can_run
+from tensorgraph.backends.cpu.target import TARGETS, Target, can_run, host
 from tensorgraph.compiler import CompileOptions, compile
 from tensorgraph.dims import Dim
 from tensorgraph.dtypes import as_dtype
@@ -201,6 +207,40 @@ def test_rows_that_are_not_finite_give_results_that_are_not() -> None:
     finite = np.isfinite(step.run({"b": x})["y"])
     np.testing.assert_array_equal(finite.all(axis=1), [True, False, False, True, True, False, True, True])
     assert not finite[[1, 2, 5]].any()
+
+
+AVX2 = TARGETS["avx2"]
+AVX_VNNI = replace(AVX2, name="avxvnni", features=f"{AVX2.features},+avxvnni", has=AVX2.has | {"avxvnni"})
+FORMS = [(t, t.vector_bytes // 4) for t in (host(), *TARGETS.values(), AVX_VNNI) if can_run(t)] + [(host(), 2)]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("target", "lanes"), FORMS, ids=lambda v: getattr(v, "name", v))
+def test_dot_products_of_bytes(target: Target, lanes: int, bits: int) -> None:
+    """A block of 32 in each lane and an offset, to the last bit; two lanes take the form that needs nothing of the target."""
+    k = Function("kernel", {"codes": PTR, "four": PTR, "y": PTR}, target)
+    at, x, y = k.parameters.values()
+    dot, sums = byte_dot(k, bits, lanes), ()
+    for g in range(8):
+        four = dot.of_four(k.splat(k.load(x + 4 * g, I32), lanes))
+        sums = dot.add(sums, dot.of_codes(k.load(at + 4 * lanes * g, I8.x(4 * lanes))), four)
+    k.store(dot.end(sums, k.const(-70_000, I32.x(lanes))), y)
+    jit = Jit(target, None)
+    run = ctypes.CFUNCTYPE(None, *(ctypes.c_void_p,) * 3)(jit.compile([k.text()])[0])
+    rng, top = np.random.default_rng(7), (1 << bits) - 1
+    for codes in (rng.integers(0, top + 1, (8, lanes, 4), np.uint8), np.full((8, lanes, 4), top, np.uint8)):
+        for row in (rng.integers(-127, 128, (8, 4), np.int8), *(np.full((8, 4), v, np.int8) for v in (127, -127))):
+            got = np.zeros(lanes, np.int32)
+            run(codes.ctypes.data, row.ctypes.data, got.ctypes.data)
+            np.testing.assert_array_equal(got, np.einsum("glb,gb->l", codes.astype(np.int64), row.astype(np.int64)) - 70_000)
+
+
+def test_the_instruction_for_four_bytes_is_used_where_there_is_one() -> None:
+    k = Function("kernel", {"at": PTR}, AVX_VNNI)
+    (at,) = k.parameters.values()
+    dot = byte_dot(k, 8, 8)
+    k.store(dot.end(dot.add((), dot.of_codes(k.load(at, I8.x(32))), dot.of_four(k.load(at, I32.x(8)))), k.load(at, I32.x(8))), at)
+    assert "{vex}" in (text := Jit(AVX_VNNI, None).assembly(k.text())) and "vpdpbusd" in text
 
 
 def test_which_types_are_multiplied_in_int8() -> None:
