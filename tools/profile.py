@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field
-from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol, runtime_checkable
 
 import typer
@@ -125,8 +124,11 @@ class Steps:
 
     @property
     def outside_s(self) -> float:
-        """Seconds of a step outside the native loop, without those for taking times."""
-        return (sum(self.wall_s) - sum(run.spent_s for step in self.runs for run in step)) / len(self.runs)
+        """Seconds of a step outside the native loop, without those for taking times: their median, since one in many prepares
+        those that follow it."""
+        from tensorgraph.tools.bench.cases import median
+
+        return median([wall - sum(run.spent_s for run in step) for wall, step in zip(self.wall_s, self.runs, strict=True)])
 
     @property
     def n_calls(self) -> float:
@@ -210,12 +212,13 @@ def feed(session: TextSession, prefix: SessionSnapshot, steps: Steps, fed: Seque
 
 
 def _middle(found: Sequence[Roofs]) -> Roofs | None:
+    from tensorgraph.tools.bench.cases import median
     from tensorgraph.tools.bench.roofs import Roofs
 
     if not found:
         return None
     dots = [r.dot_gops for r in found if r.dot_gops is not None]
-    return Roofs(median(r.stream_gbs for r in found), median(r.fma_gflops for r in found), median(dots) if dots else None)
+    return Roofs(median([r.stream_gbs for r in found]), median([r.fma_gflops for r in found]), median(dots) if dots else None)
 
 
 def as_object(

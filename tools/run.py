@@ -13,6 +13,7 @@ from tensorgraph.errors import InputError
 from tensorgraph.tools import options
 
 if TYPE_CHECKING:
+    from tensorgraph.device import Device
     from tensorgraph.models.text.generation import Generation
     from tensorgraph.models.text.model import Prompt, TextSession
     from tensorgraph.models.text.sampling import Sampler
@@ -38,7 +39,7 @@ def run(
     kv_type: options.KvType = "f16",
     exact: options.Exact = False,
     as_json: options.Json = False,
-    stats: Annotated[bool, typer.Option("--stats", help="Also print plans, splits, copies, state and arena.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Also print plans, copies, code, threads, state and arena.")] = False,
 ) -> None:
     """Generate text, as it comes; speeds go to stderr.
 
@@ -173,7 +174,37 @@ def statistics(session: TextSession) -> dict[str, Any]:
         "weight_bytes": report.weight_bytes,
         "state_bytes": session.state_bytes,
         "arena_bytes": dict(report.arena_bytes),
+        "native": [found for device in session.engine.devices if (found := _native(device, session))],
     }
+
+
+def _native(device: Device, session: TextSession) -> dict[str, Any]:
+    """Of a device that runs native code: its kernels, its threads, and the calls of a step of one token; else nothing."""
+    from tensorgraph.backends.cpu.device import CpuDevice
+    from tensorgraph.extents import Extents
+    from tensorgraph.tools.plan import step_dims
+
+    if not isinstance(device, CpuDevice):
+        return {}
+    plan, dims = session.plan, step_dims(session.model.model, Extents(context=max(session.length, 1)), 1)
+    active = plan.active(plan.choose(dims))
+    splits = zip(plan.scheduled.splits, plan.groups, strict=True)
+    groups = [g for split, groups in splits if split.device == device.name for g in groups if not active.isdisjoint(g.nodes)]
+    calls = [call for group in groups for call in getattr(group, "calls", ()) if call.guard.holds(dims)]
+    return {
+        "device": device.name,
+        "target": device.target.name,
+        "threads": device.threads,
+        "max_threads": device.code.executor.max_threads,
+        **dataclasses.asdict(device.code.jit.stats),
+        "decode_calls": len(calls),
+    }
+
+
+def _native_text(n: dict[str, Any]) -> str:
+    code = f"{n['compiled']} kernels compiled in {n['compile_s']:.2f} s, {n['from_disk']} from disk"
+    threads = f"threads {n['threads']}" + (f" ({n['max_threads']})" if n["threads"] == options.AUTO else "")
+    return f"{n['device']} for {n['target']}: {code}, {n['decode_calls']} calls in a decode step, {threads}"
 
 
 def _stats_text(s: dict[str, Any]) -> str:
@@ -184,6 +215,7 @@ def _stats_text(s: dict[str, Any]) -> str:
             f"steps {s['steps']} of {s['tokens']} tokens in {s['run_s']:.2f} s",
             f"{s['kernels']} kernels, {s['splits']} splits, {s['copies']} copies of {options.size_text(s['copy_bytes'])}",
             *(f"moved {line}" for line in s["moved"]),
+            *(_native_text(found) for found in s["native"]),
             f"state {options.size_text(s['state_bytes'])}, arena {arena}, weights {options.size_text(s['weight_bytes'])}",
         )
     )

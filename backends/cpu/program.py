@@ -100,7 +100,7 @@ class Program:
         if device.note is None:
             device.run(table, MESSAGES)
         else:
-            device.profile(table, MESSAGES, self._made_calls(self.holds(dims)), dims)
+            device.profile(table, MESSAGES, self.made_calls(dims), dims)
         for output in self.outputs:
             values[output.node] = output.array(device.arena, dims)
 
@@ -125,10 +125,11 @@ class Program:
 
     def table(self, dims: Mapping[str, int]) -> tuple[np.ndarray, list[Call]]:
         """The table that a run of these extents walks, and the calls of its lines."""
-        holds = self.holds(dims)
-        return self._table(holds)[0], self._made_calls(holds)
+        return self._table(self.holds(dims))[0], self.made_calls(dims)
 
-    def _made_calls(self, holds: tuple[bool, ...]) -> list[Call]:
+    def made_calls(self, dims: Mapping[str, int]) -> list[Call]:
+        """The calls that a run of these extents makes."""
+        holds = self.holds(dims)
         if holds not in self._calls_of:
             self._calls_of[holds] = [c for c in self.calls if self._made(c, holds)]
         return self._calls_of[holds]

@@ -13,6 +13,7 @@ import pytest
 
 import tensorgraph.ops  # noqa: F401  (importing registers)
 from tensorgraph import registry
+from tensorgraph.backends.cpu import target as cpu_targets
 from tensorgraph.errors import GraphError, InputError, UnknownNameError
 from tensorgraph.op import Op
 from tensorgraph.tools.conformance import check, coverage
@@ -27,6 +28,7 @@ Array = np.ndarray[Any, Any]
 
 OPS = list(registry.ops)
 BACKENDS = [name for name in registry.backends if name != "reference"] or ["reference"]
+TARGETS = [f"cpu:{name}" for name, target in cpu_targets.TARGETS.items() if cpu_targets.can_run(target)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -37,10 +39,10 @@ def test_op(op: str, backend: str) -> None:
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, *TARGETS])
 @pytest.mark.parametrize("op", OPS)
 def test_op_deeply(op: str, backend: str) -> None:
-    report = check(op, backend, examples=150)
+    report = check(op, backend, examples=60 if backend in TARGETS else 150)
     assert report.ok, str(report)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -37,6 +36,8 @@ def cases(prompts: Sequence[int], generated: Sequence[int], depths: Sequence[int
 
 
 def median(values: Sequence[float]) -> float:
+    import statistics  # which imports much for what the commands' help needs nothing of
+
     return float(statistics.median(values))
 
 
