@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from tensorgraph import registry
+from tensorgraph.dims import Bindings
 from tensorgraph.graph import STRUCTURAL, Node
 from tensorgraph.op import node_bytes
 
@@ -42,6 +43,10 @@ class Group:
         """The values of others that it takes."""
         own = set(self.nodes)
         return tuple(dict.fromkeys(i for n in self.nodes for i in n.inputs if i not in own))
+
+    def kernels(self, dims: Bindings) -> int:
+        """How many kernels compute it in a step of these extents."""
+        return int(any(node.op not in STRUCTURAL for node in self.nodes))
 
     def size_of(self, node: Node) -> int:
         """Bytes that a stored node takes, at the largest extents."""

@@ -111,7 +111,7 @@ class Plan:
         costs = [ops.get(n.op).cost(n, dims) for n in kernels]
         return PlanReport(
             nodes=len(active),
-            kernels=len(kernels),
+            kernels=sum(g.kernels(dims) for split in self.groups for g in split if not computed.isdisjoint(g.nodes)),
             splits=len(self.scheduled.splits),
             copies=sum(n.op == "copy" for n in active),
             copy_bytes=sum(node_bytes(n, dims) for n in active if n.op == "copy"),

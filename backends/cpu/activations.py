@@ -7,8 +7,9 @@ d = max |x| / 127 and codes rounded to nearest, ties to even. A row that is not 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Literal
 
 from tensorgraph.backends.cpu.ir import F32, I8, I32, Int, Value
@@ -19,7 +20,8 @@ BLOCK = 32
 BLOCK_BYTES = 48
 SCALE, SCALED_SUM = 32, 36  # bytes into a block
 START = {8: 40, 128: 44}  # by centre
-_ROUND = 1.5 * 2.0**23  # added to a number below 2^22 it leaves the nearest whole one in the low bits
+_ROUND, _ROUND_BITS = 1.5 * 2.0**23, 0x4B400000  # added to a number below 2^22 it leaves the nearest whole one in the low bits
+_AT_ONCE = 4  # blocks
 Load = Callable[[Value, int], Value]
 """`load(i, lanes)`: elements i to i + lanes - 1 as f32; a scalar where lanes is 1."""
 
@@ -62,30 +64,64 @@ def copy_row(k: Kernel, load: Load, width: int, to: Value) -> None:
 
 def quantise_row(k: Kernel, load: Load, width: int, to: Value) -> None:
     """A row of `width` elements, a multiple of 32, as int8."""
-    lanes = k.lanes
-    with k.loop(0, width // BLOCK) as loop:
-        loop.next()
-        parts = [load(loop.i * BLOCK + i, lanes) for i in range(0, BLOCK, lanes)]
-        quantise_block(k, parts, to + loop.i * BLOCK_BYTES)
+    n_blocks = width // BLOCK
+    whole = n_blocks // _AT_ONCE * _AT_ONCE
+
+    def blocks(first: Value, count: int) -> None:
+        each = [[load(first * BLOCK + i, k.lanes) for i in range(n * BLOCK, n * BLOCK + BLOCK, k.lanes)] for n in range(count)]
+        quantise_blocks(k, each, to + first * BLOCK_BYTES)
+
+    if whole:
+        with k.loop(0, whole, _AT_ONCE) as loop:
+            loop.next()
+            blocks(loop.i, _AT_ONCE)
+    if whole < n_blocks:
+        blocks(k.i64(whole), n_blocks - whole)
 
 
-def quantise_block(k: Kernel, parts: list[Value], to: Value) -> None:
-    """32 elements in vectors of as many lanes each, to a block at an address."""
-    magnitudes = [p.bits_as(I32.x(p.lanes)) & 0x7FFFFFFF for p in parts]
-    most = magnitudes[0]
-    for other in magnitudes[1:]:  # as integers they are ordered alike, NaN last
-        most = k.select(other.gt(most), other, most)
-    amax = k.fold(most, lambda a, b: k.select(b.gt(a), b, a)).bits_as(F32)
+def quantise_blocks(k: Kernel, blocks: Sequence[Sequence[Value]], to: Value) -> None:
+    """Up to 4 blocks of 32 elements, each in vectors of as many lanes, to an address."""
+    given = [*blocks, *[blocks[-1]] * (_AT_ONCE - len(blocks))]
+    whole = I32.x(given[0][0].lanes)
+    magnitudes = [[p.bits_as(whole) & 0x7FFFFFFF for p in parts] for parts in given]
+    amax = _fold_each(k, magnitudes, lambda a, b: k.select(b.gt(a), b, a)).bits_as(F32.x(_AT_ONCE))  # in order, NaN last
     d = amax / 127.0
-    inverse = k.select(d.eq(0.0), k.const(0.0, F32), 1.0 / d)
-    total = None
-    for i, part in enumerate(parts):
-        codes = (part * inverse + _ROUND).bits_as(I32.x(part.lanes)) - 0x4B400000
-        k.store(k.convert(codes, I8), to + i * part.lanes)
-        total = codes if total is None else total + codes
-    assert total is not None
-    n = k.sum(total)
-    k.store(d, to + SCALE)
-    k.store(d * k.convert(n, F32), to + SCALED_SUM)
-    for centre, at in START.items():
-        k.store(n * -centre, to + at)
+    inverse = k.select(d.eq(0.0), k.zero(d.type), 1.0 / d)
+    rounded = []  # codes in the low bits, `_ROUND` in the high ones
+    for n, parts in enumerate(given):
+        by = inverse.shuffle([n] * whole.lanes)
+        rounded.append([(p * by + _ROUND).bits_as(whole) for p in parts])
+        if n < len(blocks):
+            for i, codes in enumerate(rounded[-1]):
+                k.store(k.convert(codes, I8), to + (n * BLOCK_BYTES + i * whole.lanes))
+    total = _fold_each(k, rounded, lambda a, b: a + b) - BLOCK * _ROUND_BITS % (1 << 32)
+    scaled = d * k.convert(total, F32)
+    columns = [v.bits_as(total.type) for v in (d, scaled)] + [total * -centre for centre in START]
+    for n, tail in enumerate(_transposed(columns)[: len(blocks)]):
+        k.store(tail, to + (n * BLOCK_BYTES + SCALE))
+
+
+def _fold_each(k: Kernel, blocks: Sequence[Sequence[Value]], combine: Callable[[Value, Value], Value]) -> Value:
+    """All lanes of each of 4 lists of vectors combined, in any order: 4 lanes."""
+    a, b, c, d = (reduce(combine, parts) for parts in blocks)
+    lanes = range(a.lanes)
+    low, high = ([4 * (i // 4) + i % 4 // 2 + start + a.lanes * (i % 2) for i in lanes] for start in (0, 2))
+    ab, cd = (combine(x.shuffle(low, y), x.shuffle(high, y)) for x, y in ((a, b), (c, d)))  # a b a b
+    first, second = ([4 * (i // 4) + i % 2 + start + a.lanes * (i % 4 // 2) for i in lanes] for start in (0, 2))
+    all_four = combine(ab.shuffle(first, cd), ab.shuffle(second, cd))  # a b c d
+    while all_four.lanes > 4:
+        half = all_four.lanes // 2
+        all_four = combine(all_four.shuffle(range(half)), all_four.shuffle(range(half, 2 * half)))
+    return all_four
+
+
+def _transposed(rows: Sequence[Value]) -> list[Value]:
+    """4 x 4."""
+    a, b, c, d = rows
+    low, high = [0, 4, 1, 5], [2, 6, 3, 7]
+    first, second = [0, 1, 4, 5], [2, 3, 6, 7]
+    found = []
+    for half in (low, high):
+        ab, cd = a.shuffle(half, b), c.shuffle(half, d)
+        found += [ab.shuffle(first, cd), ab.shuffle(second, cd)]
+    return found

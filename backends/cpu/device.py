@@ -15,7 +15,6 @@ from tensorgraph import registry
 from tensorgraph.backends.cpu.code_cache import CodeCache, default_folder
 from tensorgraph.backends.cpu.constants import Held, aligned, forget
 from tensorgraph.backends.cpu.executor import Executor, usable_cores
-from tensorgraph.backends.cpu.group import CpuGroup
 from tensorgraph.backends.cpu.grouping import group_nodes
 from tensorgraph.backends.cpu.jit import Jit
 from tensorgraph.backends.cpu.kernel import Call, Context, Kernel, NodeKernel
@@ -27,6 +26,7 @@ from tensorgraph.device import Device, Part, Run, Values, readers
 from tensorgraph.dtypes import DType
 from tensorgraph.errors import InputError, UnsupportedError
 from tensorgraph.graph import STRUCTURAL, Graph, Node
+from tensorgraph.memory import Group
 from tensorgraph.state import Layout, StateSpec
 
 Threads = int | Literal["auto"]
@@ -135,7 +135,7 @@ class CpuDevice(Device):
         kernel: NodeKernel | None = None if user.op in STRUCTURAL else registry.ops.get(user.op).kernel("cpu")
         return kernel.reads(user, slot) if kernel is not None else ()
 
-    def groups(self, nodes: Sequence[Node], graph: Graph, options: Any) -> Sequence[CpuGroup]:
+    def groups(self, nodes: Sequence[Node], graph: Graph, options: Any) -> Sequence[Group]:
         layouts: Mapping[str, str] = options.layouts if options is not None else {}
         found: dict[Node, str] = {}
 

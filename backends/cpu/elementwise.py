@@ -53,7 +53,7 @@ class ElementwiseKernel(NodeKernel):
         applies: whether a node of the op is computed so.
     """
 
-    formula: Formula
+    formula: Formula = field(kw_only=True)
     operands: Callable[[Node], tuple[Read, ...]] = broadcast_inputs
     applies: Callable[[Node], bool] = lambda node: True
 
@@ -82,7 +82,9 @@ def cpu_formula(
                 return otherwise(node, context)
             return [elementwise_call([node], [node])]
 
-        op.kernels["cpu"] = ElementwiseKernel(calls, supports or applies, formula=formula, operands=operands, applies=applies)
+        op.kernels["cpu"] = ElementwiseKernel(
+            calls, supports or applies, plain=otherwise is None, formula=formula, operands=operands, applies=applies
+        )
         return fn
 
     return declare

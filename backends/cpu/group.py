@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from tensorgraph.backends.cpu.kernel import Buffer, Call
-from tensorgraph.dims import maximum
+from tensorgraph.dims import Bindings, maximum
 from tensorgraph.graph import Node
 from tensorgraph.memory import Group
 from tensorgraph.op import node_bytes
@@ -27,14 +27,38 @@ class CpuGroup(Group):
         refs = (ref.of for call in self.calls for ref in call.operands.values() if ref is not None)
         return tuple(dict.fromkeys(n for n in refs if isinstance(n, Node) and n not in own))
 
+    def kernels(self, dims: Bindings) -> int:
+        return sum(call.guard.holds(dims) for call in self.calls)
+
     def size_of(self, node: Node) -> int:
-        """Block types are held as f32."""
-        if not node.dtype.is_block:
-            return node_bytes(node)
-        n = 4
-        for extent in node.shape:
-            n *= maximum(extent)
-        return n
+        return stored_bytes(node)
+
+
+@dataclass(frozen=True, eq=False)
+class PlainGroup(Group):
+    """A node alone, whose calls are made when they are wanted: a plan of a large model has thousands."""
+
+    make: Callable[[], Sequence[Call]] = tuple
+
+    @cached_property
+    def calls(self) -> tuple[Call, ...]:
+        return tuple(self.make())
+
+    def kernels(self, dims: Bindings) -> int:
+        return sum(call.guard.holds(dims) for call in self.calls)
+
+    def size_of(self, node: Node) -> int:
+        return stored_bytes(node)
+
+
+def stored_bytes(node: Node) -> int:
+    """Bytes of a value in the arena, at the largest extents; block types are held as f32."""
+    if not node.dtype.is_block:
+        return node_bytes(node)
+    n = 4
+    for extent in node.shape:
+        n *= maximum(extent)
+    return n
 
 
 def make_group(nodes: Sequence[Node], stored: Sequence[Node], calls: Sequence[Call]) -> CpuGroup:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from tensorgraph import registry
 from tensorgraph.backends.cpu.chains import chain_group, find_chains
 from tensorgraph.backends.cpu.fusion import Scope, conditions, finders, in_order
-from tensorgraph.backends.cpu.group import CpuGroup, make_group
+from tensorgraph.backends.cpu.group import CpuGroup, PlainGroup, make_group
 from tensorgraph.backends.cpu.kernel import Context, NodeKernel
 from tensorgraph.backends.cpu.state_calls import state_calls
 from tensorgraph.graph import Graph, Node
 from tensorgraph.memory import Group
 
 
-def single(node: Node, context: Context) -> CpuGroup:
+def single(node: Node, context: Context) -> Group:
     """A node by itself."""
     if node.op in ("view", "choose", "copy"):
         return CpuGroup((node,), ())
@@ -22,10 +23,12 @@ def single(node: Node, context: Context) -> CpuGroup:
         dense = context.layout(node) == "dense"
         return make_group((node,), (node,) if dense else (), state_calls(node, context))
     kernel: NodeKernel = registry.ops.get(node.op).kernel("cpu")
+    if kernel.plain:
+        return PlainGroup((node,), (node,), make=partial(kernel.calls, node, context))
     return make_group((node,), (node,), kernel.calls(node, context))
 
 
-def group_nodes(nodes: Sequence[Node], graph: Graph, context: Context, *, fuse: bool) -> list[CpuGroup]:
+def group_nodes(nodes: Sequence[Node], graph: Graph, context: Context, *, fuse: bool) -> list[Group]:
     """Every node of a split in a group, in an order in which they can be computed."""
     if not fuse:
         return [single(node, context) for node in nodes]
@@ -40,13 +43,13 @@ def group_nodes(nodes: Sequence[Node], graph: Graph, context: Context, *, fuse: 
     for chain in find_chains(nodes, graph, conditioned, scope.taken):
         found.append(chain_group(chain, graph))
         scope.taken.update(chain)
-    alone = {n: single(n, context) for n in nodes if n not in scope.taken}
+    alone: dict[Node, Group] = {n: single(n, context) for n in nodes if n not in scope.taken}
     ordered = in_order(_listed(nodes, found, alone), graph)
     while ordered is None:  # two fusions need each other's results: without the last ones
         dropped = found.pop()
         alone |= {n: single(n, context) for n in dropped.nodes}
         ordered = in_order(_listed(nodes, found, alone), graph)
-    return ordered  # type: ignore[return-value]
+    return ordered
 
 
 def _listed(nodes: Sequence[Node], found: Sequence[Group], alone: Mapping[Node, Group]) -> list[Group]:

@@ -200,11 +200,13 @@ class NodeKernel:
         calls: the calls it takes.
         supports: for which nodes.
         reads: the layouts, beside dense, in which it can read a constant or a stream that stands in a slot.
+        plain: whether calls read the node's inputs and need no buffers, so that they are made only when they are wanted.
     """
 
     calls: Calls
     supports: Callable[[Node], bool] = lambda node: True
     reads: Callable[[Node, str], tuple[str, ...]] = _dense_only
+    plain: bool = False
 
 
 def cpu_kernel(
@@ -248,7 +250,7 @@ def cpu_kernel(
                 )
             ]
 
-        op.kernels["cpu"] = NodeKernel(calls, supports)
+        op.kernels["cpu"] = NodeKernel(calls, supports, plain=True)
         return emit
 
     return declare

@@ -23,7 +23,7 @@ def kind_of(dtype: DType, exact: bool) -> Kind:
 
 def tile_dot(k: Kernel, weights: Operand, tile: Int, x: Rows, tiles: int = 1, batch: Int = 0) -> list[list[Value]]:
     """`tiles` adjacent tiles of 16 rows times each row of x: [tile][row], f32 of 16 lanes, a lane for each weight row."""
-    panels = [find_panel(weights, k.i64(tile) + t, batch) for t in range(tiles)]
+    panels = [find_panel(weights, k.i64(tile) + t, batch, tiles) for t in range(tiles)]
     return panel_dot(k, panels, x)
 
 
@@ -40,7 +40,7 @@ def _integer_dot(k: Kernel, panels: Sequence[Panel], x: Rows, ahead_bytes: int) 
     zero = k.zero(F32.x(lanes))
     with k.loop(0, panels[0].n_units, 1, [zero for _ in panels for _ in range(x.count) for _ in parts]) as loop:
         units, block = [p.unit(loop.i) for p in panels], x.address + loop.i * BLOCK_BYTES
-        _prefetch(k, panels, units, ahead_bytes)
+        _prefetch(k, panels, loop.i, ahead_bytes)
         sums = iter(loop.values)
         old = [[[next(sums) for _ in parts] for _ in range(x.count)] for _ in panels]
         new = [[[zero for _ in parts] for _ in range(x.count)] for _ in panels]
@@ -112,7 +112,7 @@ def _float_dot(k: Kernel, panels: Sequence[Panel], x: Rows, ahead_bytes: int) ->
         sums = list(sums)
         units, at = [p.unit(i // form.block) for p in panels], x.address + i * 4
         if n_elements == step:
-            _prefetch(k, panels, units, ahead_bytes, step // form.block)
+            _prefetch(k, panels, i // form.block, ahead_bytes, step // form.block)
         for e in range(n_elements):
             xs = [k.splat(k.load(at + (t * x.row_bytes + 4 * e), F32), lanes) for t in range(x.count)]
             for p, (panel, unit) in enumerate(zip(panels, units, strict=True)):
@@ -140,11 +140,14 @@ def _float_dot(k: Kernel, panels: Sequence[Panel], x: Rows, ahead_bytes: int) ->
     return _joined(k, totals, len(panels), x.count)
 
 
-def _prefetch(k: Kernel, panels: Sequence[Panel], units: Sequence[Value], ahead_bytes: int, n_units: int = 1) -> None:
-    """The lines of as many units, so many bytes on."""
-    for panel, unit in zip(panels, units, strict=True):
+def _prefetch(k: Kernel, panels: Sequence[Panel], unit: Value, ahead_bytes: int, n_units: int = 1) -> None:
+    """The lines of as many units of each panel, so many bytes on; behind its end, of the panel that is read after it."""
+    for panel in panels:
+        at = unit * panel.form.unit_bytes + ahead_bytes
+        if panel.gap_bytes:
+            at = at + k.select(at.lt(panel.size_bytes), k.i64(0), panel.gap_bytes)
         for line in range(0, panel.form.unit_bytes * n_units, LINE):
-            k.prefetch(unit + (ahead_bytes + line))
+            k.prefetch(panel.address + at + line)
 
 
 def _joined(k: Kernel, sums: Sequence[Value], n_panels: int, n_rows: int) -> list[list[Value]]:
