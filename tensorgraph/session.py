@@ -16,7 +16,7 @@ import numpy as np
 
 from tensorgraph.compiler import CompileOptions, PlanCache
 from tensorgraph.decoding import Decoding
-from tensorgraph.device import Device, get_devices, readers
+from tensorgraph.device import Device, get_devices, stream_layouts
 from tensorgraph.dims import Dim
 from tensorgraph.dtypes import DType, as_dtype
 from tensorgraph.errors import FormatError, InputError, StateError
@@ -111,14 +111,8 @@ class Engine:
 
     @cached_property
     def layouts(self) -> dict[str, Layout]:
-        """The streams that are not held as rows, chosen from all that read them; by row where several devices might."""
-        if len(self.devices) > 1:
-            return {}
-        graph, specs = self.model.graph(Extents(), self.kv_dtype), self.model.states()
-        chosen: dict[str, Layout] = {}
-        for name, node in graph.streams.items():
-            chosen[name] = self.devices[0].stream_layout(specs[name], readers(graph, node))
-        return {name: layout for name, layout in chosen.items() if layout != "rows"}
+        """The streams that are not held as rows."""
+        return stream_layouts(self.model.graph(Extents(), self.kv_dtype), self.model.states(), self.devices)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,8 @@ def plan(
     tensorgraph plan config.json --type q8_0 --json
     tensorgraph plan model.gguf --text
     """
-    from tensorgraph.compiler import compile
+    from tensorgraph.compiler import CompileOptions, compile
+    from tensorgraph.device import get_devices, stream_layouts
     from tensorgraph.dtypes import as_dtype
     from tensorgraph.extents import Extents
     from tensorgraph.tools.model_argument import described_model
@@ -57,7 +58,9 @@ def plan(
             raise InputError(f"[plan] wanted --tokens of at most --context a sequence; got {tokens} for {extents.context}")
         began = time.perf_counter()
         with options.working("planning"):
-            planned = compile(described.graph(extents, as_dtype(kv_type)), backend)
+            graph, devices = described.graph(extents, as_dtype(kv_type)), get_devices(backend)
+            layouts = stream_layouts(graph, described.states(), devices)
+            planned = compile(graph, devices, CompileOptions(layouts=layouts))
         plan_s = time.perf_counter() - began
         report = plan_report(described, planned, extents, kv_type)
     report |= {"model": model, "plan_s": plan_s}

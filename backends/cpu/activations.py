@@ -92,8 +92,10 @@ def quantise_blocks(k: Kernel, blocks: Sequence[Sequence[Value]], to: Value) -> 
         by = inverse.shuffle([n] * whole.lanes)
         rounded.append([(p * by + _ROUND).bits_as(whole) for p in parts])
         if n < len(blocks):
-            for i, codes in enumerate(rounded[-1]):
-                k.store(k.convert(codes, I8), to + (n * BLOCK_BYTES + i * whole.lanes))
+            joined = [k.convert(codes, I8).bits_as(I32.x(whole.lanes // 4)) for codes in rounded[-1]]
+            while len(joined) > 1:
+                joined = [k.join(a, b) for a, b in zip(joined[::2], joined[1::2], strict=True)]
+            k.store(joined[0], to + n * BLOCK_BYTES)
     total = _fold_each(k, rounded, lambda a, b: a + b) - BLOCK * _ROUND_BITS % (1 << 32)
     scaled = d * k.convert(total, F32)
     columns = [v.bits_as(total.type) for v in (d, scaled)] + [total * -centre for centre in START]

@@ -42,7 +42,7 @@ class Replay:
                 state: Any = run.state
                 table.fill(state.classes[table.stream_class])
                 numbers.append(table.numbers.copy())
-            self._add(table.numbers, *numbers, len(runs))
+            self._add(table.numbers, numbers[0], numbers[1], len(runs))
         self._table, self._dims = program.table_of(first[1].dims), [run.dims for _, run in runs]
         self._row = program.outputs[0].array(self._device.arena, first[1].dims)[0]
         self._version = self._device.version
@@ -67,7 +67,8 @@ class Replay:
                 device.run(self._table, MESSAGES)
             else:
                 device.profile(self._table, MESSAGES, self._program.made_calls(self._dims[i]), self._dims[i])
-            return self._row.copy()
+            row: np.ndarray = self._row.copy()
+            return row
 
 
 def prepare(program: Program, runs: Sequence[Given], varying: Node) -> Replay | None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,18 +16,19 @@ import numpy as np
 import pytest
 
 from tensorgraph.dtypes import f16
+from tensorgraph.errors import InputError
 from tensorgraph.extents import StepInputs
 from tensorgraph.models.text.gguf import GGUF
 from tensorgraph.models.text.model import load
 from tensorgraph.state_store import StateStore
 from tensorgraph.tools.model_argument import PUBLISHED, published
-from tensorgraph.tools.options import size_text, table
+from tensorgraph.tools.options import size_text, table, thread_count, working
 from tests.layout import ROOT
 from tests.models.tiny import ARCHITECTURES
 from tests.reference import reference_path
 from tests.tools.commands import as_json, gguf, ok, refused, tg
 
-COMMANDS = ("run", "logits", "tokenize", "inspect", "plan")
+COMMANDS = ("run", "logits", "tokenize", "inspect", "plan", "profile")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -52,6 +55,13 @@ def test_threads_reach_blas() -> None:
     env = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["3", "3"]
+
+
+def test_threads_are_a_number_or_auto() -> None:
+    assert [thread_count(text) for text in ("1", "08", "1024", "auto")] == [1, 8, 1024, "auto"]
+    for text in ("", "0", "-1", "1025", "1.5", "Auto", "\u0661", "9" * 5000):
+        with pytest.raises(InputError, match="wanted a number from 1 to 1024, or auto"):
+            thread_count(text)
 
 
 def test_the_version_is_the_packages() -> None:
@@ -125,11 +135,14 @@ def test_every_published_configuration_is_named_in_the_help() -> None:
     assert (len(ratios), ratios.count(0), ratios.count(4), ratios.count(128)) == (43, 2, 21, 20)
 
 
-@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v3.2", "deepseek-v4-flash"])
-def test_a_full_size_model_is_planned_without_weights(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [("deepseek-v3", "reference"), ("deepseek-v3.2", "reference"), ("deepseek-v4-flash", "reference"), ("deepseek-v3", "cpu")],
+)
+def test_a_full_size_model_is_planned_without_weights(name: str, backend: str) -> None:
     """Bytes and operations against counts by hand: every matrix once, and 2 operations a weight and token where it is used."""
     began = time.process_time()
-    found = as_json("plan", name, "--tokens", 512, "--context", 131072)
+    found = as_json("plan", name, "--tokens", 512, "--context", 131072, "--backend", backend)
     assert time.process_time() - began < 5, "reading, building, planning and counting"
     config = json.loads((PUBLISHED / f"{name}.json").read_text())
     experts = config["n_routed_experts"] * 3 * config["moe_intermediate_size"] * config["hidden_size"]
@@ -142,7 +155,7 @@ def test_a_full_size_model_is_planned_without_weights(name: str) -> None:
     assert (prefill["tokens"], decode["tokens"]) == (512, 1)
     active = {"deepseek-v3": 37, "deepseek-v3.2": 37, "deepseek-v4-flash": 13}[name]  # billions of weights a token
     assert decode["flops"] > 2e9 * (active - 2) and prefill["flops"] > 300 * decode["flops"]
-    assert 0 < found["arena_bytes"]["reference"] < 2**31 and found["plan_s"] > 0
+    assert 0 < found["arena_bytes"][backend] < 2**31 and found["plan_s"] > 0
     assert found["splits"] == 1 and found["copies"] == 0
 
 
@@ -156,10 +169,12 @@ def test_the_plan_of_a_file_and_of_its_configuration_are_of_one_shape(architectu
 
 
 def test_a_plan_can_be_printed() -> None:
-    text = ok("plan", gguf("llama"), "--tokens", 8, "--context", 64, "--sequences", 2, "--text")
-    assert text.startswith("plan ") and "split 0 on reference" in text and "flash_attn(" in text
+    given = ("--tokens", 8, "--context", 64, "--sequences", 2, "--text")
+    text = ok("plan", gguf("llama"), *given)
+    assert text.startswith("plan ") and "split 0 on cpu" in text and "flash_attn(" in text
+    assert "split 0 on reference" in ok("plan", gguf("llama"), *given, "--backend", "reference")
     assert "T = 8, S = 64, 2 sequences" in text
-    found = as_json("plan", gguf("llama"), "--tokens", 8, "--context", 64, "--sequences", 2, "--text")
+    found = as_json("plan", gguf("llama"), *given)
     assert [step["dims"] for step in found["steps"]] == [{"T": 8, "O": 2, "S": 128}, {"T": 2, "O": 2, "S": 128}]
     assert found["text"].startswith("plan ")
 
@@ -259,6 +274,22 @@ def test_an_unknown_command_shows_the_usage() -> None:
 )
 def test_sizes_are_readable(n: int, text: str) -> None:
     assert size_text(n) == text
+
+
+def test_what_takes_long_is_said_on_terminals_without_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line is gone afterwards, whatever happened; a file gets nothing."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    before = threading.active_count()
+    for stream, shown in ((Terminal(), "loading ...\r\x1b[K"), (io.StringIO(), "")):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with pytest.raises(KeyError), working("loading"):
+            assert threading.active_count() == before
+            raise KeyError
+        assert stream.getvalue() == shown
 
 
 def test_a_table_aligns_its_columns() -> None:

@@ -18,7 +18,12 @@ EXACT = ("--kv-type", "f32", "--exact")
 
 @pytest.mark.parametrize(
     ("architecture", "options"),
-    [("llama", ()), ("llama", ("--prefill", 64)), ("llama", ("--chunk", 7)), ("deepseek_v4", ("--prefill", 300, "--chunk", 130))],
+    [
+        ("llama", ()),
+        ("llama", ("--prefill", 64, "--threads", 1)),
+        ("llama", ("--chunk", 7, "--backend", "reference", "--threads", "auto")),
+        ("deepseek_v4", ("--prefill", 300, "--chunk", 130)),
+    ],
 )
 def test_logits_are_the_references(architecture: str, options: tuple[object, ...], tmp_path: Path) -> None:
     out = tmp_path / "out.npz"
@@ -29,14 +34,15 @@ def test_logits_are_the_references(architecture: str, options: tuple[object, ...
     assert nmse(written["logits"], reference(architecture)["logits"]) <= 1e-9
 
 
+@pytest.mark.parametrize(("backend", "largest"), [("reference", 1e-20), ("cpu", 1e-11)])
 @pytest.mark.parametrize("architecture", ["llama", "deepseek_v4"])
-def test_a_ragged_batch_is_each_sequence_alone(architecture: str, tmp_path: Path) -> None:
+def test_a_ragged_batch_is_each_sequence_alone(architecture: str, backend: str, largest: float, tmp_path: Path) -> None:
     """Sequences of 70, 37 and 4 tokens: chunks of 16 of the first 40, then one by one until each is at its end."""
     ids = reference(architecture)["input_ids"][:70]
     (tmp_path / "short.json").write_text(json.dumps(ids[30:67].tolist()))
     np.savez(tmp_path / "two.npz", long=ids, tiny=ids[:4])
     names = [f"{tmp_path}/two.npz:long", f"{tmp_path}/short.json", f"{tmp_path}/two.npz:tiny"]
-    options = ("--prefill", 40, "--chunk", 16, *EXACT, "--dump", "blk.1.attn_out")
+    options = ("--prefill", 40, "--chunk", 16, *EXACT, "--dump", "blk.1.attn_out", "--backend", backend)
     given = [part for name in names for part in ("--ids", name)]
     report = as_json("logits", gguf(architecture), *given, *options, "--out", tmp_path / "all.npz")
     together = arrays(tmp_path / "all.npz")
@@ -44,7 +50,7 @@ def test_a_ragged_batch_is_each_sequence_alone(architecture: str, tmp_path: Path
     for i, name in enumerate(names):
         ok("logits", gguf(architecture), "--ids", name, *options, "--out", tmp_path / "one.npz")
         for what, alone in arrays(tmp_path / "one.npz").items():
-            assert len(alone) == (70, 37, 4)[i] and nmse(together[f"{what}_{i}"], alone) <= 1e-20
+            assert len(alone) == (70, 37, 4)[i] and nmse(together[f"{what}_{i}"], alone) <= largest
 
 
 def test_dumped_nodes_are_the_references_rows(tmp_path: Path) -> None:
@@ -63,6 +69,16 @@ def test_the_kv_type_is_the_one_asked_for(tmp_path: Path) -> None:
         ok("logits", gguf("llama"), "--ids", ids, "--kv-type", kv_type, "--out", tmp_path / "out.npz")
         errors[kv_type] = nmse(arrays(tmp_path / "out.npz")["logits"], reference("llama")["logits"])
     assert errors["f32"] < 1e-10 < errors["f16"] < 1e-6 < errors["bf16"] < 1e-3
+
+
+def test_exact_is_what_was_asked_for(tmp_path: Path) -> None:
+    """Quantised weights against their dequantised values: with f32 activations, and with activations in int8."""
+    stored, out = reference("llama", "quant_refs"), tmp_path / "out.npz"
+    ids, errors = reference_path("llama/reference.npz"), []
+    for options in (("--exact",), ()):
+        ok("logits", reference_path("llama/llama-q4_1.gguf"), "--ids", ids, "--kv-type", "f32", *options, "--out", out)
+        errors.append(nmse(arrays(out)["logits"][stored["pos"]], stored["llama-q4_1/deq"]))
+    assert errors[0] <= 1e-9 and 1e-6 < errors[1] < 1e-2
 
 
 def test_json_says_what_was_written(tmp_path: Path) -> None:

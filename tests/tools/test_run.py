@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+from tensorgraph.backends.cpu.executor import usable_cores
 from tensorgraph.models.text.model import TextModel, load
 from tensorgraph.models.text.sampling import Sampler
 from tensorgraph.tools.run import Talk
 from tests.layout import ROOT
+from tests.models.tiny import BACKENDS
 from tests.tools.commands import as_json, gguf, ok, refused, tg
 
 PROMPT = "There is a house in a wood with a river"
@@ -57,18 +59,52 @@ def test_300_tokens_take_at_most_three_plans_and_every_later_step_is_a_hit(archi
     stats = found["stats"]
     assert stats["plans"] == stats["misses"] <= 3 and stats["hits"] == stats["steps"] - stats["misses"]
     assert stats["steps"] == 301 and stats["tokens"] == 340
-    assert stats["state_bytes"] > 0 and stats["arena_bytes"]["reference"] > 0 and stats["weight_bytes"] > 0
+    assert stats["state_bytes"] > 0 and stats["arena_bytes"]["cpu"] > 0 and stats["weight_bytes"] > 0
     assert (stats["splits"], stats["copies"], stats["copy_bytes"], stats["moved"]) == (1, 0, 0, [])
 
 
-def test_statistics_are_lines_on_stderr() -> None:
-    result = tg("run", gguf("llama"), "-p", PROMPT, "-n", 2, "--stats")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_statistics_are_lines_on_stderr(backend: str) -> None:
+    result = tg("run", gguf("llama"), "-p", PROMPT, "-n", 2, "--stats", "--backend", backend, "-t", 1)
     assert result.exit_code == 0
     lines = result.stderr.splitlines()
     assert lines[1].startswith("plans 1: 1 compiled in ") and lines[1].endswith(" 2 cache hits")
     assert lines[2].startswith("steps 3 of 25 tokens in ")
     assert lines[3].endswith(" kernels, 1 splits, 0 copies of 0 B")
-    assert lines[4].startswith("state ") and "arena reference " in lines[4]
+    assert lines[-1].startswith("state ") and f"arena {backend} " in lines[-1]
+    if backend == "cpu":
+        assert lines[4].startswith("cpu for host: ") and lines[4].endswith(" calls in a decode step, threads 1")
+    assert len(lines) == (6 if backend == "cpu" else 5)
+
+
+def test_statistics_of_native_code_are_those_of_a_step() -> None:
+    """The calls of a decode step are as many as the executor walks, and the kernels as many as the compiler was asked for."""
+    counted = []
+    for threads in (1, "auto"):
+        (native,) = as_json("run", gguf("llama"), "-p", PROMPT, "-n", 3, "--stats", "-t", threads)["stats"]["native"]
+        assert (native["device"], native["threads"]) == ("cpu", threads) and native["target"] == "host"
+        assert native["max_threads"] == (1 if threads == 1 else usable_cores())
+        assert native["compiled"] + native["from_disk"] > 0 and native["compile_s"] >= 0
+        counted.append(native["decode_calls"])
+    profiled = as_json("profile", gguf("llama"), "-p", 0, "-n", 1, "--no-roofs")["cases"][0]["calls"]
+    assert counted == [profiled, profiled]
+    assert as_json("run", gguf("llama"), "-p", "x", "-n", 1, "--stats", "--backend", "reference")["stats"]["native"] == []
+
+
+def test_every_option_of_loading_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def recording(path: Any, **given: Any) -> TextModel:
+        asked.append(given)
+        return load(path, **given)
+
+    monkeypatch.setattr("tensorgraph.models.text.model.load", recording)
+    ok("run", gguf("llama"), "-p", "x", "-n", 1)
+    ok("run", gguf("llama"), "-p", "x", "-n", 1, "--exact", "-t", 2, "--kv-type", "f32", "--backend", "reference,cpu")
+    default, chosen = asked
+    assert (default["backend"], default["kv_type"], default["threads"]) == ("cpu", "f16", "auto")
+    assert not default["options"].exact and chosen["options"].exact
+    assert (chosen["backend"], chosen["kv_type"], chosen["threads"]) == ("reference,cpu", "f32", 2)
 
 
 @pytest.fixture
@@ -138,6 +174,9 @@ def test_ctrl_c_ends_the_program_with_130() -> None:
         (("-p", PROMPT, "--kv-type", "wide"), "'wide'"),
         (("-p", PROMPT, "--backend", "abacus"), "'abacus'"),
         (("-p", PROMPT, "--stop", ""), "stop texts"),
+        (("-p", PROMPT, "-t", 0), "wanted a number from 1 to 1024, or auto; got '0'"),
+        (("-p", PROMPT, "--threads", "1025"), "got '1025'"),
+        (("-p", PROMPT, "--threads", "all"), "got 'all'"),
         (("-p", PROMPT, "--system", "Be brief."), "--chat"),
         (("--chat", "-p", "x"), "chat template"),
     ],

@@ -1,0 +1,90 @@
+"""Ops as one Markdown document: a table of contents by family, and a section for each op."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from tensorgraph.tools.op_pages import KINDS, Declared, Runs
+from tensorgraph.tools.options import tolerance_text
+
+HEAD = f"""# Ops
+
+Written by `tensorgraph ops --markdown > docs/ops.md` from the ops' declarations; edit those.
+
+A signature reads `x[..., D]: real, weight[D]?: real -> y[..., D]: x`. A name among the axes has one length throughout,
+`...` and `*NAME` stand for any leading axes, and `?` marks an input that may be left out. Types are a dtype, the name of an
+input or attribute that has the same type, or
+
+{chr(10).join(f"- `{kind}`: {meaning}" for kind, meaning in KINDS.items())}
+
+Backends: *yes* by a kernel of its own, *by expansion* by kernels of the ops it is made of, *partly* for some shapes or types.
+"""
+_LABEL = re.compile(r"^([A-Z][a-z]+):(?= |$)", re.MULTILINE)
+
+
+def document(pages: Sequence[tuple[Declared, Runs]], backends: Sequence[str]) -> str:
+    """The whole document, of ops in order; `backends` are the columns of its tables."""
+    families: dict[str, list[tuple[Declared, Runs]]] = {}
+    for page in pages:
+        families.setdefault(page[0].family, []).append(page)
+    ordered = sorted(families.items())
+    parts = [HEAD, *(_contents(family, its, backends) for family, its in ordered)]
+    for family, its in ordered:
+        parts += [f"## Family {family}\n", *(_section(op, runs) for op, runs in its)]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _contents(family: str, pages: Sequence[tuple[Declared, Runs]], backends: Sequence[str]) -> str:
+    lines = [f"| [{family}](#family-{_anchor(family)}) | | {' | '.join(backends)} |", "|---|---|" + "---|" * len(backends)]
+    for op, runs in pages:
+        cells = (f"[{op.name}](#{_anchor(op.name)})", prose(op.summary), *(runs.backends.get(b, "unknown") for b in backends))
+        lines.append(f"| {' | '.join(cell.replace('|', '\\|') for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _anchor(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def _section(op: Declared, runs: Runs) -> str:
+    parts = [f"### {op.name}", _fenced("\n".join(filter(None, (op.call, op.signature))))]
+    if op.text:
+        parts.append(_LABEL.sub(r"\n**\1:**", prose(op.text)).replace("\n\n\n", "\n\n"))
+    if op.code:
+        parts.append(_fenced(op.code))
+    if op.attributes:
+        rows = [(f"`{a.name}`", a.type, f"`{a.default}`" if a.is_value else a.default, a.allowed) for a in op.attributes]
+        table = ["| attribute | type | default | allowed |", "|---|---|---|---|"]
+        parts.append("\n".join((*table, *(f"| {' | '.join(row)} |" for row in rows))))
+    parts.append("\n".join(f"- {name}: {value}" for name, value in _facts(op, runs)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _facts(op: Declared, runs: Runs) -> Iterator[tuple[str, str]]:
+    if op.in_place:
+        yield "In place", f"the result may lie where {' or '.join(f'`{slot}`' for slot in op.in_place)} does"
+    yield "Tolerance", tolerance_text(op.tolerance)
+    if op.laws:
+        yield "Laws", "; ".join(_law(name, said) for name, said in op.laws.items())
+    if runs.expands_to:
+        yield "Expands to", ", ".join(f"`{name}`" for name in runs.expands_to)
+    if op.lowerings:
+        yield "Lowerings", ", ".join(op.lowerings)
+    if op.source:
+        yield "Source", prose(op.source)
+    yield "Module", f"`{op.module}`" + "".join(f", kernels in `{file}`" for file in runs.kernels)
+
+
+def _law(name: str, said: str) -> str:
+    return f"`{name}`" + (f" ({prose(said).rstrip('.')})" if said else "")
+
+
+def _fenced(code: str) -> str:
+    return f"```python\n{code}\n```"
+
+
+def prose(text: str) -> str:
+    """A docstring as Markdown that shows the same characters."""
+    pieces = re.split(r"(`[^`]*`)", text)
+    return "".join(p if i % 2 else re.sub(r"([*<\\])", r"\\\1", p) for i, p in enumerate(pieces))
