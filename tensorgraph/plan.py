@@ -127,10 +127,16 @@ class Plan:
         lines = [f"plan {self.key}", *(f"  {node_text(n, number)}" for n in given)]
         for i, split in enumerate(self.scheduled.splits):
             lines.append(f"split {i} on {split.device}")
-            for node in split.nodes:
-                buffer = self.memory[split.device].buffers.get(node)
-                at = f" @{buffer.offset}+{buffer.size_bytes}" if buffer else ""
-                lines.append(f"  {node_text(node, number)}{at}")
+            buffers = self.memory[split.device].buffers
+            for group in self.groups[i]:
+                joined = len(group.nodes) > 1
+                if joined:
+                    scratch = "".join(f", {thing} @{buffers[thing].offset}+{n}" for thing, n in group.scratch.items())
+                    lines.append(f"  together{scratch}:")
+                for node in group.nodes:
+                    buffer = buffers.get(node)
+                    at = f" @{buffer.offset}+{buffer.size_bytes}" if buffer else ""
+                    lines.append(f"{'    ' if joined else '  '}{node_text(node, number)}{at}")
         for device, memory in self.memory.items():
             lines.append(f"arena {device}: {memory.peak_bytes} bytes ({memory.total_bytes} without sharing)")
         for node, wanted, got in self.scheduled.moved:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from tensorgraph.tools.op_pages import KINDS, Declared, Runs
-from tensorgraph.tools.options import tolerance_text
+from tensorgraph.tools.op_pages import KINDS, Attribute, Declared, Runs, tolerance_text
 
-HEAD = f"""# Ops
+HEAD = """# Ops
 
 Written by `tensorgraph ops --markdown > docs/ops.md` from the ops' declarations; edit those.
 
@@ -16,10 +15,10 @@ A signature reads `x[..., D]: real, weight[D]?: real -> y[..., D]: x`. A name am
 `...` and `*NAME` stand for any leading axes, and `?` marks an input that may be left out. Types are a dtype, the name of an
 input or attribute that has the same type, or
 
-{chr(10).join(f"- `{kind}`: {meaning}" for kind, meaning in KINDS.items())}
+KINDS
 
 Backends: *yes* by a kernel of its own, *by expansion* by kernels of the ops it is made of, *partly* for some shapes or types.
-"""
+""".replace("KINDS", "\n".join(f"- `{kind}`: {meaning}" for kind, meaning in KINDS.items()))
 _LABEL = re.compile(r"^([A-Z][a-z]+):(?= |$)", re.MULTILINE)
 
 
@@ -39,8 +38,12 @@ def _contents(family: str, pages: Sequence[tuple[Declared, Runs]], backends: Seq
     lines = [f"| [{family}](#family-{_anchor(family)}) | | {' | '.join(backends)} |", "|---|---|" + "---|" * len(backends)]
     for op, runs in pages:
         cells = (f"[{op.name}](#{_anchor(op.name)})", prose(op.summary), *(runs.backends.get(b, "unknown") for b in backends))
-        lines.append(f"| {' | '.join(cell.replace('|', '\\|') for cell in cells)} |")
+        lines.append(_row(cells))
     return "\n".join(lines) + "\n"
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
 
 
 def _anchor(heading: str) -> str:
@@ -48,17 +51,22 @@ def _anchor(heading: str) -> str:
 
 
 def _section(op: Declared, runs: Runs) -> str:
-    parts = [f"### {op.name}", _fenced("\n".join(filter(None, (op.call, op.signature))))]
+    parts = [f"### {op.name}", _fenced("\n".join(filter(None, (op.call, op.signature))), "text")]
     if op.text:
         parts.append(_LABEL.sub(r"\n**\1:**", prose(op.text)).replace("\n\n\n", "\n\n"))
     if op.code:
-        parts.append(_fenced(op.code))
+        parts.append(_fenced(op.code, "python"))
     if op.attributes:
-        rows = [(f"`{a.name}`", a.type, f"`{a.default}`" if a.is_value else a.default, a.allowed) for a in op.attributes]
-        table = ["| attribute | type | default | allowed |", "|---|---|---|---|"]
-        parts.append("\n".join((*table, *(f"| {' | '.join(row)} |" for row in rows))))
+        head = ["| attribute | type | default | allowed |", "|---|---|---|---|"]
+        parts.append("\n".join((*head, *(_row((f"`{a.name}`", a.type, _default(a), a.allowed)) for a in op.attributes))))
     parts.append("\n".join(f"- {name}: {value}" for name, value in _facts(op, runs)))
     return "\n\n".join(parts) + "\n"
+
+
+def _default(attribute: Attribute) -> str:
+    if attribute.default is not None:
+        return f"`{attribute.default}`"
+    return "required" if attribute.required else "follows from the call"
 
 
 def _facts(op: Declared, runs: Runs) -> Iterator[tuple[str, str]]:
@@ -80,8 +88,8 @@ def _law(name: str, said: str) -> str:
     return f"`{name}`" + (f" ({prose(said).rstrip('.')})" if said else "")
 
 
-def _fenced(code: str) -> str:
-    return f"```python\n{code}\n```"
+def _fenced(code: str, language: str) -> str:
+    return f"```{language}\n{code}\n```"
 
 
 def prose(text: str) -> str:

@@ -22,17 +22,16 @@ from tensorgraph.signature import Argument
 from tensorgraph.text import attr_text
 
 KINDS = {"any": "any type", "float": "floats, block types too", "real": "floats", "int": "integers"}
-REQUIRED = "required"
-FOLLOWS = "follows from the call"
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """An attribute of an op; `default` is as one writes it, or why there is none."""
+    """An attribute of an op; one that is not required and has no default follows from the call's other arguments."""
 
     name: str
     type: str
-    default: str
+    required: bool
+    default: str | None  # as one writes it
     allowed: str
 
 
@@ -101,6 +100,10 @@ def declared(op: Op) -> Declared:
         lowerings=tuple(lowering.name for lowering in op.lowerings),
         source=op.source,
     )
+
+
+def tolerance_text(tolerance: float) -> str:
+    return f"an NMSE of {tolerance:g}" if tolerance else "exact: the reference's result, rounded to the result's type"
 
 
 def runs(op: Op, backends: Sequence[str]) -> Runs:
@@ -206,9 +209,9 @@ def _value_text(value: Any) -> str:
 
 def _attribute(op: Op, name: str, attr: Attr) -> Attribute:
     called = {p.name: p.default for p in _parameters(op)}
-    default = called.get(name, FOLLOWS)
-    text = REQUIRED if default is inspect.Parameter.empty else FOLLOWS if name not in called else _value_text(default)
-    return Attribute(name, "dtype" if attr.type is DType else attr.type.__name__, text, _allowed(attr))
+    required = called.get(name) is inspect.Parameter.empty
+    default = None if required or name not in called else _value_text(called[name])
+    return Attribute(name, "dtype" if attr.type is DType else attr.type.__name__, required, default, _allowed(attr))
 
 
 def _allowed(attr: Attr) -> str:

@@ -86,6 +86,8 @@ def profile(
             found, roofs = measure(loaded, wanted, rounds, None if no_roofs else n_threads, say)
             about = {"model": {"name": model, **describe(loaded)}, "backend": backend, "threads": threads, "n_threads": n_threads}
     about |= {"kv_type": kv_type, "exact": exact, "by": by, **machine.describe()}
+    if not all(steps.n_calls for steps in found):
+        raise UnsupportedError(f"[profile] wanted steps that a native loop runs; those of {model} run elsewhere with {backend}")
     tables = [(steps, steps.groups(by, exact)) for steps in found]  # type: ignore[arg-type]
     if as_json:
         typer.echo(json.dumps(as_object(about, tables, roofs, top)))

@@ -135,6 +135,9 @@ class Buffer:
     size_bytes: Extent
     name: str = ""
 
+    def __str__(self) -> str:
+        return self.name
+
 
 @dataclass(frozen=True)
 class Ref:

@@ -12,13 +12,18 @@ from typing import Any
 import pytest
 
 import tensorgraph.models  # noqa: F401  (importing registers the architectures)
+from tensorgraph.backends.cpu.kernel import Context, Kernel
+from tensorgraph.backends.cpu.program import OperandKey, write_kernel
+from tensorgraph.backends.cpu.target import find_target
 from tensorgraph.compiler import CompileOptions, compile
+from tensorgraph.device import get_devices, stream_layouts
 from tensorgraph.dims import Dim
 from tensorgraph.dtypes import f16
 from tensorgraph.extents import Extents
-from tensorgraph.graph import Graph, constant, input
+from tensorgraph.graph import Graph, Node, constant, input
 from tensorgraph.models.architecture import model_from_config
 from tensorgraph.ops import mul, mul_mat, rms_norm, silu
+from tensorgraph.state import StateSpec
 from tests.core.devices import pair
 from tests.reference import reference_path
 
@@ -67,6 +72,28 @@ def compare(name: str, text: str, update: bool) -> None:
     assert wanted == text, "\n".join(["run with --update-golden if this is meant:", *diff])
 
 
+def test_the_text_of_a_plan_with_groups(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    graph = GRAPHS["llama"](tmp_path)
+    layouts = stream_layouts(graph, {name: StateSpec(n.shape[1:]) for name, n in graph.streams.items()}, get_devices("cpu:avx2"))
+    assert layouts == {"blk.0.k": "rows16"}
+    text = str(compile(graph, "cpu:avx2", CompileOptions(layouts=layouts, verify_passes=True)))
+    compare("llama_cpu", stable(text) + "\n", request.config.option.update_golden)
+
+
+def test_the_text_of_a_kernel(request: pytest.FixtureRequest) -> None:
+    rows, one = OperandKey("x", "f16", "dense", (None, None), (None, 1), False), (None,)
+    keys = [rows, OperandKey("weight", "f32", "dense", one, (1,), False), rows._replace(name="y")]
+    names = [key.name for key in keys]
+    emit = rms_norm.kernel("cpu").calls(node_of_rms_norm(), Context(find_target("avx2"), False, lambda n: "dense"))[0].emit
+    text = write_kernel(Kernel(find_target("avx2")), emit, names, keys, {"eps": 1e-6})
+    compare("rms_norm_avx2", text, request.config.option.update_golden)
+
+
+def node_of_rms_norm() -> Node:
+    node: Node = rms_norm(input("x", (3, 8), "f16"), input("w", (8,)), eps=1e-6)
+    return node
+
+
 @pytest.mark.parametrize("name", GRAPHS)
 def test_the_text_of_graphs_and_plans(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     graph = GRAPHS[name](tmp_path)
@@ -77,6 +104,28 @@ def test_the_text_of_graphs_and_plans(name: str, tmp_path: Path, request: pytest
 def test_the_text_of_a_plan_for_two_devices(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     plan = compile(mlp(tmp_path), pair(["silu", "swiglu"]), CompileOptions(placement={"down.*": "reference:1"}))
     compare("two_devices", stable(f"{plan}\n"), request.config.option.update_golden)
+
+
+def test_the_text_of_a_plan_with_groups(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    graph = GRAPHS["llama"](tmp_path)
+    layouts = stream_layouts(graph, {name: StateSpec(n.shape[1:]) for name, n in graph.streams.items()}, get_devices("cpu:avx2"))
+    assert layouts == {"blk.0.k": "rows16"}
+    text = str(compile(graph, "cpu:avx2", CompileOptions(layouts=layouts, verify_passes=True)))
+    compare("llama_cpu", stable(text) + "\n", request.config.option.update_golden)
+
+
+def test_the_text_of_a_kernel(request: pytest.FixtureRequest) -> None:
+    rows, one = OperandKey("x", "f16", "dense", (None, None), (None, 1), False), (None,)
+    keys = [rows, OperandKey("weight", "f32", "dense", one, (1,), False), rows._replace(name="y")]
+    names = [key.name for key in keys]
+    emit = rms_norm.kernel("cpu").calls(node_of_rms_norm(), Context(find_target("avx2"), False, lambda n: "dense"))[0].emit
+    text = write_kernel(Kernel(find_target("avx2")), emit, names, keys, {"eps": 1e-6})
+    compare("rms_norm_avx2", text, request.config.option.update_golden)
+
+
+def node_of_rms_norm() -> Node:
+    node: Node = rms_norm(input("x", (3, 8), "f16"), input("w", (8,)), eps=1e-6)
+    return node
 
 
 @pytest.mark.parametrize("name", GRAPHS)
