@@ -27,6 +27,17 @@ def test_the_graph_example_runs_and_is_short() -> None:
     assert re.search(r"\[mul_mat\] b must be .*64.*got \[T, 63\]", out)
 
 
+def test_the_kernel_example_computes_what_the_reference_does() -> None:
+    check = """
+from tensorgraph.compiler import run_op
+values = np.linspace(-3, 3, 37, dtype=np.float32)
+native, meant = (run_op("snake", values, a=2.0, backend=name) for name in ("cpu", "reference"))
+print("off by", np.abs(native - meant).max())
+"""
+    off = re.search(r"off by (\S+)", run(EXAMPLES[0] + EXAMPLES[2] + check))
+    assert off is not None and 0 <= float(off[1]) < 1e-6
+
+
 def test_the_model_example_generates_text() -> None:
     assert "Paris" in run(EXAMPLES[1])
 

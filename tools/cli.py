@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from tensorgraph import __version__
 from tensorgraph.errors import TensorGraphError
-from tensorgraph.tools import inspect, logits, plan, profile, run, test_ops, tokenize
+from tensorgraph.tools import inspect, logits, ops, plan, profile, run, test_ops, tokenize
 from tensorgraph.tools.bench import command as bench
 
 INTERRUPTED = 130
@@ -47,6 +47,7 @@ app = typer.Typer(
 COMMANDS = (
     *(run.run, logits.logits, tokenize.tokenize, inspect.inspect, plan.plan, bench.bench, profile.profile),
     test_ops.test_ops,
+    ops.ops,
 )
 for command in COMMANDS:
     app.command()(command)

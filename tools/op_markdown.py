@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from tensorgraph.tools.op_pages import KINDS, Attribute, Declared, Runs, tolerance_text
+from tensorgraph.tools.op_pages import KINDS, Declared, Runs, tolerance_text
 
 HEAD = """# Ops
 
@@ -17,7 +17,8 @@ input or attribute that has the same type, or
 
 KINDS
 
-Backends: *yes* by a kernel of its own, *by expansion* by kernels of the ops it is made of, *partly* for some shapes or types.
+Backends run an op by a kernel of its own (*yes*); for all shapes and types, or for those that its kernel does not take, by
+the ops it is made of (*by expansion*); or only for some (*partly*).
 """.replace("KINDS", "\n".join(f"- `{kind}`: {meaning}" for kind, meaning in KINDS.items()))
 _LABEL = re.compile(r"^([A-Z][a-z]+):(?= |$)", re.MULTILINE)
 
@@ -57,16 +58,10 @@ def _section(op: Declared, runs: Runs) -> str:
     if op.code:
         parts.append(_fenced(op.code, "python"))
     if op.attributes:
-        head = ["| attribute | type | default | allowed |", "|---|---|---|---|"]
-        parts.append("\n".join((*head, *(_row((f"`{a.name}`", a.type, _default(a), a.allowed)) for a in op.attributes))))
+        rows = [(f"`{a.name}`", a.type, f"`{a.default}`" if a.default else a.default_text, a.allowed) for a in op.attributes]
+        parts.append("\n".join(("| attribute | type | default | allowed |", "|---|---|---|---|", *map(_row, rows))))
     parts.append("\n".join(f"- {name}: {value}" for name, value in _facts(op, runs)))
     return "\n\n".join(parts) + "\n"
-
-
-def _default(attribute: Attribute) -> str:
-    if attribute.default is not None:
-        return f"`{attribute.default}`"
-    return "required" if attribute.required else "follows from the call"
 
 
 def _facts(op: Declared, runs: Runs) -> Iterator[tuple[str, str]]:
@@ -75,8 +70,8 @@ def _facts(op: Declared, runs: Runs) -> Iterator[tuple[str, str]]:
     yield "Tolerance", tolerance_text(op.tolerance)
     if op.laws:
         yield "Laws", "; ".join(_law(name, said) for name, said in op.laws.items())
-    if runs.expands_to:
-        yield "Expands to", ", ".join(f"`{name}`" for name in runs.expands_to)
+    if op.expansion:
+        yield "Expands to", ", ".join(f"`{name}`" for name in runs.expands_to) or "unknown"
     if op.lowerings:
         yield "Lowerings", ", ".join(op.lowerings)
     if op.source:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
-import importlib
+import importlib.util
 import inspect
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -34,6 +35,10 @@ class Attribute:
     default: str | None  # as one writes it
     allowed: str
 
+    @property
+    def default_text(self) -> str:
+        return self.default or ("required" if self.required else "follows from the call")
+
 
 @dataclass(frozen=True)
 class Declared:
@@ -56,6 +61,7 @@ class Declared:
     in_place: tuple[str, ...]
     tolerance: float
     laws: Mapping[str, str]  # their names and what they say of themselves
+    expansion: bool  # whether it is defined by other ops
     lowerings: tuple[str, ...]
     source: str
 
@@ -75,13 +81,12 @@ class Runs:
 
 def family_of(op: Op) -> str:
     """The folder of an op's module, or the module itself where it stands in none."""
-    return (["", *op.module.split(".")][-2]) or op.module
+    return ["", *op.module.split(".")][-2] or op.module
 
 
 def declared(op: Op) -> Declared:
     """The op as its module declares it."""
-    module = importlib.import_module(op.module)
-    text, code = _text_and_code(op, module)
+    text, code = _text_and_code(op)
     said = text or inspect.getdoc(op.reference_fn) or ""
     return Declared(
         name=op.name,
@@ -97,13 +102,14 @@ def declared(op: Op) -> Declared:
         in_place=tuple(sorted(op.inplace)),
         tolerance=op.tolerance,
         laws={law.__name__: first_sentence(inspect.getdoc(law) or "") for law in op.laws},
+        expansion=op.expansion is not None,
         lowerings=tuple(lowering.name for lowering in op.lowerings),
         source=op.source,
     )
 
 
 def tolerance_text(tolerance: float) -> str:
-    return f"an NMSE of {tolerance:g}" if tolerance else "exact: the reference's result, rounded to the result's type"
+    return f"an NMSE of at most {tolerance:g}" if tolerance else "exact: the reference's result, rounded to the result's type"
 
 
 def runs(op: Op, backends: Sequence[str]) -> Runs:
@@ -129,17 +135,10 @@ def _expansion(op: Op, nodes: Sequence[Node]) -> Iterator[str]:
 
 
 def _kernel_files(op: Op) -> Iterator[str]:
-    file = module_file(op.module)
-    for backend in registry.backends if file else ():
-        beside = file.with_name(f"{file.stem}_{backend}.py")  # type: ignore[union-attr]
-        if beside.is_file():
-            yield beside.name
-
-
-def module_file(name: str) -> Path | None:
-    """The file of a module that is imported, where it has one."""
-    file = getattr(importlib.import_module(name), "__file__", None)
-    return Path(file) if file else None
+    for backend in registry.backends:
+        spec = importlib.util.find_spec(f"{op.module}_{backend}")
+        if spec is not None and spec.origin is not None:
+            yield Path(spec.origin).name
 
 
 # How an op is called.
@@ -154,11 +153,8 @@ def signature_text(op: Op) -> str | None:
 
 
 def argument_text(argument: Argument) -> str:
-    return f"{argument.name}[{axes_text(argument)}]{'?' * argument.optional}: {argument.type}"
-
-
-def axes_text(argument: Argument) -> str:
-    return ", ".join("..." if axis == "*" else axis for axis in argument.axes)
+    axes = ", ".join("..." if axis == "*" else axis for axis in argument.axes)
+    return f"{argument.name}[{axes}]{'?' * argument.optional}: {argument.type}"
 
 
 def _parameters(op: Op) -> list[inspect.Parameter]:
@@ -168,7 +164,8 @@ def _parameters(op: Op) -> list[inspect.Parameter]:
         given = list(inspect.signature(op._prepare).parameters.values())
     else:
         inputs = op.signature.inputs if op.signature else ()
-        given = [inspect.Parameter(a.name, slot, default=None if a.optional else inspect.Parameter.empty) for a in inputs]
+        last = max((i for i, a in enumerate(inputs) if not a.optional), default=-1)  # what comes before it is given, if as None
+        given = [inspect.Parameter(a.name, slot, default=_empty(i <= last, None)) for i, a in enumerate(inputs)]
         given.append(inspect.Parameter("attrs", inspect.Parameter.VAR_KEYWORD))
     found = []
     for parameter in given:
@@ -232,8 +229,8 @@ def first_sentence(text: str) -> str:
 
 
 @cache
-def _parsed(module: ModuleType) -> tuple[str, tuple[ast.stmt, ...]]:
-    """A module's source and its statements; neither where it has none."""
+def _statements(module: ModuleType) -> tuple[str, tuple[ast.stmt, ...]]:
+    """A module's source and its statements; none where it cannot be read."""
     try:
         source = inspect.getsource(module)
     except (OSError, TypeError):
@@ -241,32 +238,36 @@ def _parsed(module: ModuleType) -> tuple[str, tuple[ast.stmt, ...]]:
     return source, tuple(ast.parse(source).body)
 
 
-def _text_and_code(op: Op, module: ModuleType) -> tuple[str, str]:
+def _text_and_code(op: Op) -> tuple[str, str]:
     """The string that follows the op's assignment, and the code that `Declared` describes."""
-    source, statements = _parsed(module)
+    module = sys.modules.get(op.module)
+    source, statements = _statements(module) if module is not None else ("", ())
     for statement, after in zip(statements, (*statements[1:], None), strict=True):
-        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
-        value = getattr(statement, "value", None)
-        if isinstance(value, ast.Call) and any(isinstance(t, ast.Name) and getattr(module, t.id, None) is op for t in targets):
-            text = _string(after)
-            made = not (isinstance(value.func, ast.Name | ast.Attribute) and ast.unparse(value.func).split(".")[-1] == "Op")
-            if made:
-                pieces = [ast.get_source_segment(source, statement) or "", *_functions(op, module, value)]
-                return text, "\n\n\n".join(pieces)
+        match statement:
+            case ast.Assign(targets=[ast.Name(name)], value=ast.Call() as call) if getattr(module, name, None) is op:
+                pass
+            case ast.AnnAssign(target=ast.Name(name), value=ast.Call() as call) if getattr(module, name, None) is op:
+                pass
+            case _:
+                continue
+        text = _string(after)
+        if ast.unparse(call.func).split(".")[-1] == "Op":
             return text, "" if text else _source_of(op.reference_fn)
+        return text, "\n\n\n".join((ast.get_source_segment(source, statement) or "", *_functions(op, module, call)))
     return "", _source_of(op.reference_fn)
 
 
 def _string(statement: ast.stmt | None) -> str:
-    is_text = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
-    value = statement.value.value if is_text else None  # type: ignore[union-attr]
-    return inspect.cleandoc(value) if isinstance(value, str) else ""
+    match statement:
+        case ast.Expr(value=ast.Constant(value=str(text))):
+            return inspect.cleandoc(text)
+    return ""
 
 
-def _functions(op: Op, module: ModuleType, call: ast.Call) -> Iterator[str]:
+def _functions(op: Op, module: ModuleType | None, call: ast.Call) -> Iterator[str]:
     """The sources of the module's functions that a declaration hands over, laws left out."""
-    handed = [n.id for argument in (*call.args, *call.keywords) for n in ast.walk(argument) if isinstance(n, ast.Name)]
-    for name in dict.fromkeys(handed):
+    given = (*call.args, *(keyword.value for keyword in call.keywords))
+    for name in dict.fromkeys(n.id for value in given for n in ast.walk(value) if isinstance(n, ast.Name)):
         function = getattr(module, name, None)
         if isinstance(function, FunctionType) and function.__module__ == op.module and function not in op.laws:
             yield _source_of(function)

@@ -33,8 +33,8 @@ def ops(
 ) -> None:
     """List the ops by family, or describe some of them: call, shapes, types, attributes, meaning, laws, backends.
 
-    All of it is read from the ops' declarations, those of installed plug-ins too. Which backends run an op is asked of
-    them for drawn samples of it.
+    All of it is read from the ops' declarations, those of plugins too; which backends run an op is asked of them for drawn
+    samples of it. In a signature `?` marks an input that may be left out; `float` takes block types, too, `real` does not.
 
     \b
     tensorgraph ops
@@ -45,6 +45,8 @@ def ops(
     """
     import tensorgraph.ops  # noqa: F401  (importing registers)
     from tensorgraph import registry
+    from tensorgraph.tools.conformance.check import hypothesis
+    from tensorgraph.tools.op_markdown import document
     from tensorgraph.tools.op_pages import declared, runs
 
     if names and family:
@@ -54,20 +56,20 @@ def ops(
     chosen = [registry.ops.get(name) for name in dict.fromkeys(names or registry.ops)]
     chosen = chosen if family is None else _of_family(chosen, family)
     described = [declared(op) for op in chosen]
-    if markdown:
-        from tensorgraph.tools.conformance.check import hypothesis
-        from tensorgraph.tools.op_markdown import document
-
-        hypothesis()  # without it no backend could be asked of any op
-        with options.working("asking the backends"):
-            pages = [(d, runs(op, EVERYWHERE)) for d, op in zip(described, chosen, strict=True)]
-        typer.echo(document(pages, EVERYWHERE), nl=False)
-    elif names:
-        with options.working("asking the backends"):
-            pages = [(d, runs(op, list(registry.backends))) for d, op in zip(described, chosen, strict=True)]
-        typer.echo(json.dumps({"ops": [_as_json(*page) for page in pages]}) if as_json else _pages_text(pages, chosen))
-    else:
+    if not names and not markdown:
         typer.echo(json.dumps({"ops": [_as_json(d) for d in described]}) if as_json else _list_text(described))
+        return
+    if markdown:
+        hypothesis()  # without it no backend could be asked of any op
+    backends = EVERYWHERE if markdown else list(registry.backends)
+    with options.working("asking the backends"):
+        pages = [(d, runs(op, backends)) for d, op in zip(described, chosen, strict=True)]
+    if markdown:
+        typer.echo(document(pages, backends), nl=False)
+    elif as_json:
+        typer.echo(json.dumps({"ops": [_as_json(*page) for page in pages]}))
+    else:
+        typer.echo("\n\n\n".join(_page_text(*page) for page in pages))
 
 
 def _of_family(ops: Sequence[Op], family: str) -> list[Op]:
@@ -106,21 +108,30 @@ def _lines(described: Sequence[Declared], width: int) -> Iterator[str]:
         yield f"  {op.short if len(op.short) <= width else '':<{width}}  {op.summary}".rstrip()
 
 
-def _pages_text(pages: Sequence[tuple[Declared, Runs]], ops: Sequence[Op]) -> str:
-    return "\n\n\n".join("\n\n".join(_sections(*page, op)) for page, op in zip(pages, ops, strict=True))
+def _page_text(op: Declared, runs: Runs) -> str:
+    parts = ["\n".join(filter(None, (op.call, op.signature))), op.text, op.code]
+    if op.attributes:
+        rows = [(a.name, a.type, a.default_text, a.allowed) for a in op.attributes]
+        parts.append(options.table([("attribute", "type", "default", "allowed"), *rows], left=4))
+    parts.append(options.table(list(_facts(op, runs)), left=2))
+    return "\n\n".join(filter(None, parts))
 
 
-def _sections(op: Declared, runs: Runs, declaration: Op) -> Iterator[str]:
-    from tensorgraph.tools.op_pages import KINDS, argument_text, axes_text
+def _facts(op: Declared, runs: Runs) -> Iterator[tuple[str, str]]:
+    from tensorgraph.tools.op_pages import tolerance_text
 
-    yield op.call
-    if declaration.signature is not None:
-        rows = []
-        for a in declaration.signature.inputs:
-            kind = KINDS.get(a.type, f"as {a.type}" if a.type.isidentifier() else a.type)
-            rows.append((f"  {a.name}", f"[{axes_text(a)}]", kind + ", may be left out" * a.optional))
-        yield options.table([*rows, ("  ->", f"[{axes_text(declaration.signature.result)}]", declaration.signature.result.type)], 3)
-    if op.text:
-        yield op.text
-    if op.code:
-        yield "\n".join(f"    {line}".rstrip() for line in op.code.splitlines())
+    if op.in_place:
+        yield "in place", f"the result may lie where {' or '.join(op.in_place)} does"
+    yield "tolerance", tolerance_text(op.tolerance)
+    for i, (name, said) in enumerate(op.laws.items()):
+        yield "" if i else "laws", f"{name}: {said}" if said else name
+    if op.expansion:
+        yield "expands to", ", ".join(runs.expands_to) or "unknown"
+    if op.lowerings:
+        yield "lowerings", ", ".join(op.lowerings)
+    if op.source:
+        yield "source", op.source
+    yield "backends", runs.unknown or ", ".join(f"{name}: {how}" for name, how in runs.backends.items())
+    yield "module", op.module
+    if runs.kernels:
+        yield "kernels", ", ".join(runs.kernels)

@@ -122,7 +122,7 @@ def multiply_group(
         for low, high in zip((0, *sizes), sizes, strict=False):
             with k.when(count.gt(low) & count.le(high)):
                 panels = [find_panel(w, tile + i, matrix) for i in range(tiles) for w in weights]
-                sums = panel_dot(k, panels, replace(x, count=high), panels[0].size_bytes * tiles)
+                sums = panel_dot(k, panels, replace(x, count=high), panels[0].size_bytes)
                 for t in range(high):
                     with k.when(k.i64(t).lt(count)):
                         for i in range(tiles):

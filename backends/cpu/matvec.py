@@ -23,12 +23,15 @@ def kind_of(dtype: DType, exact: bool) -> Kind:
 
 def tile_dot(k: Kernel, weights: Operand, tile: Int, x: Rows, tiles: int = 1, batch: Int = 0) -> list[list[Value]]:
     """`tiles` adjacent tiles of 16 rows times each row of x: [tile][row], f32 of 16 lanes, a lane for each weight row."""
-    panels = [find_panel(weights, k.i64(tile) + t, batch, tiles) for t in range(tiles)]
+    panels = [find_panel(weights, k.i64(tile) + t, batch) for t in range(tiles)]
     return panel_dot(k, panels, x)
 
 
 def panel_dot(k: Kernel, panels: Sequence[Panel], x: Rows, ahead_bytes: int = AHEAD_BYTES) -> list[list[Value]]:
-    """Panels of one form and length times each row of x: [panel][row], f32 of 16 lanes; memory is read so many bytes ahead."""
+    """Panels of one form and length times each row of x: [panel][row], f32 of 16 lanes.
+
+    Panels of the same weights are neighbours, and those that follow them are read next: each so many bytes ahead.
+    """
     if x.kind == "int8":
         return _integer_dot(k, panels, x, ahead_bytes)
     return _float_dot(k, panels, x, ahead_bytes)
@@ -141,11 +144,12 @@ def _float_dot(k: Kernel, panels: Sequence[Panel], x: Rows, ahead_bytes: int) ->
 
 
 def _prefetch(k: Kernel, panels: Sequence[Panel], unit: Value, ahead_bytes: int, n_units: int = 1) -> None:
-    """The lines of as many units of each panel, so many bytes on; behind its end, of the panel that is read after it."""
+    """The lines of as many units of each panel, so many bytes on: of the panel that is read after it, behind its end."""
     for panel in panels:
         at = unit * panel.form.unit_bytes + ahead_bytes
-        if panel.gap_bytes:
-            at = at + k.select(at.lt(panel.size_bytes), k.i64(0), panel.gap_bytes)
+        beside = sum(other.weights is panel.weights for other in panels) - 1
+        if beside:  # these are passed over
+            at = at + k.select(at.lt(panel.size_bytes), k.i64(0), beside * panel.size_bytes)
         for line in range(0, panel.form.unit_bytes * n_units, LINE):
             k.prefetch(panel.address + at + line)
 

@@ -103,12 +103,16 @@ def interleaved(dtype: DType) -> Interleaved:
 
 @dataclass(frozen=True)
 class Panel:
-    """16 rows of a matrix: `n_units` units from an address; what is read after it begins `gap_bytes` behind its end."""
+    """16 rows of a matrix: `n_units` units from an address; the next 16 lie behind them.
+
+    Attributes:
+        weights: the address of all rows.
+    """
 
     form: Interleaved
+    weights: Value
     address: Value
     n_units: int
-    gap_bytes: int = 0
 
     @property
     def size_bytes(self) -> int:
@@ -130,18 +134,14 @@ def tile_bytes(weights: Node) -> int:
     return width // form.block * form.unit_bytes
 
 
-def find_panel(weights: Operand, tile: Int, batch: Int = 0, step: int = 1) -> Panel:
-    """Rows `16 tile` to `16 tile + 15` of a matrix in layout r16; `batch` counts matrices over all leading axes.
-
-    Tiles that are read together tell as `step` how many they are.
-    """
+def find_panel(weights: Operand, tile: Int, batch: Int = 0) -> Panel:
+    """Rows `16 tile` to `16 tile + 15` of a matrix in layout r16; `batch` counts matrices over all leading axes."""
     k, form = weights.k, interleaved(weights.dtype)
     rows, width = weights.shape[-2:]
     assert weights.layout == "r16" and isinstance(rows, int) and isinstance(width, int)
     units = width // form.block
     at = k.i64(batch) * n_tiles(rows) + tile if not (isinstance(batch, int) and batch == 0) else k.i64(tile)
-    size_bytes = units * form.unit_bytes
-    return Panel(form, weights.address + at * size_bytes, units, (step - 1) * size_bytes)
+    return Panel(form, weights.address, weights.address + at * (units * form.unit_bytes), units)
 
 
 def load_r16_row(weights: Operand, row: Value, first: Value, lanes: int = ROWS) -> Value:

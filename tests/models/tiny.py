@@ -49,9 +49,7 @@ def model(architecture: str, kind: str = "f32") -> Model:
 
 
 @cache
-def engine(
-    architecture: str, kind: str = "f32", kv_dtype: str = "f32", backend: str = "reference", exact: bool = True
-) -> Engine:
+def engine(architecture: str, kind: str = "f32", kv_dtype: str = "f32", backend: str = "reference", exact: bool = True) -> Engine:
     """One for all tests of a model, so that its plans are made once."""
     return Engine(model(architecture, kind), backend, kv_dtype=kv_dtype, options=CompileOptions(exact=exact))
 
