@@ -9,7 +9,6 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-import networkx as nx
 import numpy as np
 
 from tensorgraph import registry
@@ -359,8 +358,10 @@ class Graph:
         lines += [f"{name}={self.number[node]};" for name, node in (*self.outputs.items(), *(("", n) for n in self.effects))]
         return hashlib.sha256("".join(lines).encode()).hexdigest()[:32]
 
-    def to_networkx(self) -> nx.MultiDiGraph:
-        """The def-use graph, for export and coarse questions; nodes are numbered as `print` numbers them."""
+    def to_networkx(self) -> Any:
+        """The def-use graph as a `networkx.MultiDiGraph`, for export and coarse questions; numbered as `print` does."""
+        import networkx as nx  # takes longer to import than all of the core
+
         graph = nx.MultiDiGraph()
         for node, i in self.number.items():
             graph.add_node(i, op=node.op, name=node.name, shape=shape_text(node.shape), dtype=node.dtype.name)

@@ -325,7 +325,7 @@ class Executable:
             groups = tuple(g for g in self.plan.groups[i] if not active.isdisjoint(g.nodes))
             held, memory = self._constants[device.name], self.plan.memory[device.name]
             part = Part(tuple(n for n in nodes if n.op != "copy"), keep, taken, groups, memory, held, self.plan.options)
-            read = dict.fromkeys(r.base for group in groups for r in group.reads)
+            read = dict.fromkeys([*(r.base for group in groups for r in group.reads), *(n.base for n in keep)])
             needs = tuple((n.attrs["name"], n) for n in read if n.op == "input")
             fixed = {n: held[n] for n in read if n.op == "constant" and device.takes_constants}
             yield device, _after_copies(device, copies, device.compile(part)), fixed, needs

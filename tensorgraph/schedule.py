@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-import networkx as nx
-
 from tensorgraph.device import Device
 from tensorgraph.errors import UnsupportedError
 from tensorgraph.graph import STRUCTURAL, Graph, Node
@@ -126,6 +124,8 @@ def _cut(graph: Graph, device: Mapping[Node, str]) -> tuple[Split, ...]:
     order = [n for n in graph.nodes if n.op not in ("constant", "input")]
     if len({device[n] for n in order}) <= 1:
         return (Split(device[order[0]], tuple(order)),) if order else ()
+    import networkx as nx  # takes longer to import than all of the core
+
     coarse = nx.DiGraph()
     coarse.add_nodes_from(range(len(order)))
     number = {n: i for i, n in enumerate(order)}

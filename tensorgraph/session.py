@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -79,6 +78,7 @@ class Engine:
         self._bound: dict[str, Executable] = {}
         self._ready: dict[tuple[Extents, tuple[str, ...]], tuple[Executable, StepInputs]] = {}
         self._uploaded: dict[tuple[str, str], Any] = {}
+        self._layouts: dict[str, Layout] | None = None
 
     def graph(self, extents: Extents, outputs: tuple[str, ...] = (LOGITS,)) -> Graph:
         """The model's graph with the wanted outputs: `logits` or the names of nodes.
@@ -102,17 +102,18 @@ class Engine:
         if found is not None:
             self.cache.hits += 1
             return found
-        plan = self.cache.get(self.graph(extents, outputs), self.devices, replace(self.options, layouts=self.layouts))
+        plan = self.cache.get(self.graph(extents, outputs), self.devices, replace(self.options, layouts=self.layouts(extents)))
         if plan.key not in self._bound:
             self._bound[plan.key] = plan.bind(self.model.weight, uploaded=self._uploaded)
         executable = self._bound[plan.key]
         self._ready[extents, outputs] = executable, StepInputs(executable.needed)
         return self._ready[extents, outputs]
 
-    @cached_property
-    def layouts(self) -> dict[str, Layout]:
-        """The streams that are not held as rows."""
-        return stream_layouts(self.model.graph(Extents(), self.kv_dtype), self.model.states(), self.devices)
+    def layouts(self, extents: Extents) -> dict[str, Layout]:
+        """The streams that are not held as rows: the same for steps of any extents."""
+        if self._layouts is None:
+            self._layouts = stream_layouts(self.graph(extents), self.model.states(), self.devices)
+        return self._layouts
 
 
 @dataclass(frozen=True)
@@ -150,9 +151,10 @@ class Session:
         self.step_tokens = step_tokens
         if self.context < 1 or step_tokens < 1:
             raise InputError(f"[session] wanted context and step_tokens >= 1; got {self.context}, {step_tokens}")
-        self._store = store or StateStore(engine.model.states(), kv_dtype=engine.kv_dtype, layouts=engine.layouts)
         self._extents: dict[int, Extents] = {}
         self._decoding: Decoding | None = None
+        layouts = engine.layouts(self.extents()) if store is None else None
+        self._store = store or StateStore(engine.model.states(), kv_dtype=engine.kv_dtype, layouts=layouts)
         self._seq: int | None = self._store.new() if seq is None else seq
         self._ids: list[int] = list(ids)  # may run ahead of the state for a moment; `length` says how many count
 

@@ -148,11 +148,11 @@ def cuts(length: int, prefill: int | None, chunk: int | None) -> Iterator[tuple[
 
 
 def shown(steps: list[Any]) -> Iterator[Any]:
-    """The steps, with a bar on stderr where that is a terminal."""
+    """The steps, with a bar on stderr where that is a terminal; no thread moves it (see `options.working`)."""
     if not sys.stderr.isatty():
         yield from steps
         return
     from rich.console import Console
     from rich.progress import track
 
-    yield from track(steps, "evaluating", console=Console(stderr=True), transient=True)
+    yield from track(steps, "evaluating", console=Console(stderr=True), transient=True, auto_refresh=False)

@@ -23,6 +23,8 @@ from tensorgraph.signature import Argument
 from tensorgraph.text import attr_text
 
 KINDS = {"any": "any type", "float": "floats, block types too", "real": "floats", "int": "integers"}
+SAMPLES, FUSED_SAMPLES = 20, 60
+"""Nodes drawn of an op, and of one with an expansion: its kernel may refuse few of them, and the answer is not to be luck."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,9 @@ def runs(op: Op, backends: Sequence[str]) -> Runs:
 
     kernels = tuple(_kernel_files(op))
     try:
-        found = {s.backend: s.how for s in coverage([op.name], backends)}
-        expands_to = tuple(_expansion(op, sample_nodes(op, 20, 0))) if op.expansion is not None else ()
+        samples = SAMPLES if op.expansion is None else FUSED_SAMPLES
+        found = {s.backend: s.how for s in coverage([op.name], backends, samples=samples)}
+        expands_to = tuple(_expansion(op, sample_nodes(op, SAMPLES, 0))) if op.expansion is not None else ()
     except TensorGraphError as error:
         return Runs({}, (), kernels, str(error))
     return Runs(found, expands_to, kernels)
@@ -242,7 +245,7 @@ def _text_and_code(op: Op) -> tuple[str, str]:
     """The string that follows the op's assignment, and the code that `Declared` describes."""
     module = sys.modules.get(op.module)
     source, statements = _statements(module) if module is not None else ("", ())
-    for statement, after in zip(statements, (*statements[1:], None), strict=True):
+    for statement, after in zip(statements, (*statements[1:], None), strict=False):
         match statement:
             case ast.Assign(targets=[ast.Name(name)], value=ast.Call() as call) if getattr(module, name, None) is op:
                 pass

@@ -302,7 +302,7 @@ def _row(group: Group, steps: Steps, roofs: Roofs | None) -> tuple[str, ...]:
         group.label,
         f"{found['calls']:g}",
         f"{found['total_s'] * 1e3:.3f}",
-        f"{found['mean_s'] * 1e6:.1f}",
+        f"{found['mean_s'] * 1e6:.2f}",
         f"{found['share']:.1%}",
         f"{found['size_bytes'] / 1e6:.3f}",
         f"{operations / 1e6:.3f}",

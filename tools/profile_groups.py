@@ -101,7 +101,7 @@ def kernel_name(call: Call) -> str:
         if inner is None:
             return type(emit).__name__
         emit = inner
-    return str(emit.__name__).removeprefix("emit_")
+    return str(emit.__name__).lstrip("_").removeprefix("emit_")
 
 
 def _refs(call: Call) -> Iterator[Ref]:

@@ -21,7 +21,7 @@ from tensorgraph.backends.cpu.kernel import Call, Context, Kernel, NodeKernel
 from tensorgraph.backends.cpu.operands import stored_type
 from tensorgraph.backends.cpu.program import OperandKey, Program, write_kernel
 from tensorgraph.backends.cpu.target import Target, find_target, host
-from tensorgraph.backends.cpu.weights import LAYOUTS, pack
+from tensorgraph.backends.cpu.weights import LAYOUTS, pack, unpack
 from tensorgraph.device import Device, Part, Run, Values, readers
 from tensorgraph.dtypes import DType
 from tensorgraph.errors import InputError, UnsupportedError
@@ -170,7 +170,7 @@ class CpuDevice(Device):
 
     def download(self, value: Any, dtype: DType) -> np.ndarray:
         if isinstance(value, Held):
-            value = value.array()
+            value = value.array() if value.layout == "dense" else unpack(value, dtype, self)
         return np.array(value, np.float32 if dtype.is_block else dtype.numpy, order="C")
 
     def compile(self, part: Part) -> Callable[[Values, Run], None]:

@@ -51,11 +51,19 @@ def plan_tiles(target: Target, dtypes: Sequence[DType], rows: int, width: int) -
     """The pieces of a product of [rows, width] weights of these types, side by side."""
     most_panels, sums = _SUMS[target.vector_bytes]
     per_group = max(1, most_panels // len(dtypes))
+    if target.vector_bytes == 64 and "vnni" not in target.has and any(_has_bytes(d) for d in dtypes):
+        sums //= 2  # each takes two registers then
     n_groups = -(-n_tiles(rows) // per_group)
     group_bytes = sum(width // interleaved(d).block * interleaved(d).unit_bytes for d in dtypes) * per_group
     n_blocks = max(1, -(-n_groups * group_bytes // BLOCK_BYTES))
     groups = max(1, -(-n_groups // n_blocks))
     return Tiling(max(1, -(-n_groups // groups)), groups, n_groups, per_group, max(1, sums // (per_group * len(dtypes))))
+
+
+def _has_bytes(dtype: DType) -> bool:
+    """Whether codes of a type have 8 bits."""
+    codes = interleaved(dtype).codes
+    return codes is not None and codes.bits == 8
 
 
 def multiply(

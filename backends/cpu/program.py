@@ -65,13 +65,12 @@ class Program:
         self.checks: dict[IndexMap, Node] = {}
         self.external: dict[Node, np.ndarray] = {}
         self._streams: dict[str, str] = {}  # stream to the class whose table its kernels read, found out in the first run
-        starts, texts = [], []
+        self._starts: list[int] = []
+        self._kernels: list[tuple[Any, ...]] = []  # of each call, what its kernel is written from
         for call in self.calls:
-            starts.append(len(self._args))
-            texts.append(self._describe(call))
-        self._codes = device.jit_compile(texts)
+            self._starts.append(len(self._args))
+            self._kernels.append(self._describe(call))
         device.require(part.memory.peak_bytes, max((c.scratch_bytes for c in self.calls), default=0))
-        self._starts = starts
         self._guards = list(dict.fromkeys(c.guard for c in self.calls if c.guard.bounds))
         self.holds = compiled_guards(self._guards)
         self._tables: dict[tuple[bool, ...], tuple[np.ndarray, int]] = {}
@@ -81,7 +80,7 @@ class Program:
         self._seen = -1
         self.owner: Replay | None = None  # whose numbers stand in the buffers, if they are not those of a run
         self.class_tables: dict[str, ClassTable] = {}
-        self.outputs = [self._output(n) for n in part.keep if n.op not in ("input", "constant")]
+        self.outputs = [self._output(n) for n in part.keep if n.op not in ("input", "constant") and not self._stays(n)]
 
     # What a run does.
 
@@ -138,13 +137,14 @@ class Program:
         return not call.guard.bounds or holds[self._guards.index(call.guard)]
 
     def _table(self, holds: tuple[bool, ...]) -> tuple[np.ndarray, int]:
-        """The lines of the calls that are made, and their address."""
+        """The lines of the calls that are made, and their address; only the kernels of these are compiled now."""
         base, extents = self.args.ctypes.data, self.extents.ctypes.data
-        rows = [
-            [code, base + 8 * start, extents + 8 * self._place_of[items], call.grain, call.most_chunks, 0, 0, 0]
-            for call, code, start, items in zip(self.calls, self._codes, self._starts, self._items, strict=True)
-            if self._made(call, holds)
-        ]
+        made = [i for i, call in enumerate(self.calls) if self._made(call, holds)]
+        codes = self.device.jit_compile([self.device.kernel_text(*self._kernels[i]) for i in made])
+        rows = []
+        for i, code in zip(made, codes, strict=True):
+            call, items = self.calls[i], extents + 8 * self._place_of[self._items[i]]
+            rows.append([code, base + 8 * self._starts[i], items, call.grain, call.most_chunks, 0, 0, 0])
         lines = np.array(rows, np.int64).reshape(len(rows), 8)
         return lines, int(lines.ctypes.data)
 
@@ -223,15 +223,15 @@ class Program:
 
     # Building.
 
-    def _describe(self, call: Call) -> str:
-        """The text of a call's kernel; its addresses go to the end of the arguments."""
+    def _describe(self, call: Call) -> tuple[Any, ...]:
+        """What a call's kernel is written from; its addresses go to the end of the arguments."""
         self._args += [("status", None), ("scratch", None), ("scratch stride", None)]
         assert len(HEADER) == 3
         keys: list[OperandKey | None] = []
         for name, ref in call.operands.items():
             keys.append(None if ref is None else self._operand(name, ref))
         attrs = tuple(sorted(call.attrs.items()))
-        return self.device.kernel_text(call.emit, tuple(call.operands), tuple(keys), attrs)
+        return call.emit, tuple(call.operands), tuple(keys), attrs
 
     def _operand(self, name: str, ref: Ref) -> OperandKey:
         if isinstance(ref.of, (int, Symbol)):
@@ -297,6 +297,10 @@ class Program:
         if base not in self.external:
             self.external[base] = np.zeros(max(_most_elements(base), 1), np.float32 if dtype.is_block else dtype.numpy)
         return Place("external", base, 0, index_map, "dense", dtype)
+
+    def _stays(self, node: Node) -> bool:
+        """Whether a stream's rows are read where they lie, by later parts too."""
+        return node.op in ("append", "read") and node not in self.part.memory.buffers
 
     def _output(self, node: Node) -> Output:
         """How a node's value is seen after a run."""

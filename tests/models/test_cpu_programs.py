@@ -94,3 +94,23 @@ def test_every_target_with_quantised_weights_exactly(backend: str, kind: str) ->
     stored = tiny.reference("llama", "quant_refs")
     found = evaluate(tiny.engine("llama", kind, backend=backend), "llama")
     assert tiny.nmse(found["logits"][stored["pos"]], stored[f"llama-{kind}/deq"]) <= 1e-9
+
+
+PLACED = [
+    ("cpu,reference", "blk.1.*", "reference"),
+    ("cpu,reference", "*ffn*", "reference"),
+    ("reference,cpu", "blk.0.*", "cpu"),
+    ("cpu,cpu:host", "blk.1.*", "cpu:host"),
+]
+
+
+@pytest.mark.parametrize("architecture", deep_but(*tiny.ARCHITECTURES))
+@pytest.mark.parametrize(("devices", "pattern", "on"), PLACED)
+def test_some_nodes_on_another_device(architecture: str, devices: str, pattern: str, on: str) -> None:
+    """A step is in parts, which read one another's results and the same streams."""
+    options = CompileOptions(exact=True, placement={pattern: on})
+    engine, ids = Engine(tiny.model(architecture), devices, kv_dtype="f32", options=options), tiny.tokens(architecture).tolist()
+    with Session(engine) as session:
+        logits = [session.eval(ids[:-6], all_logits=True), *(session.eval([i], all_logits=True) for i in ids[-6:])]
+        assert len(engine.executable(session.extents()).plan.scheduled.splits) > 1
+    assert tiny.nmse(np.concatenate(logits), tiny.reference(architecture)["logits"]) <= tiny.bound(architecture)

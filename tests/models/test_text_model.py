@@ -258,6 +258,9 @@ def test_a_file_that_is_not_there_or_no_model_is_a_sentence(tmp_path: Any) -> No
     (tmp_path / "bad.gguf").write_bytes(b"GGUF")
     with pytest.raises(FormatError):
         load(tmp_path / "bad.gguf")
+    for threads in (0, -1, "all", 1.5):
+        with pytest.raises(InputError, match='from 1 on, or "auto"; got'):
+            load(reference_path("llama/llama-f32.gguf"), threads=threads)  # type: ignore[arg-type]
     with pytest.raises(UnknownNameError, match="Known: .*reference"):
         load(reference_path("llama/llama-f32.gguf"), backend="abacus")
 

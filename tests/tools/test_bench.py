@@ -8,20 +8,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from tensorgraph.models.text.model import load
 from tensorgraph.session import Session
-from tensorgraph.tools.bench import command, machine, peer, roofs
-from tensorgraph.tools.bench.cases import Case, cases, deviation, median
+from tensorgraph.tools.bench import command
+from tensorgraph.tools.bench.cases import Case
 from tensorgraph.tools.bench.ours import Ours
-from tensorgraph.tools.bench.roofs import CHAINS, Roofs
-from tensorgraph.tools.bench.rounds import Contest, Figures, Round
+from tensorgraph.tools.bench.roofs import Roofs
 from tests.layout import ROOT
 from tests.tools.commands import as_json, gguf, ok, refused, tg
 
@@ -109,97 +106,6 @@ class FakePeer:
 
     def notes(self, key: str) -> list[dict[str, Any]]:
         return [note for note in map(json.loads, self.log.read_text().splitlines()) if key in note]
-
-
-def test_cases_are_all_combinations_by_depth() -> None:
-    assert [str(c) for c in cases([512, 0], [128], [0, 1024, 0])] == ["pp512", "tg128", "pp512 @ d1024", "tg128 @ d1024"]
-    assert cases([0], [0], [5]) == [] and Case("tg", 3, 5).end == 8
-
-
-def test_medians_and_deviations() -> None:
-    assert (median([3.0, 1.0, 10.0]), deviation([3.0, 1.0, 10.0])) == (3.0, 2.0)
-    assert (median([1.0, 2.0]), deviation([1.0, 2.0]), deviation([4.0])) == (1.5, 0.5, 0.0)
-
-
-def test_figures_are_medians_over_rounds() -> None:
-    """The ratio and the fraction are of each round, then the median: not ratios of medians."""
-    now = [{2: Roofs(gbs, 1.0, None)} for gbs in (1.0, 4.0, 1.0)]
-    f = Figures(Case("tg", 8), ours_s=[1.0, 2.0, 4.0], peer_s=[4.0, 2.0, 2.0], roofs=now)
-    assert f.ours_rates == [8.0, 4.0, 2.0] and f.peer_rates == [2.0, 4.0, 4.0]
-    assert f.ratio == 1.0  # of 4, 1, 0.5
-    assert f.roof_fraction(1e8, 2) == pytest.approx(0.2)  # of 0.8, 0.1, 0.2
-    assert Figures(Case("tg", 8), ours_s=[1.0]).ratio is None
-
-
-class Recorder:
-    """A side that writes down what it is asked; `fails_at` is the number of the request that it cannot do."""
-
-    def __init__(self, name: str, log: list[Any], seconds: float, fails_at: int = 99) -> None:
-        self.name, self.log, self.seconds, self.left = name, log, seconds, fails_at
-
-    def _note(self, *what: Any) -> None:
-        self.left -= 1
-        if self.left < 0:
-            raise LookupError(f"{self.name} is gone")
-        self.log.append((self.name, *what))
-
-    def begin(self, ids: Sequence[int]) -> None:
-        self._note("begin", list(ids))
-
-    def warm_up(self, kind: str, ids: Sequence[int]) -> str:
-        self._note("warm_up", kind, list(ids))
-        return f"{self.name}'s way"
-
-    def run(self, kind: str, ids: Sequence[int]) -> Round:
-        self._note("run", kind, list(ids))
-        return Round(self.seconds, self.name == "ours")
-
-
-def contest(log: list[Any], fails_at: int = 99) -> tuple[list[Figures], list[Exception]]:
-    lost: list[Exception] = []
-
-    def measured() -> Mapping[int, Roofs]:
-        log.append("roofs")
-        return MEASURED
-
-    both = Contest(Recorder("ours", log, 0.5), Recorder("peer", log, 2.0, fails_at), lost=LookupError, lose=lost.append)
-    wanted = [Case("pp", 2), Case("tg", 1), Case("pp", 2, 3)]
-    return both.run_cases(wanted, range(10, 20), 2, roofs=measured, say=lambda text: None), lost
-
-
-def test_rounds_alternate() -> None:
-    log: list[Any] = []
-    figures, lost = contest(log)
-    assert log[:6] == [
-        ("ours", "begin", []), ("peer", "begin", []),
-        ("ours", "warm_up", "pp", [10, 11]), ("peer", "warm_up", "pp", [10, 11]),
-        ("ours", "warm_up", "tg", [10]), ("peer", "warm_up", "tg", [10]),
-    ]  # fmt: skip
-    first = [(side, "run", *what) for what in (("pp", [10, 11]), ("tg", [10])) for side in ("ours", "peer")]
-    second = [first[1], first[0], first[3], first[2]]
-    assert log[6:16] == ["roofs", *first, "roofs", *second]
-    deep = [("ours", "run", "pp", [13, 14]), ("peer", "run", "pp", [13, 14])]
-    assert log[16:18] == [("ours", "begin", [10, 11, 12]), ("peer", "begin", [10, 11, 12])]
-    assert log[20:] == ["roofs", *deep, "roofs", *reversed(deep)]
-    assert not lost
-    for f in figures:
-        assert (f.ours_s, f.peer_s, f.ratio, f.peer_setting) == ([0.5, 0.5], [2.0, 2.0], 4.0, "peer's way")
-        assert f.roofs == [MEASURED, MEASURED] and f.ours_quiet and not f.peer_quiet
-
-
-@pytest.mark.parametrize("fails_at", [0, 2, 3, 4, 5, 8])
-def test_without_its_peer_ours_goes_on(fails_at: int) -> None:
-    figures, lost = contest([], fails_at)
-    assert [str(error) for error in lost] == ["peer is gone"]
-    assert all(len(f.ours_s) == 2 for f in figures)
-    assert sum(len(f.peer_s) for f in figures) == {0: 0, 2: 0, 3: 0, 4: 1, 5: 2, 8: 4}[fails_at]
-
-
-def test_an_error_of_ours_is_an_error() -> None:
-    with pytest.raises(LookupError, match="ours is gone"):
-        Contest(Recorder("ours", [], 1.0, 0), None, lost=LookupError).run_cases(
-            [Case("pp", 1)], [1], 1, roofs=lambda: MEASURED, say=lambda text: None
-        )
 
 
 @pytest.fixture
@@ -427,82 +333,3 @@ def test_progress_is_for_terminals(capsys: pytest.CaptureFixture[str]) -> None:
     with command.progress() as say:
         say("round 1")
     assert capsys.readouterr() == ("", "")
-
-
-class Clock:
-    """A processor that is busy until `busy_until`."""
-
-    def __init__(self, busy_until: float) -> None:
-        self.now, self.busy_until = 0.0, busy_until
-
-    def monotonic(self) -> float:
-        return self.now
-
-    perf_counter = monotonic
-
-    def process_time(self) -> float:
-        return min(self.now, self.busy_until)
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-
-@pytest.mark.parametrize(("busy_until", "quiet", "waited"), [(0.0, True, 0.25), (0.6, True, 1.0), (99.0, False, 1.25)])
-def test_waiting_until_threads_sleep(busy_until: float, quiet: bool, waited: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(busy_until)
-    monkeypatch.setattr(peer, "time", clock)
-    assert (peer.wait_until_quiet(limit_s=1.0, step_s=0.25), clock.now) == (quiet, waited)
-
-
-def test_a_rate_is_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(0.0)
-    monkeypatch.setattr(roofs, "time", clock)
-
-    def work() -> int:
-        clock.sleep(0.25)
-        return 3
-
-    assert roofs.rate([work], 1.0) == 12.0
-
-
-@pytest.fixture(scope="module")
-def kernels() -> Iterator[Any]:
-    yield roofs._kernels()
-
-
-def test_the_stream_kernel_reads_every_word(kernels: Any) -> None:
-    words = np.random.default_rng(0).integers(0, 1 << 63, 5 * kernels.step_bytes // 8, np.uint64)
-    assert kernels.stream(words.ctypes.data, words.nbytes) % (1 << 64) == int(words.sum())
-    for i in (0, len(words) - 1, len(words) // 2):
-        words[i] += np.uint64(1)
-        assert kernels.stream(words.ctypes.data, words.nbytes) % (1 << 64) == int(words.sum())
-
-
-@pytest.mark.parametrize("turns", [1, 2, 7])
-def test_the_fma_kernel_does_every_operation(kernels: Any, turns: int) -> None:
-    sums = np.arange(CHAINS, dtype=np.float64)
-    for _ in range(turns):
-        sums = 0.5 * sums + 1
-    lanes = kernels.fma_operations // (2 * CHAINS)
-    assert kernels.fma(turns) == pytest.approx(lanes * sums.sum(), rel=1e-6)
-
-
-@pytest.mark.parametrize("turns", [1, 2, 7])
-def test_the_dot_kernel_does_every_operation(kernels: Any, turns: int) -> None:
-    """Each int32 sum gains 3 times the sum of its own four bytes; as x86 has it the bytes are unsigned, on ARM signed."""
-    if kernels.dot is None:
-        assert roofs.dot_step(roofs.host()) is None
-        return
-    signed = roofs.host().family == "aarch64"
-    lanes = kernels.dot_operations // (2 * CHAINS * 4)
-    sums = np.arange(CHAINS, dtype=np.int32)
-    for _ in range(turns):
-        sums = sums + 3 * sums.view(np.int8 if signed else np.uint8).reshape(-1, 4).sum(-1, dtype=np.int32)
-    assert kernels.dot(turns) == lanes * int(sums.sum())
-
-
-def test_every_thread_has_its_part_and_every_roof_is_measured() -> None:
-    for threads in (1, 3):
-        found = roofs.measure(threads, 0.0)
-        assert min(found.stream_gbs, found.fma_gflops, found.dot_gops or 1.0) > 0
-    assert machine.cores() >= 1 and machine.l3_bytes() >= 0 and machine.describe()["machine"]["processor"]

@@ -28,10 +28,11 @@ from tests.models.tiny import ARCHITECTURES
 from tests.reference import reference_path
 from tests.tools.commands import as_json, gguf, ok, refused, tg
 
-COMMANDS = ("run", "logits", "tokenize", "inspect", "plan", "profile")
+COMMANDS = ("run", "logits", "tokenize", "inspect", "plan", "bench", "profile")
+WITHOUT_MODEL = ("test-ops", "ops")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", (*COMMANDS, *WITHOUT_MODEL))
 def test_help_has_a_sentence_examples_and_every_option(command: str) -> None:
     text = ok(command, "--help")
     assert f"tensorgraph {command} " in text and "--json" in text

@@ -141,9 +141,9 @@ def test_times_are_means_of_steps(block: dict[str, Node]) -> None:
     assert lines[4] == "a step: 5.000 ms = 4.000 ms inside the native loop, 1.000 ms outside"
     assert lines[6].split()[:4] == ["op", "calls", "ms", "a"] and lines[6].endswith("of roof")
     n_bytes = 96 * 64 // 32 * 34 + 2 * (64 + 96) * 4
-    row = ["product:", "mul_mat", "1", "3.000", "3000.0", "75.0%", f"{n_bytes / 1e6:.3f}", "0.025", "0.0", "0.0", "0%", "read"]
+    row = ["product:", "mul_mat", "1", "3.000", "3000.00", "75.0%", f"{n_bytes / 1e6:.3f}", "0.025", "0.0", "0.0", "0%", "read"]
     assert lines[7].split() == row
-    assert lines[8].split()[:5] == ["1", "others", "1", "1.000", "1000.0"] and lines[9].split()[:3] == ["all", "2", "4.000"]
+    assert lines[8].split()[:5] == ["1", "others", "1", "1.000", "1000.00"] and lines[9].split()[:3] == ["all", "2", "4.000"]
 
 
 @pytest.mark.parametrize("by", ["op", "layer", "kernel", "step"])
@@ -239,6 +239,13 @@ def test_what_cannot_be_profiled_is_a_sentence() -> None:
     assert "the context of" in refused("profile", gguf("llama"), "-d", 10**6)
     assert "there is no file" in refused("profile", "none.gguf")
     assert "'abacus'" in refused("profile", gguf("llama"), "--backend", "abacus")
+
+
+def test_of_several_backends_those_with_a_native_loop_are_profiled() -> None:
+    (case,) = as_json("profile", gguf("llama"), *QUICK, "-p", 0, "--backend", "cpu,reference")["cases"]
+    (alone,) = as_json("profile", gguf("llama"), *QUICK, "-p", 0)["cases"]
+    work = [sum(g["flops"] for g in c["groups"]) for c in (case, alone)]
+    assert work[0] == pytest.approx(work[1], rel=0.05)
 
 
 def test_json_is_all_there_is() -> None:

@@ -142,3 +142,13 @@ def test_it_is_listed_and_covered(share: Op) -> None:
     assert (coverage["cpu"]["how"], coverage["reference"]["how"]) == ("yes", "yes")
     (result,) = as_json("test-ops", "--op", "user_share", "--backend", "cpu", "--examples", 10)["results"]
     assert result["ok"] and result["cases"] == 10
+
+
+def test_it_has_a_page(share: Op) -> None:
+    (page,) = as_json("ops", "user_share")["ops"]
+    assert (page["family"], page["module"], page["call"]) == ("user_family", "user_family.share", "user_share(x, w=None, *, a)")
+    assert page["signature"] == "x[..., D]: float, w[D]?: real -> y[..., D]: x" and page["summary"] == "its author"
+    assert page["code"].startswith("@share.reference\ndef reference(") and page["laws"] == {"is_at_most_one": ""}
+    assert page["backends"] == {"cpu": "yes", "reference": "yes"} and page["kernels"] == ["share_cpu.py"]
+    assert "\nuser_family\n  user_share(x, w=None, *, a) " in ok("ops")
+    assert "### user_share\n" in ok("ops", "--markdown", "user_share")
