@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 
 from tensorgraph.backends.cpu.kernel import Context
 from tensorgraph.graph import Graph, Node
@@ -48,6 +48,24 @@ class Scope:
                 return tuple(passed) if alone and user not in self.taken and self.condition.get(user) == condition else ()
             node = user
         return ()
+
+    @cached_property
+    def place(self) -> dict[Node, int]:
+        return {node: i for i, node in enumerate(self.nodes)}
+
+    def needs(self, value: Node, any_of: Collection[Node]) -> bool:
+        """Whether a value is one of these nodes of the split, or computed from one."""
+        first = min(self.place[node] for node in any_of)
+        seen: set[Node] = set()
+        stack = [value]
+        while stack:
+            node = stack.pop()
+            if node in any_of:
+                return True
+            if node not in seen and self.place.get(node, -1) > first:
+                seen.add(node)
+                stack.extend(node.inputs)
+        return False
 
 
 Finder = Callable[[Scope], Iterable[Group]]

@@ -104,7 +104,7 @@ def _chains(scope: Scope, products: list[Node]) -> Iterator[Chain]:
         gated = _gate(scope, node, follower[-1], mine - done) if follower else None
         chain = gated or Chain(node, Part(_rows(node)), [node], {"w": Ref(node.inputs[0], "r16", known=True)})
         done.update(chain.nodes)
-        _extend(scope, chain)
+        _extend(scope, chain, mine)
         yield chain
 
 
@@ -130,10 +130,12 @@ def _gate(scope: Scope, node: Node, unit: Node, mine: set[Node]) -> Chain | None
     return Chain(node, part, [a, b, unit], refs)
 
 
-def _extend(scope: Scope, chain: Chain) -> None:
-    """Bias, rotation, residual and append, in that order, as far as they follow."""
+def _extend(scope: Scope, chain: Chain, together: set[Node]) -> None:
+    """Bias, rotation, residual and append, in that order, as far as they follow and need no other of the products."""
     while not chain.part.stream and (follower := scope.sole_user(chain.result)):
         *_, taken, user = chain.result, *follower
+        if any(scope.needs(i, together) for i in user.inputs if i is not taken):
+            return
         found = (
             _bias(chain, user, taken)
             or _turn(chain, user, taken)

@@ -106,28 +106,6 @@ def test_the_text_of_a_plan_for_two_devices(tmp_path: Path, request: pytest.Fixt
     compare("two_devices", stable(f"{plan}\n"), request.config.option.update_golden)
 
 
-def test_the_text_of_a_plan_with_groups(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    graph = GRAPHS["llama"](tmp_path)
-    layouts = stream_layouts(graph, {name: StateSpec(n.shape[1:]) for name, n in graph.streams.items()}, get_devices("cpu:avx2"))
-    assert layouts == {"blk.0.k": "rows16"}
-    text = str(compile(graph, "cpu:avx2", CompileOptions(layouts=layouts, verify_passes=True)))
-    compare("llama_cpu", stable(text) + "\n", request.config.option.update_golden)
-
-
-def test_the_text_of_a_kernel(request: pytest.FixtureRequest) -> None:
-    rows, one = OperandKey("x", "f16", "dense", (None, None), (None, 1), False), (None,)
-    keys = [rows, OperandKey("weight", "f32", "dense", one, (1,), False), rows._replace(name="y")]
-    names = [key.name for key in keys]
-    emit = rms_norm.kernel("cpu").calls(node_of_rms_norm(), Context(find_target("avx2"), False, lambda n: "dense"))[0].emit
-    text = write_kernel(Kernel(find_target("avx2")), emit, names, keys, {"eps": 1e-6})
-    compare("rms_norm_avx2", text, request.config.option.update_golden)
-
-
-def node_of_rms_norm() -> Node:
-    node: Node = rms_norm(input("x", (3, 8), "f16"), input("w", (8,)), eps=1e-6)
-    return node
-
-
 @pytest.mark.parametrize("name", GRAPHS)
 def test_the_text_does_not_depend_on_the_process(name: str, tmp_path: Path) -> None:
     """Built twice, printed twice the same, and with one key: no address, no order of a set."""
