@@ -296,7 +296,7 @@ def beginning_of_text() -> None:
 def window_of_llama() -> None:
     from tests.models.test_sessions import test_a_window_forgets_what_is_beyond_it
 
-    test_a_window_forgets_what_is_beyond_it()
+    test_a_window_forgets_what_is_beyond_it("reference")
 
 
 def repeated_matrices() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.abc
+import inspect
 import json
 import os
 import signal
@@ -82,7 +83,8 @@ def find(check: str) -> Callable[[], None]:
     """A check by its name: `function`, or `module:function:argument:...` with arguments that are numbers or words."""
     module, function, *arguments = check.split(":") if ":" in check else ("tests.models.planted_checks", check)
     found: Callable[..., None] = getattr(importlib.import_module(module), function)
-    return lambda: found(*(int(a) if a.isdigit() else a for a in arguments))
+    backend = ("reference",) if "backend" in inspect.signature(found).parameters else ()  # mistakes are planted in definitions
+    return lambda: found(*backend, *(int(a) if a.isdigit() else a for a in arguments))
 
 
 def outcome(check: str, planter: Planter | None) -> dict[str, str]:

@@ -14,7 +14,7 @@ import tensorgraph.ops  # noqa: F401  (importing registers)
 from tensorgraph.compiler import CompileOptions, compile
 from tensorgraph.dtypes import as_dtype
 from tensorgraph.errors import CannotTrim
-from tensorgraph.extents import Extents, step_inputs
+from tensorgraph.extents import Extents, StepInputs
 from tensorgraph.graph import Graph, Node, append, input
 from tensorgraph.ops.attention import Segment, flash_attn
 from tensorgraph.plan import Executable
@@ -70,7 +70,7 @@ class Attention:
         return found
 
     def graph(self) -> Graph:
-        """Inputs: `q` [T, H, Dk], `new.STREAM` [N, *row], `ids.NAME` [T, n_ids], `sinks` [H], and those of `step_inputs`."""
+        """Inputs: `q` [T, H, Dk], `new.STREAM` [N, *row], `ids.NAME` [T, n_ids], `sinks` [H], and those of `StepInputs`."""
         n_tokens, specs = EXTENTS.new_tokens, self.specs
         segments = []
         for stream in self.streams:
@@ -103,7 +103,7 @@ class Attention:
         """Random inputs of a step, and its extents. Listed rows are any of the batch, some twice, some places empty."""
         n_tokens = len(step.positions)
         names = [name for name in executable(self, "reference").plan.graph.inputs if name.split(".")[0] in GIVEN]
-        given, dims = step_inputs(step, np.zeros(n_tokens, np.int32), np.zeros(0, np.int32), names)
+        given, dims = StepInputs(names)(step, np.zeros(n_tokens, np.int32), np.zeros(0, np.int32))
         given["q"] = rng.standard_normal((n_tokens, self.heads, self.d_k), np.float32) * 2
         if self.sinks:
             given["sinks"] = rng.standard_normal(self.heads, np.float32)

@@ -35,7 +35,7 @@ COMPRESSION = (
     ),
     Mistake("the output is rotated on", _V4, "**rotation, inverse=True)", "**rotation, inverse=False)", "v4"),
     Mistake("the output is not rotated back", _V4, "o = rope(o, g.positions, **rotation, inverse=True)", "o = o", "v4"),
-    Mistake("the inverse is no inverse", _ROPE, "        sin = -sin", "        sin = sin", "v4"),
+    Mistake("the inverse is no inverse", _ROPE, "-sin if inverse else sin", "sin if inverse else sin", "v4"),
     Mistake("blocks rotated at their number", _V4, "g.new_row_positions(rows), **rotation", "g.new_rows(rows), **rotation", "v4"),
     Mistake(
         "blocks rotated at their last token",

@@ -6,7 +6,7 @@ from tests.models.planting import Mistake
 
 _SESSIONS = "tests.models.test_sessions:test_"
 _LLAMA, _BLOCKS, _SESSION = "models/llama.py", "models/blocks.py", "tensorgraph/session.py"
-_EXTENTS, _COMPILER = "tensorgraph/extents.py", "tensorgraph/compiler.py"
+_EXTENTS, _STEP, _COMPILER = (f"tensorgraph/{name}.py" for name in ("extents", "state_step", "compiler"))
 
 LLAMA = (
     Mistake("half-split rope", _LLAMA, "n_dims=n_dims, base", 'layout="half_split", n_dims=n_dims, base', "llama"),
@@ -49,8 +49,8 @@ LLAMA = (
     Mistake(
         "logits of the token before the last",
         _SESSION,
-        "np.arange(end - c.n_out, end)",
-        "np.arange(end - c.n_out - 1, end - 1)",
+        "np.arange(len(ids) - n_out, len(ids), dtype",
+        "np.arange(len(ids) - n_out - 1, len(ids) - 1, dtype",
         "last_token",
     ),
     Mistake(
@@ -87,13 +87,13 @@ LLAMA = (
         "        if False:\n",
         f"{_SESSIONS}trim_below_what_is_retained",
     ),
-    Mistake("sequences see each other's rows", _EXTENTS, '"seqs": step.seqs}', '"seqs": step.seqs * 0}', "llama"),
-    Mistake("rows of all sequences are the first's", _EXTENTS, '.seq": rows.seen.seqs', '.seq": rows.seen.seqs * 0', "llama"),
+    Mistake("sequences see each other's rows", _STEP, "return self._tokens[1]", "return self._tokens[1] * 0", "llama"),
+    Mistake("rows of all sequences are the first's", _EXTENTS, "rows: rows.seen.seqs", "rows: rows.seen.seqs * 0", "llama"),
     Mistake(
         "positions start with the step",
-        _EXTENTS,
-        '"positions": step.positions',
-        '"positions": step.positions - step.positions[0]',
+        _STEP,
+        "return self._tokens[0]",
+        "return self._tokens[0] - self._tokens[0][0]",
         "llama",
     ),
     Mistake(

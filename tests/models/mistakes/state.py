@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.models.planting import Mistake
 
 _SESSIONS = "tests.models.test_sessions:test_"
-_SPEC, _PAGES, _STORE, _FILE = (f"tensorgraph/state{name}.py" for name in ("", "_pages", "_store", "_file"))
+_SPEC, _PAGES, _STORE, _STEP, _FILE = (f"tensorgraph/state{name}.py" for name in ("", "_pages", "_store", "_step", "_file"))
 _TESTS = "tests.core.test_state_store:test_"
 
 STATE = (
@@ -94,10 +94,10 @@ STATE = (
         "table.pages[n:]) if n > 999 else table",
         f"{_TESTS}pages_fall_out_of_keep_and_no_more_are_used",
     ),
-    Mistake("a page falls out too early", _STORE, "cls.first_read(max(0, n - store.slack))", "cls.first_read(n) + 1", "v4"),
+    Mistake("a page falls out too early", _STEP, "cls.first_read(max(0, n - store.slack))", "cls.first_read(n) + 1", "v4"),
     Mistake(
         "no slack",
-        _STORE,
+        _STEP,
         "cls.first_read(max(0, n - store.slack))",
         "cls.first_read(n)",
         f"{_TESTS}slack_tokens_can_always_be_trimmed",
@@ -176,9 +176,9 @@ STATE = (
     # Steps and files.
     Mistake(
         "a step that fails leaves its pages",
-        _STORE,
-        "            self.is_open, self._store._open = False, None\n            self._release_fresh()",
-        "            self.is_open, self._store._open = False, None",
+        _STEP,
+        "            self.is_open, self.store._open = False, None\n            self._release_fresh()",
+        "            self.is_open, self.store._open = False, None",
         f"{_TESTS}a_step_that_is_left_by_an_error_leaves_nothing",
     ),
     Mistake(
