@@ -139,6 +139,13 @@ def last_token() -> None:
         assert tiny.nmse(logits, stored["logits"][n - 1]) <= 1e-9
 
 
+def last_token_alone() -> None:
+    """The same of one sequence."""
+    stored = tiny.reference("llama")
+    logits = Session(tiny.engine("llama")).eval(stored["input_ids"][:50])
+    assert tiny.nmse(logits, stored["logits"][49]) <= 1e-9
+
+
 def tied_head() -> None:
     """A file without output weights uses the embeddings."""
     model = tiny.model("llama")

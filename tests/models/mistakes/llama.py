@@ -49,9 +49,16 @@ LLAMA = (
     Mistake(
         "logits of the token before the last",
         _SESSION,
+        "np.arange(end - c.n_out, end, dtype",
+        "np.arange(end - c.n_out - 1, end - 1, dtype",
+        "last_token",
+    ),
+    Mistake(
+        "logits of the token before the last, of a sequence alone",
+        _SESSION,
         "np.arange(len(ids) - n_out, len(ids), dtype",
         "np.arange(len(ids) - n_out - 1, len(ids) - 1, dtype",
-        "last_token",
+        "last_token_alone",
     ),
     Mistake(
         "rows given to the wrong session", _SESSION, "split.append({name: _rows_of", "split.insert(0, {name: _rows_of", "llama"
