@@ -2,118 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Self, TypeVar
 
 import numpy as np
 
-from tensorgraph.compiler import CompileOptions, PlanCache
 from tensorgraph.decoding import Decoding
-from tensorgraph.device import Device, get_devices, stream_layouts
 from tensorgraph.dims import Dim
-from tensorgraph.dtypes import DType, as_dtype
+from tensorgraph.engine import LOGITS, Engine
 from tensorgraph.errors import FormatError, InputError, StateError
-from tensorgraph.extents import Extents, StepInputs
-from tensorgraph.graph import Graph, Node
-from tensorgraph.plan import Executable
-from tensorgraph.state import Layout, StateSpec
+from tensorgraph.extents import Extents
+from tensorgraph.graph import Node
 from tensorgraph.state_store import Snapshot, StateStore
 
-LOGITS = "logits"
-
-
-class GraphModel(Protocol):
-    """What a session needs of a model."""
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def context(self) -> int: ...
-
-    def states(self) -> Mapping[str, StateSpec]: ...
-
-    def graph(self, extents: Extents, kv_dtype: DType) -> Graph:
-        """One step: inputs as `extents.StepInputs` gives them, the output `logits` [O, V]."""
-
-    def weight(self, name: str) -> np.ndarray: ...
-
-
-@dataclass
-class Stats:
-    """Counted since an engine was made."""
-
-    steps: int = 0
-    tokens: int = 0
-    run_s: float = 0.0
-
-
-class Engine:
-    """A model on devices: its plans, its weights there, and counters; shared by the model's sessions.
-
-    One step at a time: threads that step sessions of one engine wait for each other.
-    """
-
-    def __init__(
-        self,
-        model: GraphModel,
-        backend: str | Device | Sequence[str | Device] = "reference",
-        *,
-        kv_dtype: DType | str = "f16",
-        options: CompileOptions | None = None,
-        cache: PlanCache | None = None,
-    ) -> None:
-        self.model, self.devices, self.options = model, get_devices(backend), options or CompileOptions()
-        self.kv_dtype, self.vocab_size = as_dtype(kv_dtype), model.vocab_size
-        self.cache = cache if cache is not None else PlanCache()
-        self.stats = Stats()
-        self.lock = threading.RLock()
-        self._graphs: dict[tuple[Extents, tuple[str, ...]], Graph] = {}
-        self._bound: dict[str, Executable] = {}
-        self._ready: dict[tuple[Extents, tuple[str, ...]], tuple[Executable, StepInputs]] = {}
-        self._uploaded: dict[tuple[str, str], Any] = {}
-        self._layouts: dict[str, Layout] | None = None
-
-    def graph(self, extents: Extents, outputs: tuple[str, ...] = (LOGITS,)) -> Graph:
-        """The model's graph with the wanted outputs: `logits` or the names of nodes.
-
-        Raises: UnknownNameError: no node has a wanted name.
-        """
-        key = (extents, outputs)
-        if key not in self._graphs:
-            whole = self._graphs.get((extents, (LOGITS,))) or self.model.graph(extents, self.kv_dtype)
-            self._graphs[extents, (LOGITS,)] = whole
-            self._graphs[key] = whole.with_outputs({name: whole.find(name) for name in outputs})
-        return self._graphs[key]
-
-    def executable(self, extents: Extents, outputs: tuple[str, ...] = (LOGITS,)) -> Executable:
-        """The plan of a step, compiled or found, with the model's weights attached."""
-        return self.ready(extents, outputs)[0]
-
-    def ready(self, extents: Extents, outputs: tuple[str, ...] = (LOGITS,)) -> tuple[Executable, StepInputs]:
-        """What `executable` gives, and what makes the inputs that it reads."""
-        found = self._ready.get((extents, outputs))
-        if found is not None:
-            self.cache.hits += 1
-            return found
-        plan = self.cache.get(self.graph(extents, outputs), self.devices, replace(self.options, layouts=self.layouts(extents)))
-        if plan.key not in self._bound:
-            self._bound[plan.key] = plan.bind(self.model.weight, uploaded=self._uploaded)
-        executable = self._bound[plan.key]
-        self._ready[extents, outputs] = executable, StepInputs(executable.needed)
-        return self._ready[extents, outputs]
-
-    def layouts(self, extents: Extents) -> dict[str, Layout]:
-        """The streams that are not held as rows: the same for steps of any extents."""
-        if self._layouts is None:
-            self._layouts = stream_layouts(self.graph(extents), self.model.states(), self.devices)
-        return self._layouts
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -122,9 +31,22 @@ class SessionSnapshot:
 
     state: Snapshot
     ids: tuple[int, ...]
+    engine: Engine
 
     def release(self) -> None:
-        self.state.release()
+        with self.engine.lock:
+            self.state.release()
+
+
+def _alone(method: Callable[Concatenate[Session, P], R]) -> Callable[Concatenate[Session, P], R]:
+    """Between steps: a store may be shared with sessions that other threads step."""
+
+    @functools.wraps(method)
+    def locked(self: Session, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self.engine.lock:
+            return method(self, *args, **kwargs)
+
+    return locked
 
 
 class Session:
@@ -159,11 +81,13 @@ class Session:
         self._ids: list[int] = list(ids)  # may run ahead of the state for a moment; `length` says how many count
 
     @property
+    @_alone
     def length(self) -> int:
         """Tokens evaluated so far."""
         return self._store.length(self._open())
 
     @property
+    @_alone
     def ids(self) -> list[int]:
         """The tokens evaluated so far."""
         return self._ids[: self.length]
@@ -217,14 +141,17 @@ class Session:
             return results
         return [r[LOGITS] if all_logits else r[LOGITS][-1] for r in results]
 
+    @_alone
     def sibling(self) -> Session:
         """An empty session of the same store, for `batch`."""
         return self._another(self._store.new(), ())
 
+    @_alone
     def fork(self) -> Session:
         """Another session with the same tokens; pages are shared until one of the two writes to them."""
         return self._another(self._store.fork(self._open()), self.ids)
 
+    @_alone
     def trim(self, length: int) -> None:
         """Go back to the first `length` tokens. Where the state retained does not reach, the nearest snapshot is taken and the
         tokens from there to `length` are evaluated again.
@@ -236,19 +163,23 @@ class Session:
         if gap:
             self.eval(gap)
 
+    @_alone
     def snapshot(self) -> SessionSnapshot:
         """The session as it is now; cheap, pages are shared."""
-        return SessionSnapshot(self._store.snapshot(self._open()), tuple(self.ids))
+        return SessionSnapshot(self._store.snapshot(self._open()), tuple(self.ids), self.engine)
 
+    @_alone
     def restore(self, snapshot: SessionSnapshot) -> None:
         """Go to a snapshot of this session or of another one of its store."""
         self._store.restore(self._open(), snapshot.state)
         self._ids = list(snapshot.ids)
 
+    @_alone
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write tokens and state to a file that `load` of the same model reads, in another process too."""
         self._store.save(self._open(), path, {"ids": json.dumps(self.ids)})
 
+    @_alone
     def load(self, path: str | os.PathLike[str]) -> None:
         """Become what was saved.
 
@@ -265,6 +196,7 @@ class Session:
         self._store.free(self._open())
         self._seq, self._ids = seq, ids
 
+    @_alone
     def close(self) -> None:
         """Give the sequence's pages back; the session cannot be used afterwards."""
         if self._seq is not None:

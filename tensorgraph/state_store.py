@@ -141,7 +141,7 @@ class StateStore:
     def length(self, seq: int) -> int:
         """Length in tokens."""
         lease = self.leased
-        return lease.length if lease is not None and lease.seq == seq else self._entry(seq, "length").state.length
+        return lease.length if lease is not None and lease.seq == seq else self._find(seq, "length").state.length
 
     def snapshot(self, seq: int) -> Snapshot:
         """The sequence as it is now, for `restore` and for `trim` to fall back on, until it is released."""
@@ -247,11 +247,15 @@ class StateStore:
             raise UnknownNameError(f'[{what}] wanted one of the streams {", ".join(self.specs)}; got "{stream}"')
         return self.specs[stream]
 
-    def _entry(self, seq: int, what: str) -> _Sequence:
+    def _find(self, seq: int, what: str) -> _Sequence:
         if seq not in self._sequences:
             raise UnknownNameError(f"[{what}] wanted one of the sequences {list(self._sequences)}; got {seq}")
-        self._end_lease()
         return self._sequences[seq]
+
+    def _entry(self, seq: int, what: str) -> _Sequence:
+        entry = self._find(seq, what)
+        self._end_lease()
+        return entry
 
     def _end_lease(self) -> None:
         if self.leased is not None:

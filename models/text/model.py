@@ -14,6 +14,7 @@ import numpy as np
 from tensorgraph.compiler import CompileOptions
 from tensorgraph.device import Device, get_devices
 from tensorgraph.dtypes import DType
+from tensorgraph.engine import Engine
 from tensorgraph.errors import CannotTrim, InputError
 from tensorgraph.extents import Extents
 from tensorgraph.models.architecture import Model, model_from_gguf
@@ -22,7 +23,7 @@ from tensorgraph.models.text.gguf import GGUF
 from tensorgraph.models.text.sampling import Sampler
 from tensorgraph.models.text.tokenizer import Tokenizer
 from tensorgraph.plan import Plan
-from tensorgraph.session import Engine, Session
+from tensorgraph.session import Session
 from tensorgraph.state_store import StateStore
 
 if TYPE_CHECKING:

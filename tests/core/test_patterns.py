@@ -16,6 +16,7 @@ from tensorgraph.backends.reference.device import ReferenceDevice
 from tensorgraph.compiler import CompileOptions, compile
 from tensorgraph.dims import Dim
 from tensorgraph.dtypes import DType, f16, f32
+from tensorgraph.engine import Engine
 from tensorgraph.extents import Extents
 from tensorgraph.graph import Graph, Node, constant, input
 from tensorgraph.models.architecture import model_from_config
@@ -34,7 +35,7 @@ from tensorgraph.ops import (
     tanh,
 )
 from tensorgraph.patterns import fuse_declared, patterns_of
-from tensorgraph.session import Engine, Session
+from tensorgraph.session import Session
 from tests.models import tiny
 from tests.reference import reference_path
 

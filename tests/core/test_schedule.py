@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from tensorgraph.compiler import CompileOptions, compile
 from tensorgraph.device import get_devices
 from tensorgraph.dims import ALWAYS, Dim
+from tensorgraph.engine import Engine
 from tensorgraph.errors import UnsupportedError
 from tensorgraph.graph import Graph, Node, choose, constant, input
 from tensorgraph.op import node_bytes
 from tensorgraph.ops import cont, mul_mat, relu, rms_norm, scale, sigmoid, soft_max
 from tensorgraph.plan import Plan
-from tensorgraph.session import Engine, Session
+from tensorgraph.session import Session
 from tests.core.arena import play_plan
 from tests.core.devices import StrictDevice, pair
 from tests.models import tiny

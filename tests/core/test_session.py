@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 
 from tensorgraph import registry
 from tensorgraph.compiler import PlanCache
+from tensorgraph.engine import Engine
 from tensorgraph.errors import FormatError, InputError, StateError, TensorGraphError, UnknownNameError
-from tensorgraph.session import Engine, Session
+from tensorgraph.session import Session, SessionSnapshot
 from tensorgraph.state_step import Step
 from tests.models import tiny
 
@@ -72,6 +74,45 @@ def test_a_closed_session() -> None:
     for act in (lambda: s.eval([1]), s.fork, s.snapshot, lambda: s.trim(0)):
         with pytest.raises(StateError, match=r"\[session\] wanted an open session; this one was closed"):
             act()
+
+
+TOUCHING: dict[str, Callable[[Session, Path], Any]] = {
+    "length": lambda s, _: s.length,
+    "ids": lambda s, _: s.ids,
+    "eval": lambda s, _: s.eval([1]),
+    "sibling": lambda s, _: s.sibling(),
+    "fork": lambda s, _: s.fork(),
+    "trim": lambda s, _: s.trim(1),
+    "snapshot": lambda s, _: s.snapshot(),
+    "restore": lambda s, _: s.restore(SNAPSHOTS[s]),
+    "release": lambda s, _: SNAPSHOTS[s].release(),
+    "save": lambda s, folder: s.save(folder / "new.tg"),
+    "load": lambda s, folder: s.load(folder / "old.tg"),
+    "close": lambda s, _: s.close(),
+}
+SNAPSHOTS: dict[Session, SessionSnapshot] = {}
+
+
+@pytest.mark.parametrize("name", TOUCHING)
+def test_what_touches_the_store_waits_for_the_step_of_another_thread(name: str, tmp_path: Path) -> None:
+    """The store may be shared, and a step of another session of it may be half done."""
+    with session(context=10) as s:
+        s.eval([3, 1, 4])
+        s.save(tmp_path / "old.tg")
+        SNAPSHOTS[s] = s.snapshot()
+        done = threading.Event()
+
+        def act() -> None:
+            TOUCHING[name](s, tmp_path)
+            done.set()
+
+        thread = threading.Thread(target=act)
+        with s.engine.lock:
+            thread.start()
+            assert not done.wait(0.02)
+        thread.join()
+        assert done.is_set()
+        del SNAPSHOTS[s]
 
 
 def test_a_batch_is_of_one_store() -> None:

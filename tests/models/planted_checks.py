@@ -13,6 +13,7 @@ import pytest
 
 from tensorgraph.compiler import CompileOptions, PlanCache, compile, run_op
 from tensorgraph.dtypes import f16, f32
+from tensorgraph.engine import Engine
 from tensorgraph.errors import FormatError, StateError
 from tensorgraph.extents import Extents
 from tensorgraph.graph import Graph, Node, input
@@ -22,7 +23,7 @@ from tensorgraph.models.builder import Builder, FileWeights
 from tensorgraph.models.experts import route
 from tensorgraph.models.text.gguf import GGUF
 from tensorgraph.models.text.tokenizer import Tokenizer
-from tensorgraph.session import Engine, Session
+from tensorgraph.session import Session
 from tensorgraph.state import StateSpec, StreamClass
 from tensorgraph.state_store import StateStore
 from tests.models import tiny

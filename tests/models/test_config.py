@@ -12,13 +12,13 @@ import pytest
 
 from tensorgraph.compiler import compile
 from tensorgraph.dtypes import f16, f32
+from tensorgraph.engine import Engine
 from tensorgraph.errors import FormatError
 from tensorgraph.extents import Extents
 from tensorgraph.graph import Graph, input
 from tensorgraph.models import llama
 from tensorgraph.models.architecture import Model, model_from_config, model_from_gguf
 from tensorgraph.models.builder import AssumedWeights, Builder
-from tensorgraph.session import Engine
 from tests.models import tiny
 from tests.reference import reference_path
 

@@ -12,10 +12,11 @@ import pytest
 
 from tensorgraph.backends.cpu.device import CpuDevice
 from tensorgraph.compiler import CompileOptions, PlanCache
+from tensorgraph.engine import Engine
 from tensorgraph.models.architecture import Model, model_from_gguf
 from tensorgraph.models.text.gguf import GGUF
 from tensorgraph.models.text.model import find_smollm2
-from tensorgraph.session import Engine, Session
+from tensorgraph.session import Session
 from tests.models import tiny
 
 CASES = [

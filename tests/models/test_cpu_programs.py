@@ -7,8 +7,9 @@ import pytest
 
 from tensorgraph.backends.cpu.target import TARGETS, can_run
 from tensorgraph.compiler import CompileOptions
+from tensorgraph.engine import Engine
 from tensorgraph.extents import Extents
-from tensorgraph.session import Engine, Session
+from tensorgraph.session import Session
 from tests.models import tiny
 
 HERE = [f"cpu:{name}" for name in ("host", *(name for name, target in TARGETS.items() if can_run(target)))]

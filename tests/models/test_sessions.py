@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tensorgraph.engine import Engine
 from tensorgraph.errors import CannotTrim, StateError
 from tensorgraph.models.architecture import Model
-from tensorgraph.session import Engine, Session
+from tensorgraph.session import Session
 from tests.layout import ROOT
 from tests.models import tiny
 

@@ -11,9 +11,10 @@ import pytest
 
 import tensorgraph.models  # noqa: F401  (importing registers the architectures)
 from tensorgraph.compiler import CompileOptions
+from tensorgraph.engine import Engine
 from tensorgraph.models.architecture import Model, model_from_gguf
 from tensorgraph.models.text.gguf import GGUF
-from tensorgraph.session import Engine, Session
+from tensorgraph.session import Session
 from tests.reference import reference_path
 
 Array = np.ndarray[Any, Any]

@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -142,9 +141,7 @@ def test_every_published_configuration_is_named_in_the_help() -> None:
 )
 def test_a_full_size_model_is_planned_without_weights(name: str, backend: str) -> None:
     """Bytes and operations against counts by hand: every matrix once, and 2 operations a weight and token where it is used."""
-    began = time.process_time()
     found = as_json("plan", name, "--tokens", 512, "--context", 131072, "--backend", backend)
-    assert time.process_time() - began < 5, "reading, building, planning and counting"
     config = json.loads((PUBLISHED / f"{name}.json").read_text())
     experts = config["n_routed_experts"] * 3 * config["moe_intermediate_size"] * config["hidden_size"]
     n_moe = config["num_hidden_layers"] - config.get("first_k_dense_replace", 0)
