@@ -42,7 +42,7 @@ def _alone(method: Callable[Concatenate[Session, P], R]) -> Callable[Concatenate
     """Between steps: a store may be shared with sessions that other threads step."""
 
     @functools.wraps(method)
-    def locked(self: Session, *args: P.args, **kwargs: P.kwargs) -> R:
+    def locked(self: Session, /, *args: P.args, **kwargs: P.kwargs) -> R:
         with self.engine.lock:
             return method(self, *args, **kwargs)
 
