@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import mmap
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 ALIGNMENT = 64
+LARGE_PAGE = 2 << 20
+SLAB_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +53,41 @@ def forget(array: np.ndarray) -> None:
         base.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
-def aligned(size_bytes: int) -> np.ndarray:
+class ConstantMemory:
+    """Memory for constants, one behind the other as they are asked for: what is read ahead at the end of one is the next.
+
+    It comes in slabs of large pages, where the system has such. A slab lives as long as something that lies in it.
+    """
+
+    def __init__(self) -> None:
+        self._slab: weakref.ref[NDArray[np.uint8]] | None = None
+        self._used = 0
+
+    def take(self, size_bytes: int) -> NDArray[np.uint8]:
+        """Bytes as `aligned` gives them."""
+        needed = -(-(size_bytes + ALIGNMENT) // ALIGNMENT) * ALIGNMENT
+        slab = self._slab() if self._slab is not None else None
+        if slab is None or self._used + needed > len(slab):
+            slab = _slab(max(SLAB_BYTES, needed))
+            self._slab, self._used = weakref.ref(slab), -slab.ctypes.data % LARGE_PAGE
+        start, self._used = self._used, self._used + needed
+        return slab[start : start + size_bytes]
+
+
+def _slab(size_bytes: int) -> NDArray[np.uint8]:
+    """Zeroed bytes, and room to begin at a large page."""
+    size_bytes += LARGE_PAGE
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return np.zeros(size_bytes, np.uint8)
+    memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a system without them
+        pass
+    return np.frombuffer(memory, np.uint8)
+
+
+def aligned(size_bytes: int) -> NDArray[np.uint8]:
     """Zeroed bytes that begin at a multiple of 64, with 64 more that may be read behind them."""
     whole = np.zeros(size_bytes + 2 * ALIGNMENT, np.uint8)
     start = -whole.ctypes.data % ALIGNMENT

@@ -13,7 +13,7 @@ import numpy as np
 
 from tensorgraph import registry
 from tensorgraph.backends.cpu.code_cache import CodeCache, default_folder
-from tensorgraph.backends.cpu.constants import Held, aligned, forget
+from tensorgraph.backends.cpu.constants import ConstantMemory, Held, aligned, forget
 from tensorgraph.backends.cpu.executor import Executor, usable_cores
 from tensorgraph.backends.cpu.grouping import group_nodes
 from tensorgraph.backends.cpu.jit import Jit
@@ -96,7 +96,7 @@ class CpuDevice(Device):
         self.target = find_target(wanted) if wanted else host()
         self.code = code_for(self.target)
         self.threads: Threads = "auto"
-        self.arena = aligned(0)
+        self.arena, self.constants = aligned(0), ConstantMemory()
         self.scratch, self.scratch_stride = aligned(0), np.zeros(1, np.int64)
         self.version = 0  # how often memory has moved
         self.note: Note | None = None
@@ -164,7 +164,7 @@ class CpuDevice(Device):
 
     def _hold(self, array: np.ndarray, dtype: DType) -> Held:
         value = _in_dtype(array, dtype)
-        held = aligned(value.nbytes)
+        held = self.constants.take(value.nbytes)
         np.ndarray(value.shape, value.dtype, held)[...] = value
         return Held(held, "dense", value.shape, value.dtype)
 

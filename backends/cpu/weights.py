@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorgraph import registry
-from tensorgraph.backends.cpu.constants import Held, aligned
+from tensorgraph.backends.cpu.constants import Held
 from tensorgraph.backends.cpu.ir import Int, Value
 from tensorgraph.backends.cpu.kernel import HEADER, MESSAGES, MOST_CHUNKS, Kernel
 from tensorgraph.backends.cpu.operands import Operand, stored_type
@@ -174,7 +174,7 @@ def pack(array: np.ndarray, dtype: DType, layout: str, device: CpuDevice) -> Hel
     width = length // dtype.block_bytes * dtype.block_size if dtype.is_block else length
     matrices = value.reshape(int(np.prod(lead)), rows, length)
     tile = width // form.block * form.unit_bytes
-    held = aligned(len(matrices) * n_tiles(rows) * tile)
+    held = device.constants.take(len(matrices) * n_tiles(rows) * tile)
     to = int(held.ctypes.data)
     if recode is None:
         _interleave(matrices, dtype, to, device)

@@ -64,17 +64,14 @@ class Part:
         return n_tiles(self.rows)
 
     @property
-    def paired(self) -> bool:
-        """Whether two tiles are computed together."""
-        return self.gate is None and self.tiles % 2 == 0
+    def per_unit(self) -> int:
+        """Tiles of a unit: two, which may be computed together, where that divides them and they are of one weight."""
+        return 2 if self.gate is None and self.tiles % 2 == 0 else 1
 
     @property
     def units(self) -> int:
         """What chunks are made of."""
-        return self.tiles // 2 if self.paired else self.tiles
-
-    def tiles_of(self, unit: Value) -> list[Value]:
-        return [unit * 2, unit * 2 + 1] if self.paired else [unit]
+        return self.tiles // self.per_unit
 
 
 def emit_few(k: Kernel, operands: Operands, *, source: Source, parts: tuple[Part, ...]) -> None:
@@ -86,9 +83,11 @@ def emit_few(k: Kernel, operands: Operands, *, source: Source, parts: tuple[Part
     for p, part in enumerate(parts):
         low = k.min(k.max(start, k.i64(base)), k.i64(base + part.units)) - base
         high = k.min(k.max(stop, k.i64(base)), k.i64(base + part.units)) - base
-        with k.loop(low, high) as units:
-            units.next()
-            tiles = part.tiles_of(units.i)
+        # where a tile takes several vectors, these are sums enough side by side, and one panel is read faster than two in turns
+        at_once = part.per_unit if k.lanes >= ROWS else 1
+        with k.loop(low * part.per_unit, high * part.per_unit, at_once) as loop:
+            loop.next()
+            tiles = [loop.i + i for i in range(at_once)]
             panels = [find_panel(_at(operands, f"w{p}"), tile) for tile in tiles]
             if part.gate:
                 panels += [find_panel(_at(operands, f"v{p}"), tile) for tile in tiles]
