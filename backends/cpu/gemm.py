@@ -34,6 +34,7 @@ class Tiling:
         n_groups: groups of panels in all.
         per_group: tiles of 16 rows of each weight that a group has.
         tokens: activation rows of a piece.
+        at_once: panels that are gone through side by side.
     """
 
     n_blocks: int
@@ -41,6 +42,7 @@ class Tiling:
     n_groups: int
     per_group: int
     tokens: int
+    at_once: int
 
     def items(self, n_rows: Extent) -> Extent:
         """Pieces of a product with so many activation rows."""
@@ -57,7 +59,8 @@ def plan_tiles(target: Target, dtypes: Sequence[DType], rows: int, width: int) -
     group_bytes = sum(width // interleaved(d).block * interleaved(d).unit_bytes for d in dtypes) * per_group
     n_blocks = max(1, -(-n_groups * group_bytes // BLOCK_BYTES))
     groups = max(1, -(-n_groups // n_blocks))
-    return Tiling(max(1, -(-n_groups // groups)), groups, n_groups, per_group, max(1, sums // (per_group * len(dtypes))))
+    at_once = min(most_panels, per_group * len(dtypes))
+    return Tiling(max(1, -(-n_groups // groups)), groups, n_groups, per_group, sums // at_once, at_once)
 
 
 def _has_bytes(dtype: DType) -> bool:
@@ -130,7 +133,9 @@ def multiply_group(
         for low, high in zip((0, *sizes), sizes, strict=False):
             with k.when(count.gt(low) & count.le(high)):
                 panels = [find_panel(w, tile + i, matrix) for i in range(tiles) for w in weights]
-                sums = panel_dot(k, panels, replace(x, count=high), panels[0].size_bytes)
+                sums: list[list[Value]] = []
+                for i in range(0, len(panels), tiling.at_once):
+                    sums += panel_dot(k, panels[i : i + tiling.at_once], replace(x, count=high), panels[0].size_bytes)
                 for t in range(high):
                     with k.when(k.i64(t).lt(count)):
                         for i in range(tiles):

@@ -26,6 +26,8 @@ class ByteDot(Protocol):
 
     in_turn: bool
     """Whether activations take registers: then sums of several rows are made in a loop, which keeps them from filling all."""
+    n_sums: int
+    """Registers that a sum takes until it ends."""
 
     def of_codes(self, codes: Value) -> Parts: ...
     def of_four(self, four: Value) -> Parts: ...
@@ -51,7 +53,7 @@ def byte_dot(k: Kernel, bits: int, lanes: int) -> ByteDot:
 class _Fours:
     """One instruction for four bytes, which reads those of activations from memory."""
 
-    in_turn = False
+    in_turn, n_sums = False, 1
 
     def __init__(self, k: Kernel, lanes: int) -> None:
         self.k, self.lanes = k, lanes
@@ -76,7 +78,7 @@ class _Pairs:
     in_turn = True
 
     def __init__(self, k: Kernel, bits: int, lanes: int) -> None:
-        self.k, self.bits, self.lanes = k, bits, lanes
+        self.k, self.bits, self.lanes, self.n_sums = k, bits, lanes, bits // 4
 
     def of_codes(self, codes: Value) -> Parts:
         if self.bits == 4:
@@ -101,7 +103,7 @@ class _Pairs:
 class _Words:
     """Bytes 0 and 2, and 1 and 3, as i16."""
 
-    in_turn = True
+    in_turn, n_sums = True, 2
 
     def __init__(self, k: Kernel, lanes: int) -> None:
         self.k, self.lanes = k, lanes

@@ -14,6 +14,7 @@ from tensorgraph.dtypes import DType
 
 LINE = 64
 AHEAD_BYTES = 8192  # how far mat-vec reads ahead
+MOST_SUMS = 8  # vectors of sums that are made side by side in a loop: half of the registers there may be
 
 
 def kind_of(dtype: DType, exact: bool) -> Kind:
@@ -47,44 +48,57 @@ def _integer_dot(k: Kernel, panels: Sequence[Panel], x: Rows, ahead_bytes: int) 
         sums = iter(loop.values)
         old = [[[next(sums) for _ in parts] for _ in range(x.count)] for _ in panels]
         new = [[[zero for _ in parts] for _ in range(x.count)] for _ in panels]
-        for part in parts:
-            whole = _block_dot(k, panels, units, part, lanes, block, x)
+        for some in _parts_at_once(k, panels, x, lanes):
+            whole = _block_dot(k, panels, units, some, lanes, block, x)
             for p, (panel, unit) in enumerate(zip(panels, units, strict=True)):
                 codes = panel.form.codes
                 assert codes is not None
-                scale = codes.scale(k, unit, part, lanes)
-                least = codes.minimum(k, unit, part, lanes) if codes.minimum else None
+                scales = [codes.scale(k, unit, part, lanes) for part in some]
+                least = [codes.minimum(k, unit, part, lanes) for part in some] if codes.minimum else None
                 for t in range(x.count):
                     at = block + t * x.row_bytes
-                    by = scale * k.splat(k.load(at + SCALE, F32), lanes)
-                    total = k.fma(k.convert(whole[p][t], F32), by, old[p][t][part])
-                    if least is not None:
-                        total = k.fma(least, k.splat(k.load(at + SCALED_SUM, F32), lanes), total)
-                    new[p][t][part] = total
+                    d = k.splat(k.load(at + SCALE, F32), lanes)
+                    scaled_sum = k.splat(k.load(at + SCALED_SUM, F32), lanes) if least else None
+                    for i, part in enumerate(some):
+                        total = k.fma(k.convert(whole[p][t][i], F32), scales[i] * d, old[p][t][part])
+                        if least is not None and scaled_sum is not None:
+                            total = k.fma(least[i], scaled_sum, total)
+                        new[p][t][part] = total
         loop.next(*(v for a in new for b in a for v in b))
     return _joined(k, loop.results, len(panels), x.count)
 
 
+def _parts_at_once(k: Kernel, panels: Sequence[Panel], x: Rows, lanes: int) -> list[Sequence[int]]:
+    """All parts of the panels where their sums leave registers for the rest, so that activations are loaded once for them."""
+    codes, parts = panels[0].form.codes, range(ROWS // lanes)
+    assert codes is not None
+    dot, pairs = byte_dot(k, codes.bits, lanes), len(panels) * x.count
+    few = pairs * len(parts) * dot.n_sums <= MOST_SUMS
+    return [parts] if few and dot.in_turn and pairs > 1 else [[part] for part in parts]
+
+
 def _block_dot(
-    k: Kernel, panels: Sequence[Panel], units: Sequence[Value], part: int, lanes: int, block: Value, x: Rows
-) -> list[list[Value]]:
-    """[panel][row] i32 of the weight rows in a part: one block's codes, less their centre, times the row's."""
+    k: Kernel, panels: Sequence[Panel], units: Sequence[Value], parts: Sequence[int], lanes: int, block: Value, x: Rows
+) -> list[list[list[Value]]]:
+    """[panel][row][part] i32 of the weight rows in parts: one block's codes, less their centre, times the row's."""
     codes = panels[0].form.codes
     assert codes is not None
     dot = byte_dot(k, codes.bits, lanes)
     n_words, pairs = codes.n_words, len(panels) * x.count
+    halves = [(unit, part) for unit in units for part in parts]
 
     def add(word: Int, sums: Sequence[Sequence[Value]]) -> list[Sequence[Value]]:
+        """`sums` by panel and part, then by row."""
         sums = list(sums)
-        for listed in zip(*(codes.groups(k, unit, part, lanes, word) for unit in units), strict=True):
-            weights, at = [dot.of_codes(of_panel) for _, of_panel in listed], block + k.i64(listed[0][0]) * 4
+        for listed in zip(*(codes.groups(k, unit, part, lanes, word) for unit, part in halves), strict=True):
+            weights, at = [dot.of_codes(of_half) for _, of_half in listed], block + k.i64(listed[0][0]) * 4
             for t in range(x.count):
                 row = dot.of_four(k.splat(k.load(at + t * x.row_bytes, I32), lanes))
-                for p in range(len(panels)):
-                    sums[p * x.count + t] = dot.add(sums[p * x.count + t], weights[p], row)
+                for h in range(len(halves)):
+                    sums[h * x.count + t] = dot.add(sums[h * x.count + t], weights[h], row)
         return sums
 
-    sums: list[Sequence[Value]] = [()] * pairs
+    sums: list[Sequence[Value]] = [()] * (len(halves) * x.count)
     if pairs == 1 or not dot.in_turn:
         for word in range(n_words):
             sums = add(word, sums)
@@ -97,9 +111,11 @@ def _block_dot(
         sums = [loop.results[i : i + each] for i in range(0, len(loop.results), each)]
     zero = k.zero(I32.x(lanes))
     starts = [block + (t * x.row_bytes + START[codes.centre]) if codes.centre else None for t in range(x.count)]
-    offsets = [zero if at is None else k.splat(k.load(at, I32), lanes) for at in starts] * len(panels)
+    offsets = [zero if at is None else k.splat(k.load(at, I32), lanes) for at in starts] * len(halves)
     ends = [dot.end(total, offset) for total, offset in zip(sums, offsets, strict=True)]
-    return [ends[i : i + x.count] for i in range(0, pairs, x.count)]
+    by_half = [ends[i : i + x.count] for i in range(0, len(ends), x.count)]
+    n = len(parts)
+    return [[[by_half[p * n + i][t] for i in range(n)] for t in range(x.count)] for p in range(len(panels))]
 
 
 def _float_dot(k: Kernel, panels: Sequence[Panel], x: Rows, ahead_bytes: int) -> list[list[Value]]:

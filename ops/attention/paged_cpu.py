@@ -206,10 +206,14 @@ def write_slice(
     block = find_block(k, h, keys, values, seq, head, start, seen.hi)
     prefetch(k, h, keys, values, block)
     pages, weights = range(SLICE // L), k.scratch()
-    together = max(1, (12 if k.lanes == L else 4) // len(pages))
+    at_once = len(pages) if k.lanes == L else 1
+    together = queries_at_once(k, at_once)
     for g in range(0, h.group, together):
         mine = range(g, min(g + together, h.group))
-        found = scores(k, h, keys.dtype, block, pages, [query + m * h.d_k * 4 for m in mine])
+        found: list[list[Value]] = [[] for _ in mine]
+        for p in range(0, len(pages), at_once):
+            some = scores(k, h, keys.dtype, block, pages[p : p + at_once], [query + m * h.d_k * 4 for m in mine])
+            found = [row + more for row, more in zip(found, some, strict=True)]
         for m, row in zip(mine, found, strict=True):
             row = [masked(k, block, p, s, seen) for p, s in zip(pages, row, strict=True)]
             top = k.fold(tree(k, row, lambda a, b: k.max(a, b)), lambda a, b: k.max(a, b))
@@ -243,11 +247,18 @@ def prefetch(k: Kernel, h: Heads, keys: Operand, values: Operand, block: Block) 
                 k.prefetch(page + loop.i * (h.n_kv * row_bytes) + line)
 
 
+def queries_at_once(k: Kernel, vectors: int) -> int:
+    """How many queries' sums, of so many vectors of L lanes each, registers hold beside what is added to them."""
+    if k.lanes == L:
+        return max(1, 24 // vectors)
+    registers = L // k.lanes  # of one vector
+    return max(1, (15 - registers * vectors) // (registers * vectors))
+
+
 def value_blocks(k: Kernel, h: Heads, rows: int) -> list[tuple[range, int, int]]:
     """Query rows, first value element and value vectors, so many together as registers hold sums of."""
-    registers = 24 if k.lanes == L else 6
-    n = max(1, min(h.d_v // L, 8 if k.lanes == L else 2))
-    together = max(1, registers // n)
+    n = min(h.d_v // L, 8) if k.lanes == L else 1
+    together = queries_at_once(k, n)
     blocks = []
     for at in range(0, h.d_v // L, n):
         wide = min(n, h.d_v // L - at)

@@ -18,6 +18,7 @@ from tensorgraph.ops.attention.paged_cpu import (
     add_values,
     find_block,
     masked,
+    queries_at_once,
     scores,
     seen_rows,
     token_of,
@@ -109,8 +110,8 @@ def update(
 ) -> None:
     """Score a block for all queries, and bring maxima, sums and weighed values to the new maxima."""
     pages = range(SLICE // L)
-    wide = k.lanes == L
-    together, at_once = (12, 2) if wide else (4, 1)
+    at_once = 2 if k.lanes == L else 1
+    together = queries_at_once(k, at_once)
     for r in range(0, len(queries), together):
         mine = range(r, min(r + together, len(queries)))
         for p in range(0, len(pages), at_once):
