@@ -20,6 +20,7 @@ from tensorgraph.backends.cpu.streams import PAGE_ROWS
 
 L = PAGE_ROWS  # lanes: the rows of a page
 SLICE = 64  # rows scored at once
+UNROLL = 4  # rows of values
 LINE = 64  # bytes of a cache line
 HEAD = 16  # floats before the values in a partial result: the maximum, the sum
 Operands = Mapping[str, Operand | None]
@@ -152,16 +153,27 @@ def add_values(
     for page in range(SLICE // L):
         low = k.min(k.max(first, k.i64(page * L)), k.i64(page * L + L))
         high = k.min(stop, k.i64(page * L + L))
-        base = block.values[page] + at * stored.size_bytes
-        with k.loop(low, high, 1, sums) as loop:
-            row = base + (loop.i - page * L) * (h.n_kv * h.d_v * stored.size_bytes)
+        base = block.values[page] + (at - page * L * h.n_kv * h.d_v) * stored.size_bytes
+
+        def add(i: Value, sums: Sequence[Value], base: Value = base) -> list[Value]:
+            row = base + i * (h.n_kv * h.d_v * stored.size_bytes)
             loaded = [read_value(k, k.load(row + v * L * stored.size_bytes, stored.x(L)), dtype) for v in range(n)]
             following = []
             for w, weight in enumerate(weights):
-                factor = k.splat(k.load(weight + loop.i * 4, F32), L)
-                following += [k.fma(factor, value, loop.values[w * n + v]) for v, value in enumerate(loaded)]
-            loop.next(*following)
-        sums = loop.results
+                factor = k.splat(k.load(weight + i * 4, F32), L)
+                following += [k.fma(factor, value, sums[w * n + v]) for v, value in enumerate(loaded)]
+            return following
+
+        def rows(start: Value, stop: Value, step: int, sums: Sequence[Value]) -> list[Value]:
+            with k.loop(start, stop, step, sums) as loop:
+                sums = loop.values
+                for i in range(step):
+                    sums = add(loop.i + i, sums)
+                loop.next(*sums)
+            return loop.results
+
+        whole = low + (k.max(high - low, 0) & -UNROLL)
+        sums = rows(whole, high, 1, rows(low, whole, UNROLL, sums))
     return list(sums)
 
 

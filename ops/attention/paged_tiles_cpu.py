@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tensorgraph.backends.cpu.functions import exp
+from tensorgraph.backends.cpu.functions import weight
 from tensorgraph.backends.cpu.ir import F32, Value
 from tensorgraph.backends.cpu.kernel import Kernel
 from tensorgraph.backends.cpu.operands import Operand
@@ -77,7 +77,7 @@ def emit_tiles(k: Kernel, operands: Operands, *, heads: Heads) -> None:
                     blocks.next()
                     block = find_block(k, h, keys, values, sequences.i, head, blocks.i, hi)
                     bounds = [Seen(s.lo, k.max(s.hi, s.lo)) for s in each]
-                    update(k, h, keys.dtype, block, queries, bounds, weights, sums, tops)
+                    update(k, h, keys.dtype, block, queries, bounds, hi, weights, sums, tops)
                     first, stop = k.max(lo - blocks.i, 0), k.min(hi - blocks.i, k.i64(SLICE))
                     for mine, at, n in value_blocks(k, h, rows):
                         places = [sums + (r * h.d_v + at + v * L) * 4 for r in mine for v in range(n)]
@@ -104,6 +104,7 @@ def update(
     block: Block,
     queries: Sequence[Value],
     bounds: Sequence[Seen],
+    hi: Value,
     weights: Value,
     sums: Value,
     tops: Value,
@@ -115,23 +116,41 @@ def update(
     for r in range(0, len(queries), together):
         mine = range(r, min(r + together, len(queries)))
         for p in range(0, len(pages), at_once):
-            found = scores(k, h, dtype, block, pages[p : p + at_once], [queries[m] for m in mine])
-            for m, row in zip(mine, found, strict=True):
-                for page, score in zip(pages[p : p + at_once], row, strict=True):
-                    k.store(masked(k, block, page, score, bounds[m // h.group]), weights + (m * SLICE + page * L) * 4)
-    for r in range(len(queries)):
-        at = weights + r * SLICE * 4
+            some = pages[p : p + at_once]
+            places = [weights + (m * SLICE + page * L) * 4 for m in mine for page in some]
+            read = (block.start + p * L).lt(hi)  # whether any query sees rows of these pages
+            with k.when(read):
+                found = scores(k, h, dtype, block, some, [queries[m] for m in mine])
+                shown = [
+                    masked(k, block, q, s, bounds[m // h.group])
+                    for m, row in zip(mine, found, strict=True)
+                    for q, s in zip(some, row, strict=True)
+                ]
+                for place, score in zip(places, shown, strict=True):
+                    k.store(score, place)
+            with k.when(read.invert()):
+                for place in places:
+                    k.store(k.const(float("-inf"), F32.x(L)), place)
+    with k.loop(0, len(queries)) as each:
+        each.next()
+        at, place = weights + each.i * (SLICE * 4), tops + each.i * 128
+        before, total = k.load(place, F32), k.load(place + 64, F32)
         row = [k.load(at + p * L * 4, F32.x(L)) for p in pages]
-        before = k.load(tops + r * 128, F32)
-        top = k.max(before, k.fold(tree(k, row, lambda a, b: k.max(a, b)), lambda a, b: k.max(a, b)))
-        shift = k.splat(k.select(top.eq(float("-inf")), k.const(0.0, F32), top), L)
-        shifted = [exp(k, s - shift) for s in row]
-        for p, weight in zip(pages, shifted, strict=True):
-            k.store(weight, at + p * L * 4)
-        old = exp(k, k.splat(before, L) - shift)
-        total = k.fma(old[0], k.load(tops + r * 128 + 64, F32), k.sum(tree(k, shifted, lambda a, b: a + b)))
-        k.store(top, tops + r * 128)
-        k.store(total, tops + r * 128 + 64)
+        top = k.max(before, k.fold(tree(k, row, k.max), k.max))
+        shift = k.select(top.eq(float("-inf")), 0.0, top)
+        old, shifts, lanes = weight(k, before - shift), k.splat(shift, k.lanes), k.lanes
+        with k.loop(0, SLICE, 2 * lanes, [k.zero(F32.x(lanes))] * 2) as cells:
+            following = []
+            for i, so_far in enumerate(cells.values):
+                cell = at + (cells.i + i * lanes) * 4
+                value = weight(k, k.load(cell, F32.x(lanes)) - shifts)
+                k.store(value, cell)
+                following.append(so_far + value)
+            cells.next(*following)
+        a, b = cells.results
+        k.store(top, place)
+        k.store(k.fma(old, total, k.sum(a + b)), place + 64)
+        factor = k.splat(old, L)
         for v in range(h.d_v // L):
-            place = sums + (r * h.d_v + v * L) * 4
-            k.store(k.load(place, F32.x(L)) * old, place)
+            one = sums + (each.i * h.d_v + v * L) * 4
+            k.store(k.load(one, F32.x(L)) * factor, one)
