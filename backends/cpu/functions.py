@@ -60,7 +60,7 @@ def exp(k: Function, x: Value) -> Value:
     return _scaled(k, *_exp_parts(k, k.max(k.min(x, 89.0), -104.0)))
 
 
-def weight(k: Function, x: Value) -> Value:
+def exp_nonpositive(k: Function, x: Value) -> Value:
     """`exp(x)` of an f32 that is at most 0 (or NaN), as soft-max takes it: 0 below -87, and so never subnormal."""
     n, m = _exp_parts(k, x)
     return k.select(x.lt(-87.0), 0.0, m * _power(k, n))

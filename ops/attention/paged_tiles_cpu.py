@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tensorgraph.backends.cpu.functions import weight
+from tensorgraph.backends.cpu.functions import exp_nonpositive
 from tensorgraph.backends.cpu.ir import F32, Value
 from tensorgraph.backends.cpu.kernel import Kernel
 from tensorgraph.backends.cpu.operands import Operand
@@ -138,12 +138,12 @@ def update(
         row = [k.load(at + p * L * 4, F32.x(L)) for p in pages]
         top = k.max(before, k.fold(tree(k, row, k.max), k.max))
         shift = k.select(top.eq(float("-inf")), 0.0, top)
-        old, shifts, lanes = weight(k, before - shift), k.splat(shift, k.lanes), k.lanes
+        old, shifts, lanes = exp_nonpositive(k, before - shift), k.splat(shift, k.lanes), k.lanes
         with k.loop(0, SLICE, 2 * lanes, [k.zero(F32.x(lanes))] * 2) as cells:
             following = []
             for i, so_far in enumerate(cells.values):
                 cell = at + (cells.i + i * lanes) * 4
-                value = weight(k, k.load(cell, F32.x(lanes)) - shifts)
+                value = exp_nonpositive(k, k.load(cell, F32.x(lanes)) - shifts)
                 k.store(value, cell)
                 following.append(so_far + value)
             cells.next(*following)
