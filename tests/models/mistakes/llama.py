@@ -105,7 +105,7 @@ LLAMA = (
     ),
     Mistake(
         "a graph found by its outputs alone",
-        _SESSION,
+        "tensorgraph/engine.py",
         "key = (extents, outputs)",
         "key = (Extents(), outputs)",
         "plans_do_not_mix",
