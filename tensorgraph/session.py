@@ -77,7 +77,7 @@ class Session:
         self._decoding: Decoding | None = None
         layouts = engine.layouts(self.extents()) if store is None else None
         self._store = store or StateStore(engine.model.states(), kv_dtype=engine.kv_dtype, layouts=layouts)
-        self._seq: int | None = self._store.new() if seq is None else seq
+        self._seq: int | None = seq if seq is not None else self._new()
         self._ids: list[int] = list(ids)  # may run ahead of the state for a moment; `length` says how many count
 
     @property
@@ -214,6 +214,10 @@ class Session:
         if n_sessions not in self._extents:
             self._extents[n_sessions] = Extents(self.step_tokens, self.context, 1 << (n_sessions - 1).bit_length())
         return self._extents[n_sessions]
+
+    @_alone
+    def _new(self) -> int:
+        return self._store.new()
 
     def _another(self, seq: int, ids: Iterable[int]) -> Self:
         return type(self)(self.engine, context=self.context, step_tokens=self.step_tokens, store=self._store, seq=seq, ids=ids)

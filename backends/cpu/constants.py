@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import threading
 import weakref
 from dataclasses import dataclass
 
@@ -56,21 +57,24 @@ def forget(array: np.ndarray) -> None:
 class ConstantMemory:
     """Memory for constants, one behind the other as they are asked for: what is read ahead at the end of one is the next.
 
-    It comes in slabs of large pages, where the system has such. A slab lives as long as something that lies in it.
+    It comes in slabs of large pages, where the system has such. A slab lives as long as something that lies in it. Safe to call
+    from several threads: models may be bound to one device at the same time.
     """
 
     def __init__(self) -> None:
         self._slab: weakref.ref[NDArray[np.uint8]] | None = None
         self._used = 0
+        self._lock = threading.Lock()
 
     def take(self, size_bytes: int) -> NDArray[np.uint8]:
         """Bytes as `aligned` gives them."""
         needed = -(-(size_bytes + ALIGNMENT) // ALIGNMENT) * ALIGNMENT
-        slab = self._slab() if self._slab is not None else None
-        if slab is None or self._used + needed > len(slab):
-            slab = _slab(max(SLAB_BYTES, needed))
-            self._slab, self._used = weakref.ref(slab), -slab.ctypes.data % LARGE_PAGE
-        start, self._used = self._used, self._used + needed
+        with self._lock:
+            slab = self._slab() if self._slab is not None else None
+            if slab is None or self._used + needed > len(slab):
+                slab = _slab(max(SLAB_BYTES, needed))
+                self._slab, self._used = weakref.ref(slab), -slab.ctypes.data % LARGE_PAGE
+            start, self._used = self._used, self._used + needed
         return slab[start : start + size_bytes]
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pytest
 
+from tensorgraph.backends.cpu import constants
 from tensorgraph.backends.cpu.constants import ALIGNMENT, LARGE_PAGE, SLAB_BYTES, ConstantMemory
 
 
@@ -35,6 +39,23 @@ def test_a_piece_may_be_larger_than_a_slab() -> None:
     large = memory.take(SLAB_BYTES + LARGE_PAGE)
     large[-1] = 7
     assert len(large) == SLAB_BYTES + LARGE_PAGE and address(large) % LARGE_PAGE == 0 and not small.any()
+
+
+def test_threads_take_from_one_slab(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second comes while the first is making the slab that both need."""
+    made: list[int] = []
+
+    def slowly(size_bytes: int) -> np.ndarray:
+        made.append(size_bytes)
+        time.sleep(0.1)
+        return real(size_bytes)
+
+    real = constants._slab
+    monkeypatch.setattr(constants, "_slab", slowly)
+    memory = ConstantMemory()
+    with ThreadPoolExecutor(4) as pool:
+        pieces = list(pool.map(lambda _: memory.take(64), range(4)))
+    assert len(made) == 1 and len({address(p) for p in pieces}) == 4
 
 
 def test_a_slab_is_given_back_with_its_last_piece() -> None:
