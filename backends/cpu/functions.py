@@ -22,6 +22,11 @@ _MOST = (2 - 2.0**-23) * 2.0**127
 
 # (exp(r) - 1 - r) / r^2, |r| <= 0.3475
 _EXP = (0.5, 0.16666516661643982, 0.04166620224714279, 0.008369073271751404, 0.001395080704241991)
+# (2^r - 1) / r, |r| <= 0.5003
+_EXP2 = (
+    *(0.6931471824645996, 0.24022647738456726, 0.055503323674201965),
+    *(0.009618437848985195, 0.0013398951850831509, 0.00015353299386333674),
+)
 # (log(1 + f) - f + f^2 / 2) / f^3, 1 + f within 1 / sqrt(2) and sqrt(2)
 _LOG = (
     *(0.3333331048488617, -0.24999986588954926, 0.20002226531505585, -0.16669251024723053, 0.14218656718730927),
@@ -60,10 +65,12 @@ def exp(k: Function, x: Value) -> Value:
     return _scaled(k, *_exp_parts(k, k.max(k.min(x, 89.0), -104.0)))
 
 
-def exp_nonpositive(k: Function, x: Value) -> Value:
-    """`exp(x)` of an f32 that is at most 0 (or NaN), as soft-max takes it: 0 below -87, and so never subnormal."""
-    n, m = _exp_parts(k, x)
-    return k.select(x.lt(-87.0), 0.0, m * _power(k, n))
+def exp2_nonpositive(k: Function, x: Value) -> Value:
+    """`2^x` of an f32 that is at most 0 (or NaN), as soft-max takes it: 0 below -126, and so never subnormal."""
+    shifted = x + _TO_WHOLE
+    r = x - (shifted - _TO_WHOLE)
+    power = ((shifted.bits_as(I32.x(x.lanes)) << 23) + _bits(1.0)).bits_as(x.type)  # of the whole number in the low bits
+    return k.select(x.lt(-126.0), 0.0, k.fma(r, polynomial(k, r, _EXP2), 1.0) * power)
 
 
 def expm1(k: Function, x: Value) -> Value:

@@ -9,7 +9,7 @@ from tensorgraph.dims import Guard, maximum, product
 from tensorgraph.graph import Node
 from tensorgraph.ops.attention.attend_cpu import general_calls, general_reads
 from tensorgraph.ops.attention.flash_attn import flash_attn
-from tensorgraph.ops.attention.paged_cpu import Heads, emit_combine, emit_slices, slices_of
+from tensorgraph.ops.attention.paged_cpu import Heads, emit_combine, emit_slices, slice_scratch, slices_of
 from tensorgraph.ops.attention.paged_tiles_cpu import emit_tiles, tile_scratch, tile_tokens
 
 FEW = 4
@@ -79,7 +79,7 @@ def slices_call(node: Node, heads: Heads, guard: Guard) -> tuple[Call, Ref, Ref]
         operands,
         {"heads": heads},
         items=product((q.shape[0], heads.n_kv, n_slices)),
-        scratch_bytes=heads.group * 64 * 4,
+        scratch_bytes=slice_scratch(heads),
         guard=guard,
         nodes=(node,),
     )

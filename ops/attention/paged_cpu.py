@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tensorgraph.backends.cpu.functions import exp, tanh
-from tensorgraph.backends.cpu.ir import F32, I32, I64, Int, Value
+from tensorgraph.backends.cpu.ir import F32, I32, I64, PTR, Int, Value
 from tensorgraph.backends.cpu.kernel import Kernel
 from tensorgraph.backends.cpu.operands import Operand, read_value, stored_type
 from tensorgraph.backends.cpu.state_calls import field
@@ -74,34 +74,48 @@ def seen_rows(k: Kernel, table: Value, seq: Value, pos: Value | None, rule: tupl
 
 @dataclass(frozen=True)
 class Block:
-    """The addresses of up to 64 rows of one kv head, page by page, from row `start` on."""
+    """Up to 64 rows of one kv head, from row `start` on: where each of their pages begins.
 
+    Attributes:
+        keys, values: addresses [SLICE / L], in scratch, so that loops can go over pages.
+    """
+
+    k: Kernel
     start: Value
-    keys: list[Value]
-    values: list[Value]
+    keys: Value
+    values: Value
+
+    def page(self, listed: Value, number: Int) -> Value:
+        """Where a page of `keys` or `values` begins."""
+        return self.k.load(listed + self.k.i64(number) * 8, PTR)
 
 
-def find_block(k: Kernel, h: Heads, keys: Operand, values: Operand, seq: Value, head: Value, start: Value, hi: Value) -> Block:
+LISTED_BYTES = 2 * SLICE // L * 8
+"""What `find_block` needs of scratch."""
+
+
+def find_block(
+    k: Kernel, h: Heads, keys: Operand, values: Operand, seq: Value, head: Value, start: Value, hi: Value, listed: Value
+) -> Block:
     """Pages beyond the last row are read as the last one; what is read there is masked."""
-    assert keys.table is not None and values.table is not None
-    found: list[list[Value]] = []
-    for stream, width in ((keys, h.d_k), (values, h.d_v)):
+    lists = [listed, listed + SLICE // L * 8]
+    for stream, to, width in zip((keys, values), lists, (h.d_k, h.d_v), strict=True):
         assert stream.table is not None
         pages, first = field(k, stream.table, seq, "pages"), field(k, stream.table, seq, "first")
         item = stored_type(stream.dtype).size_bytes
         last = (hi - 1 - first) // L
         inner = width * L * item if stream is keys else width * item
-        addresses = []
         for page in range(SLICE // L):
             at = k.min((start - first) // L + page, last)
             number = k.load(k.convert_pointer(pages) + at * 8, I64)
-            addresses.append(stream.address + number * (h.n_kv * width * L * item) + head * inner)
-        found.append(addresses)
-    return Block(start, *found)
+            k.store(stream.address + (number * (h.n_kv * width * L * item) + head * inner), to + page * 8)
+    return Block(k, start, *lists)
 
 
-def scores(k: Kernel, h: Heads, dtype: Any, block: Block, pages: Sequence[int], queries: Sequence[Value]) -> list[list[Value]]:
-    """q . k for each query (addresses of f32 [Dk]) and page: [query][page], lanes are rows."""
+def scores(
+    k: Kernel, h: Heads, dtype: Any, pages: Sequence[Value], queries: Sequence[Value], unit: float = 1.0
+) -> list[list[Value]]:
+    """Logits of each query (addresses of f32 [Dk]) and page of keys (addresses), times `unit`: [query][page], lanes are rows."""
     unroll = 4 if h.d_k % 4 == 0 else 1
     stored = stored_type(dtype)
     zero = k.zero(F32.x(L))
@@ -109,7 +123,7 @@ def scores(k: Kernel, h: Heads, dtype: Any, block: Block, pages: Sequence[int], 
         sums = list(loop.values)
         for u in range(unroll):
             at = loop.i + u
-            rows = [read_value(k, k.load(block.keys[p] + at * (L * stored.size_bytes), stored.x(L)), dtype) for p in pages]
+            rows = [read_value(k, k.load(page + at * (L * stored.size_bytes), stored.x(L)), dtype) for page in pages]
             for q, query in enumerate(queries):
                 factor = k.splat(k.load(query + at * 4, F32), L)
                 for p, row in enumerate(rows):
@@ -118,19 +132,19 @@ def scores(k: Kernel, h: Heads, dtype: Any, block: Block, pages: Sequence[int], 
         loop.next(*sums)
     results = []
     for place, total in enumerate(loop.results):
-        scaled = total * h.scale
         if h.softcap:
-            scaled = tanh(k, scaled * (1 / h.softcap)) * h.softcap
+            scaled = tanh(k, total * (h.scale / h.softcap)) * (h.softcap * unit)
+        else:
+            scaled = total * (h.scale * unit)
         results.append((place // len(pages), scaled))
     return [[s for q, s in results if q == query] for query in range(len(queries))]
 
 
-def masked(k: Kernel, block: Block, page: int, score: Value, seen: Seen) -> Value:
-    """-inf for rows that are not seen."""
-    lowest = k.convert(seen.lo - block.start - page * L, I32)
+def shown(k: Kernel, start: Value, seen: Seen) -> Value:
+    """Which rows are seen, of those from `start` on: [L]."""
+    lowest = k.convert(seen.lo - start, I32)
     count = k.convert(seen.hi - seen.lo, I32)
-    shown = (k.lane_numbers(L) - k.splat(lowest, L)).below(k.splat(count, L))
-    return k.select(shown, score, float("-inf"))
+    return (k.lane_numbers(L) - k.splat(lowest, L)).below(k.splat(count, L))
 
 
 def add_values(
@@ -142,39 +156,39 @@ def add_values(
     stop: Value,
     weights: Sequence[Value],
     sums: Sequence[Value],
-    at: int,
+    at: Int,
 ) -> list[Value]:
     """sums[w][v] + sum over rows first..stop-1 of the block of weight * value, for value vectors from element `at` on.
 
     `weights`: for each query the address of its f32 weights [64].
     """
     stored = stored_type(dtype)
-    n = len(sums) // len(weights)
-    for page in range(SLICE // L):
-        low = k.min(k.max(first, k.i64(page * L)), k.i64(page * L + L))
-        high = k.min(stop, k.i64(page * L + L))
-        base = block.values[page] + (at - page * L * h.n_kv * h.d_v) * stored.size_bytes
+    n, row_bytes = len(sums) // len(weights), h.n_kv * h.d_v * stored.size_bytes
 
-        def add(i: Value, sums: Sequence[Value], base: Value = base) -> list[Value]:
-            row = base + i * (h.n_kv * h.d_v * stored.size_bytes)
-            loaded = [read_value(k, k.load(row + v * L * stored.size_bytes, stored.x(L)), dtype) for v in range(n)]
-            following = []
-            for w, weight in enumerate(weights):
-                factor = k.splat(k.load(weight + i * 4, F32), L)
-                following += [k.fma(factor, value, sums[w * n + v]) for v, value in enumerate(loaded)]
-            return following
+    def rows(start: Value, stop: Value, step: int, sums: Sequence[Value]) -> list[Value]:
+        """Rows that lie in one page, `step` at a time."""
+        with k.loop(start, stop, step, sums) as loop:
+            sums = loop.values
+            base = block.page(block.values, loop.i // L) + ((loop.i & (L - 1)) * row_bytes + k.i64(at) * stored.size_bytes)
+            for i in range(step):
+                row = base + i * row_bytes
+                loaded = [read_value(k, k.load(row + v * L * stored.size_bytes, stored.x(L)), dtype) for v in range(n)]
+                following = []
+                for w, weight in enumerate(weights):
+                    factor = k.splat(k.load(weight + (loop.i + i) * 4, F32), L)
+                    following += [k.fma(factor, value, sums[w * n + v]) for v, value in enumerate(loaded)]
+                sums = following
+            loop.next(*sums)
+        return loop.results
 
-        def rows(start: Value, stop: Value, step: int, sums: Sequence[Value]) -> list[Value]:
-            with k.loop(start, stop, step, sums) as loop:
-                sums = loop.values
-                for i in range(step):
-                    sums = add(loop.i + i, sums)
-                loop.next(*sums)
-            return loop.results
+    even = k.min((first + (UNROLL - 1)) & -UNROLL, k.max(stop, first))
+    whole = k.max(stop & -UNROLL, even)
+    return rows(whole, stop, 1, rows(even, whole, UNROLL, rows(first, even, 1, sums)))
 
-        whole = low + (k.max(high - low, 0) & -UNROLL)
-        sums = rows(whole, high, 1, rows(low, whole, UNROLL, sums))
-    return list(sums)
+
+def slice_scratch(h: Heads) -> int:
+    """Bytes that a thread needs for a slice: weights of each query head, and where the pages are."""
+    return h.group * SLICE * 4 + LISTED_BYTES
 
 
 def emit_slices(k: Kernel, operands: Operands, *, heads: Heads) -> None:
@@ -215,19 +229,21 @@ def write_slice(
     to: Value,
 ) -> None:
     """One partial result for each query head of a kv head."""
-    block = find_block(k, h, keys, values, seq, head, start, seen.hi)
+    weights = k.scratch()
+    block = find_block(k, h, keys, values, seq, head, start, seen.hi, weights + h.group * SLICE * 4)
     prefetch(k, h, keys, values, block)
-    pages, weights = range(SLICE // L), k.scratch()
+    pages = range(SLICE // L)
     at_once = len(pages) if k.lanes == L else 1
     together = queries_at_once(k, at_once)
     for g in range(0, h.group, together):
         mine = range(g, min(g + together, h.group))
         found: list[list[Value]] = [[] for _ in mine]
         for p in range(0, len(pages), at_once):
-            some = scores(k, h, keys.dtype, block, pages[p : p + at_once], [query + m * h.d_k * 4 for m in mine])
-            found = [row + more for row, more in zip(found, some, strict=True)]
+            some = [block.page(block.keys, number) for number in pages[p : p + at_once]]
+            new = scores(k, h, keys.dtype, some, [query + m * h.d_k * 4 for m in mine])
+            found = [row + more for row, more in zip(found, new, strict=True)]
         for m, row in zip(mine, found, strict=True):
-            row = [masked(k, block, p, s, seen) for p, s in zip(pages, row, strict=True)]
+            row = [k.select(shown(k, start + p * L, seen), s, float("-inf")) for p, s in zip(pages, row, strict=True)]
             top = k.fold(tree(k, row, lambda a, b: k.max(a, b)), lambda a, b: k.max(a, b))
             shifted = [exp(k, s - top) for s in row]
             for p, weight in zip(pages, shifted, strict=True):
@@ -235,24 +251,32 @@ def write_slice(
             k.store(top, to + m * h.partial * 4)
             k.store(k.sum(tree(k, shifted, lambda a, b: a + b)), to + m * h.partial * 4 + 4)
     first, stop = k.max(seen.lo - start, 0), k.min(seen.hi - start, k.i64(SLICE))
-    for mine, at, n in value_blocks(k, h, h.group):
-        sums = [k.zero(F32.x(L))] * (len(mine) * n)
-        sums = add_values(k, h, values.dtype, block, first, stop, [weights + m * SLICE * 4 for m in mine], sums, at)
-        for w, m in enumerate(mine):
-            for v in range(n):
-                k.store(sums[w * n + v], to + (m * h.partial + HEAD + at + v * L) * 4)
+    for begin, end, n in value_blocks(k, h):
+        together = queries_at_once(k, n)
+        for g in range(0, h.group, together):
+            mine = range(g, min(g + together, h.group))
+            with k.loop(begin, end, n * L) as columns:
+                columns.next()
+                sums = [k.zero(F32.x(L))] * (len(mine) * n)
+                listed = [weights + m * SLICE * 4 for m in mine]
+                sums = add_values(k, h, values.dtype, block, first, stop, listed, sums, columns.i)
+                for w, m in enumerate(mine):
+                    for v in range(n):
+                        k.store(sums[w * n + v], to + (columns.i + (m * h.partial + HEAD + v * L)) * 4)
 
 
 def prefetch(k: Kernel, h: Heads, keys: Operand, values: Operand, block: Block) -> None:
     """Ask for all lines of a block before the first is used: its rows lie apart, and nothing else foresees them."""
     of_page = h.d_k * L * stored_type(keys.dtype).size_bytes
-    for page in block.keys:
+    row_bytes = h.d_v * stored_type(values.dtype).size_bytes
+    for number in range(SLICE // L):
+        page = block.page(block.keys, number)
         with k.loop(0, of_page, 4 * LINE) as loop:
             loop.next()
             for line in range(0, min(4 * LINE, of_page), LINE):
                 k.prefetch(page + loop.i + line)
-    row_bytes = h.d_v * stored_type(values.dtype).size_bytes
-    for page in block.values:
+    for number in range(SLICE // L):
+        page = block.page(block.values, number)
         with k.loop(0, L) as loop:
             loop.next()
             for line in range(0, row_bytes, LINE):
@@ -267,15 +291,11 @@ def queries_at_once(k: Kernel, vectors: int) -> int:
     return max(1, (15 - registers * vectors) // (registers * vectors))
 
 
-def value_blocks(k: Kernel, h: Heads, rows: int) -> list[tuple[range, int, int]]:
-    """Query rows, first value element and value vectors, so many together as registers hold sums of."""
+def value_blocks(k: Kernel, h: Heads) -> list[tuple[int, int, int]]:
+    """Elements of a value from where to where, and so many vectors of them at once."""
     n = min(h.d_v // L, 8) if k.lanes == L else 1
-    together = queries_at_once(k, n)
-    blocks = []
-    for at in range(0, h.d_v // L, n):
-        wide = min(n, h.d_v // L - at)
-        blocks += [(range(r, min(r + together, rows)), at * L, wide) for r in range(0, rows, together)]
-    return blocks
+    whole = h.d_v // (n * L) * (n * L)
+    return [(0, whole, n), *([(whole, h.d_v, (h.d_v - whole) // L)] if whole < h.d_v else ())]
 
 
 def combine(k: Kernel, h: Heads, part: Value, n_slices: Int, sink: Value | None, to: Value) -> None:
