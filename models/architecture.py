@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ import numpy as np
 
 from tensorgraph import registry
 from tensorgraph.dtypes import DType, as_dtype
+from tensorgraph.engine import LOGITS
 from tensorgraph.errors import FormatError, UnknownNameError
 from tensorgraph.extents import Extents
 from tensorgraph.graph import Graph
 from tensorgraph.models.builder import AssumedWeights, Builder, FileWeights, WeightCatalog
 from tensorgraph.models.config import read_gguf, read_json
+from tensorgraph.models.early_rows import choose_early
 from tensorgraph.models.text.gguf import GGUF
 from tensorgraph.state import StateSpec
 
@@ -76,10 +78,16 @@ class Model:
     def states(self) -> Mapping[str, StateSpec]:
         return self.architecture.states(self.config)
 
-    def graph(self, extents: Extents, kv_dtype: DType) -> Graph:
-        """The graph of one step of at most these extents."""
-        g = Builder.begin(self.catalog, extents, kv_dtype, self.states())
-        return self.architecture.build(g, self.config)
+    def graph(self, extents: Extents, kv_dtype: DType, outputs: Sequence[str] = (LOGITS,)) -> Graph:
+        """The graph of one step of at most these extents; the rows whose logits are wanted are chosen as early as can be.
+
+        Args:
+            outputs: `logits` or the names of nodes.
+
+        Raises: UnknownNameError: no node has a wanted name.
+        """
+        built = self.architecture.build(Builder.begin(self.catalog, extents, kv_dtype, self.states()), self.config)
+        return choose_early(built.with_outputs({name: built.find(name) for name in outputs}))
 
     def weight(self, name: str) -> np.ndarray:
         """A weight as the file holds it.

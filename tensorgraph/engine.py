@@ -31,8 +31,8 @@ class GraphModel(Protocol):
 
     def states(self) -> Mapping[str, StateSpec]: ...
 
-    def graph(self, extents: Extents, kv_dtype: DType) -> Graph:
-        """One step: inputs as `extents.StepInputs` gives them, the output `logits` [O, V]."""
+    def graph(self, extents: Extents, kv_dtype: DType, outputs: Sequence[str] = (LOGITS,)) -> Graph:
+        """One step: inputs as `extents.StepInputs` gives them; outputs: `logits` [O, V], or the names of nodes."""
 
     def weight(self, name: str) -> np.ndarray: ...
 
@@ -79,9 +79,7 @@ class Engine:
         """
         key = (extents, outputs)
         if key not in self._graphs:
-            whole = self._graphs.get((extents, (LOGITS,))) or self.model.graph(extents, self.kv_dtype)
-            self._graphs[extents, (LOGITS,)] = whole
-            self._graphs[key] = whole.with_outputs({name: whole.find(name) for name in outputs})
+            self._graphs[key] = self.model.graph(extents, self.kv_dtype, outputs)
         return self._graphs[key]
 
     def executable(self, extents: Extents, outputs: tuple[str, ...] = (LOGITS,)) -> Executable:

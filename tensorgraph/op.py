@@ -87,6 +87,7 @@ class Op:
         signature: inputs, result and their shapes (`tensorgraph.signature`); without one, give a `shape` rule.
         attrs: attributes, checked when a node is built.
         inplace: result to input: the result may take that input's memory.
+        rows: inputs of which each row makes one row of the result by itself, as `row_inputs` has them.
         tolerance: largest NMSE of a backend's f32 result against the reference.
         source: paper and equation, or the operator it is named after.
 
@@ -100,6 +101,7 @@ class Op:
         *,
         attrs: Mapping[str, Attr] | None = None,
         inplace: Mapping[str, str] | None = None,
+        rows: Sequence[str] | None = None,
         tolerance: float = 1e-10,
         source: str = "",
     ) -> None:
@@ -108,6 +110,7 @@ class Op:
         self.signature = Signature.parse(signature) if signature else None
         self.attrs = dict(attrs or {})
         self.inplace = frozenset((inplace or {}).values())
+        self._rows = rows
         self.laws: list[Callable[..., None]] = []
         self.lowerings: list[Lowering] = []
         self.kernels: dict[str, Any] = {}
@@ -238,6 +241,19 @@ class Op:
         return self.kernels[backend]
 
     # Meaning.
+
+    @property
+    def row_inputs(self) -> Sequence[str]:
+        """Where the result is a matrix: inputs whose row i (of as many), and whatever others give all rows, makes its row i.
+
+        Read from the signature where that gives the result and inputs `...` in front, and the others one axis at most.
+        """
+        if self._rows is not None or self.signature is None:
+            return self._rows or ()
+        leading = [a.name for a in self.signature.inputs if a.axes[:1] == ("*",)]
+        others = [a for a in self.signature.inputs if a.name not in leading]
+        simple = self.signature.result.axes[:1] == ("*",) and all(len(a.axes) < 2 and "*" not in "".join(a.axes) for a in others)
+        return leading if simple else ()
 
     def arguments(self, slots: Mapping[str, Any]) -> tuple[Any, ...]:
         """Values by slot as `reference`, `expand` and `lowering` functions take them."""

@@ -21,7 +21,7 @@ Run = Callable[..., Array]
 
 
 def _binary(name: str, formula: Callable[[Array, Array], Array], *laws: Callable[..., None]) -> Op:
-    op = Op(name, "a[...]: real, b[*B]: real -> y[...]: a", inplace={"y": "a"}, source=f"ggml_{name}")
+    op = Op(name, "a[...]: real, b[*B]: real -> y[...]: a", inplace={"y": "a"}, rows=("a", "b"), source=f"ggml_{name}")
 
     @op.reference
     def reference(a: Array, b: Array) -> Array:

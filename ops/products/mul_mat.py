@@ -21,7 +21,7 @@ Array = np.ndarray[Any, Any]
 _SIGNATURE = "a[*A, M, K]: float, b[*B, N, K]: float -> y[*B, N, M]: f32"
 _BOUND = Signature.parse(_SIGNATURE)
 
-mul_mat = Op("mul_mat", _SIGNATURE, source="ggml_mul_mat")
+mul_mat = Op("mul_mat", _SIGNATURE, rows=("b",), source="ggml_mul_mat")
 """`b @ a.T`, with a the weights.
 
 Shapes: a [*A, M, K], b [*B, N, K] -> [*B, N, M]. Batch axes are matched from the right; each of b's is a multiple of

@@ -102,6 +102,18 @@ def test_a_second_run_that_differs_fails(op: str) -> None:
     assert report.failure is not None and report.failure.part == "second run"
 
 
+@pytest.mark.parametrize(("axes", "rows"), [("..., N", None), ("M, N", ("x",))])
+def test_rows_that_do_not_stand_alone_fail(axes: str, rows: tuple[str, ...] | None) -> None:
+    """Of an op that adds up along its first axis, whether its signature says that rows are alone or it says so itself."""
+    op = Op("added_rows", f"x[{axes}]: real -> y[{axes}]: x", rows=rows)
+    try:
+        op.reference(lambda x: np.cumsum(x, axis=0))
+        report = check(op, KernelDevice("unchanged"), examples=60, seed=3)
+    finally:
+        registry.ops.remove("added_rows")
+    assert report.failure is not None and report.failure.part == "rows"
+
+
 def test_the_unchanged_device_passes() -> None:
     """So that the mistakes alone are what fails."""
     for op in dict.fromkeys(op for op, _ in MISTAKES):

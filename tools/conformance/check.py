@@ -29,7 +29,7 @@ SHOWN_LINES = 12
 class Failure:
     """What went wrong and for which case, the smallest found.
 
-    `part` is "reference", "law NAME", "expansion", "second run" or "result"; `case` holds a line for each input with its
+    `part` is "reference", "law NAME", "expansion", "rows", "second run" or "result"; `case` holds a line for each input with its
     dtype, shape and strides, one for the attributes, and one for the Dims.
     """
 
@@ -99,7 +99,8 @@ def check(op: str | Op, backend: str | Device, *, examples: int = 30, seed: int 
 
     Each case holds its inputs densely, as views with other strides, as constants or, where the signature allows, as weights of
     a block type, and may have an axis that is known only when a step runs. The result must conform to the reference and to
-    the op's expansion by `criterion`, a second run must give the same bits, and the op's laws must hold.
+    the op's expansion by `criterion`, a second run must give the same bits, some rows alone must give some rows of the
+    reference where the op says so (`Op.row_inputs`), and the op's laws must hold.
 
     Raises:
         UnknownNameError: there is no such op or backend.
@@ -190,9 +191,22 @@ def _conform(case: Case, drawn: Slots, device: Device) -> float:
         worst = max(worst, verdict.worst)
     if again.tobytes() != got.tobytes():
         raise NotConforming("second run", "the same plan gives other bits when it is run again")
+    if not _rows_stand_alone(meaning, values):
+        raise NotConforming("rows", f"some rows of {', '.join(op.row_inputs)} alone do not give those rows of the result")
     for part, error in _broken_laws(op, drawn, case.attrs, device):
         raise NotConforming(part, error)
     return worst
+
+
+def _rows_stand_alone(meaning: Meaning, slots: Slots) -> bool:
+    """Whether the last and the first row of matrices that are said to go by rows give those of the result."""
+    whole = meaning(slots)
+    if not meaning.op.row_inputs or whole.ndim != 2 or not len(whole):
+        return True
+    ids, rows = [len(whole) - 1, 0], [slot for slot in slots if slot in meaning.op.row_inputs]
+    few = meaning({s: x[ids] if s in rows and x.ndim == 2 and len(x) == len(whole) else x for s, x in slots.items()})
+    finite = np.abs(whole[np.isfinite(whole)])
+    return np.allclose(few, whole[ids], rtol=1e-9, atol=1e-12 * float(finite.max(initial=0)), equal_nan=True)
 
 
 def _broken_laws(op: Op, slots: Slots, attrs: Attrs, device: Device) -> Iterator[tuple[str, str]]:
