@@ -6,6 +6,7 @@ from bisect import bisect_left, insort
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from heapq import heappop, heappush
 
 from tensorgraph import registry
 from tensorgraph.dims import Bindings
@@ -84,33 +85,55 @@ def plan_memory(order: Sequence[Group | Node], kept: Sequence[Node] = (), held: 
 
     Of several devices, `order` is what all of them do and `held` what lies on one: a copy to another is a use here.
 
-    First position to last use, best fit among the free ranges, neighbours joined again when they fall free.
+    First position to last use, best fit among the free ranges, neighbours joined again when they fall free; in order, or from
+    the last position to the first where that takes less, as where the largest value is the last.
     """
     groups = [item if isinstance(item, Group) else Group.of(item) for item in order]
     last = _last_uses(groups, kept)
-    arena = _Arena()
-    buffers: dict[Hashable, Buffer] = {}
-    dying: dict[int, list[Hashable]] = {}
-    total = 0
+    pieces: dict[Hashable, _Piece] = {}
+    lives: dict[Hashable, tuple[int, int]] = {}
     for position, group in enumerate(groups):
         wanted: dict[Hashable, int] = {n: group.size_of(n) for n in group.stored if held is None or n in held}
         if held is None or group.nodes[0] in held:
             wanted |= group.scratch
         for thing, n_bytes in wanted.items():
             size_bytes = -(-n_bytes // ALIGNMENT) * ALIGNMENT
-            total += size_bytes
             end = last.get(thing, position) if isinstance(thing, Node) else position
-            taken = _inplace_input(group, thing, position, last, buffers, size_bytes)
-            if taken is not None:
-                offset = buffers[taken].offset
-                dying[position].remove(taken)
-            else:
-                offset = arena.take(size_bytes)
-            buffers[thing] = Buffer(offset, size_bytes, position, end)
-            dying.setdefault(end, []).append(thing)
-        for dead in dying.pop(position, ()):
-            arena.give(buffers[dead].offset, buffers[dead].size_bytes)
-    return MemoryPlan(buffers, arena.peak, total)
+            taken = _inplace_input(group, thing, position, last, pieces, size_bytes)
+            pieces[thing] = _Piece(size_bytes, position, end) if taken is None else pieces[taken]
+            pieces[thing].end = end
+            lives[thing] = position, end
+    ordered = list(dict.fromkeys(pieces.values()))
+    peak, offsets = _offsets([(p.size_bytes, p.start, p.end) for p in ordered])
+    other, from_last = _offsets([(p.size_bytes, -p.end, -p.start) for p in ordered])
+    if other < peak:
+        peak, offsets = other, from_last
+    at = dict(zip(ordered, offsets, strict=True))
+    buffers = {thing: Buffer(at[piece], piece.size_bytes, *lives[thing]) for thing, piece in pieces.items()}
+    return MemoryPlan(buffers, peak, sum(piece.size_bytes for piece in pieces.values()))
+
+
+@dataclass(eq=False)
+class _Piece:
+    """Memory for a value and for the in-place results that follow it, from its first position to its last."""
+
+    size_bytes: int
+    start: int
+    end: int
+
+
+def _offsets(pieces: Sequence[tuple[int, int, int]]) -> tuple[int, list[int]]:
+    """An arena's size and where each piece (bytes, first and last position) lies."""
+    arena, offsets = _Arena(), [0] * len(pieces)
+    living: list[tuple[int, int]] = []  # last position, number
+    for n in sorted(range(len(pieces)), key=lambda n: pieces[n][1]):
+        size_bytes, start, end = pieces[n]
+        while living and living[0][0] < start:
+            dead = heappop(living)[1]
+            arena.give(offsets[dead], pieces[dead][0])
+        offsets[n] = arena.take(size_bytes)
+        heappush(living, (end, n))
+    return arena.peak, offsets
 
 
 def _last_uses(groups: Sequence[Group], kept: Sequence[Node]) -> dict[Hashable, int]:
@@ -126,7 +149,7 @@ def _last_uses(groups: Sequence[Group], kept: Sequence[Node]) -> dict[Hashable, 
 
 
 def _inplace_input(
-    group: Group, node: Hashable, position: int, last: dict[Hashable, int], buffers: dict[Hashable, Buffer], size_bytes: int
+    group: Group, node: Hashable, position: int, last: dict[Hashable, int], held: Mapping[Hashable, _Piece], size_bytes: int
 ) -> Node | None:
     """An input whose memory the result may take: declared so, dense, as large, and not needed afterwards."""
     if not isinstance(node, Node) or node.op in STRUCTURAL or len(group.nodes) > 1:
@@ -138,8 +161,8 @@ def _inplace_input(
         roots = storage_roots(source)
         others = [r for s, i in zip(node.slots, node.inputs, strict=True) if s != slot for r in storage_roots(i)]
         root = roots[0]
-        alone = len(roots) == 1 and root in buffers and root not in others
-        if alone and last.get(root) == position and buffers[root].size_bytes == size_bytes:
+        alone = len(roots) == 1 and root in held and root not in others
+        if alone and last.get(root) == position and held[root].size_bytes == size_bytes:
             return root
     return None
 

@@ -14,7 +14,7 @@ from tensorgraph.dtypes import f16, f32
 from tensorgraph.extents import Extents
 from tensorgraph.graph import Node, append, choose, constant, input, topological
 from tensorgraph.memory import ALIGNMENT, MemoryPlan, needs_storage, plan_memory
-from tensorgraph.ops import add, cast, cont, mul_mat, relu, scale, soft_max
+from tensorgraph.ops import add, cast, concat, cont, mul_mat, relu, scale, soft_max
 from tests.core.arena import play, play_plan
 from tests.core.devices import pair
 from tests.models import tiny
@@ -53,6 +53,17 @@ def programs(draw: Any) -> tuple[list[Node], list[Node]]:
     kept = draw(st.lists(st.sampled_from(nodes), max_size=3))
     order = topological([*draw(st.permutations(nodes))[:8], *kept])
     return [n for n in order if n.op not in ("input", "constant")], kept
+
+
+def test_a_large_last_value_takes_the_place_of_all_before_it() -> None:
+    """256, 768 and 1,024 bytes, of which the last lives beside 24,576: in order these would come behind 2,048."""
+    first = relu(input("x", (1, 64)))
+    second = mul_mat(constant("v", shape=(192, 64)), first)
+    both = concat(first, second, axis=-1)
+    largest = mul_mat(constant("w", shape=(6144, 256)), both)
+    plan = plan_memory([first, second, both, largest], kept=[largest])
+    assert plan.peak_bytes == 1024 + 24_576
+    play([first, second, both, largest], [largest], [plan])
 
 
 @given(programs())
