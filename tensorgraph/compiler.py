@@ -78,7 +78,7 @@ def plan_key(graph: Graph, devices: Sequence[Device], options: CompileOptions) -
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-@dataclass
+@dataclass(slots=True)
 class PlanCache:
     """Finished plans by topology. One that is found gets the literals of the graph, and the devices, that asked."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,13 +20,19 @@ Replay = Callable[[int, int], "np.ndarray | None"]
 
 
 class Decoding:
-    """The next hundred tokens or so of one sequence, each computed with hardly any work outside the device.
+    """The next hundred tokens or so of one session, each computed with hardly any work outside the device.
 
     Holds as long as its lease does, and nothing else ran on the device.
     """
 
-    def __init__(self, lease: Lease, replay: Replay) -> None:
-        self.lease, self._replay, self._first = lease, replay, lease.length
+    __slots__ = ("_lock", "_lease", "_store", "_replay", "_first", "_stop", "_vocab_size", "_ids", "_stats", "_cache")
+
+    def __init__(self, session: Session, lease: Lease, replay: Replay) -> None:
+        engine = session.engine
+        self._lock, self._vocab_size, self._stats = engine.lock, engine.vocab_size, engine.stats
+        self._cache = engine.cache
+        self._lease, self._store, self._replay, self._ids = lease, lease.store, replay, session._ids
+        self._first, self._stop = lease.length, min(lease.stop, session.context)
 
     @staticmethod
     def begin(session: Session, executable: Executable, make_inputs: StepInputs) -> Decoding | None:
@@ -40,14 +47,25 @@ class Decoding:
         for i in range(1, lease.stop - lease.length - 1):  # only extents are looked at beyond the second
             runs.append((inputs, {name: n + i * by[name] for name, n in dims.items()}, step))
         replay = executable.replay(runs, "tokens")
-        return Decoding(lease, replay) if replay is not None else None
+        return Decoding(session, lease, replay) if replay is not None else None
 
     def next(self, token: int) -> np.ndarray | None:
-        """Append a token: the logits [V] after it; None where it takes a step of its own."""
-        lease = self.lease
-        if lease.length >= lease.stop or lease.store.leased is not lease:
-            return None
-        logits = self._replay(lease.length - self._first, token)
-        if logits is not None:
-            lease.length += 1
-        return logits
+        """Append a token: the logits [V] after it; None where it takes a step of its own, or is none."""
+        began = perf_counter()
+        with self._lock:
+            lease = self._lease
+            length = lease.length
+            if length >= self._stop or self._store.leased is not lease:
+                return None
+            if type(token) is not int or not 0 <= token < self._vocab_size:
+                return None
+            logits = self._replay(length - self._first, token)
+            if logits is not None:
+                lease.length = length + 1
+                self._ids.append(token)
+                self._cache.hits += 1
+                stats = self._stats
+                stats.steps += 1
+                stats.tokens += 1
+                stats.run_s += perf_counter() - began
+            return logits

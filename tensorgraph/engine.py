@@ -37,7 +37,7 @@ class GraphModel(Protocol):
     def weight(self, name: str) -> np.ndarray: ...
 
 
-@dataclass
+@dataclass(slots=True)
 class Stats:
     """Counted since an engine was made."""
 

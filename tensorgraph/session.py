@@ -101,29 +101,13 @@ class Session:
 
         Raises: InputError: no tokens, one outside the vocabulary, or more than the context holds; the session is unchanged.
         """
-        if outputs is None and self._decoding is not None and type(ids) is list and len(ids) == 1:
-            logits = self._next(ids[0])
+        decoding = self._decoding
+        if decoding is not None and outputs is None and type(ids) is list and len(ids) == 1:
+            logits = decoding.next(ids[0])
             if logits is not None:
                 return logits[None] if all_logits else logits
+            self._decoding = None
         return self.batch([(self, ids)], outputs=outputs, all_logits=all_logits)[0]
-
-    def _next(self, token: int) -> np.ndarray | None:
-        """One token by the steps that were prepared; None where it takes a step of its own."""
-        engine, decoding = self.engine, self._decoding
-        began = time.perf_counter()
-        with engine.lock:
-            if type(token) is not int or not 0 <= token < engine.vocab_size or decoding is None:
-                return None
-            logits = decoding.next(token) if decoding.lease.length < self.context else None
-            if logits is None:
-                self._decoding = None
-                return None
-            self._ids.append(token)
-            engine.cache.hits += 1
-            engine.stats.steps += 1
-            engine.stats.tokens += 1
-            engine.stats.run_s += time.perf_counter() - began
-        return logits
 
     @staticmethod
     def batch(

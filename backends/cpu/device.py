@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -45,7 +44,6 @@ class Code:
         self._addresses: dict[str, int] = {}
         self.executor = Executor(self.jit)
         self._threads: Threads = "auto"
-        self._lock = threading.RLock()
 
     def text(self, emit: Any, names: Sequence[str], keys: Sequence[OperandKey | None], attrs: tuple[tuple[str, Any], ...]) -> str:
         key = (emit, names, keys, attrs)
@@ -62,14 +60,14 @@ class Code:
 
     def run(self, threads: Threads, table: int, n_steps: int) -> list[int] | None:
         """Walk a table with so many threads; what a kernel that refused its input left, code and details."""
-        with self._lock:  # threads are numbered below what the caller made room for
+        with self.executor.lock:  # threads are numbered below what the caller made room for
             if threads != self._threads:
                 self._set_threads(threads)
             return self.executor.run(table, n_steps)
 
     def profile(self, threads: Threads, table: int, n_steps: int) -> tuple[np.ndarray, list[int] | None]:
         """`run`, and the seconds of each step before what it gives."""
-        with self._lock:
+        with self.executor.lock:
             if threads != self._threads:
                 self._set_threads(threads)
             return self.executor.profile(table, n_steps), self.executor.status
@@ -95,10 +93,11 @@ class CpuDevice(Device):
         wanted = name.partition(":")[2]
         self.target = find_target(wanted) if wanted else host()
         self.code = code_for(self.target)
+        self.lock = self.code.executor.lock  # one to take for a run, since each costs on cold caches
         self.threads: Threads = "auto"
         self.arena, self.constants = aligned(0), ConstantMemory()
         self.scratch, self.scratch_stride = aligned(0), np.zeros(1, np.int64)
-        self.version = 0  # how often memory has moved
+        self.version = 0  # how often memory has moved, or the number of threads changed
         self.note: Note | None = None
 
     @property
@@ -108,6 +107,7 @@ class CpuDevice(Device):
     def set_threads(self, threads: Threads) -> None:
         with self.lock:
             self.threads = threads
+            self.version += 1
             self.require(0, 0)
 
     def supports(self, node: Node) -> bool:
@@ -205,9 +205,16 @@ class CpuDevice(Device):
 
         Raises: InputError: a kernel refused its input.
         """
-        refused = self.code.run(self.threads, table[1], len(table[0]))
-        if refused:
-            raise _refusal(refused, messages)
+        self.refuse(self.code.run(self.threads, table[1], len(table[0])), messages)
+
+    def refuse(self, status: Sequence[int] | None, messages: Mapping[int, str]) -> None:
+        """Say what kernels left, if they left anything.
+
+        Raises: InputError.
+        """
+        if status:
+            code, *values = status
+            raise InputError(messages[code].format(*values))
 
     @contextmanager
     def profiling(self, note: Note) -> Iterator[None]:
@@ -225,8 +232,7 @@ class CpuDevice(Device):
         began = time.perf_counter()
         seconds, refused = self.code.profile(self.threads, table[1], len(table[0]))
         spent_s = time.perf_counter() - began
-        if refused:
-            raise _refusal(refused, messages)
+        self.refuse(refused, messages)
         if self.note is not None:
             self.note(calls, dims, seconds, spent_s)
 
@@ -238,11 +244,6 @@ def _in_dtype(array: np.ndarray, dtype: DType) -> np.ndarray:
         return value if value.dtype == dtype.numpy else value.astype(dtype.numpy)
     decoded: np.ndarray = registry.decoders.get(dtype.name)(value) if value.dtype == np.uint8 else value.astype(np.float32)
     return decoded
-
-
-def _refusal(status: Sequence[int], messages: Mapping[int, str]) -> InputError:
-    code, *values = status
-    return InputError(messages[code].format(*values))
 
 
 def _slots(node: Node) -> list[tuple[str, Node]]:

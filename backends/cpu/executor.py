@@ -43,6 +43,8 @@ class Executor:
             for programs of a size that were lately faster so.
 
     Attributes:
+        lock: held while a program runs, and by whoever must not be disturbed by one.
+        team: who runs programs, None until the first; it changes with the number of threads.
         status: what kernels left in the last run or profile: a code and three details; None where all went well.
         status_address: of four i64, where a kernel stores these if something is wrong; the code, which is not 0, last.
     """
@@ -55,8 +57,9 @@ class Executor:
         self._code = _Code(jit, timed=False)
         self._ticks = _TICKS(jit.compile([loop.ticks_text(jit.target)])[0])
         self._origin = self._clocks()
-        self._lock = threading.RLock()
-        self._teams: dict[bool, _Team] = {}  # the one that takes times apart, so that the other never pays for it
+        self.lock = threading.RLock()
+        self.team: Team | None = None
+        self._timed: Team | None = None  # the one that takes times, apart so that the other never pays for it
         self._finalizers: list[weakref.finalize[..., Executor]] = []
         self._choice: ThreadChoice | None = None
         self.set_threads(threads)
@@ -75,55 +78,51 @@ class Executor:
         count = usable_cores() if threads == "auto" else threads
         if not isinstance(count, int) or not 1 <= count <= MOST_THREADS:
             raise AttributeValueError(f'[executor] wanted 1 to {MOST_THREADS} threads or "auto"; got {threads!r}')
-        with self._lock:
+        with self.lock:
             self.close()
             self._threads = count
             self._choice = ThreadChoice() if threads == "auto" and count > 1 else None
 
     def run(self, table_address: int, n_steps: int) -> list[int] | None:
         """Run a program, an int64 table [n_steps, 8]; what its kernels left, code and three details, or None: all went well."""
-        with self._lock:
-            team = self._teams.get(False) or self._start(timed=False)
-            if self._choice is None:
-                code = team.run(team.address, table_address, n_steps)
-            else:
-                code = team.choose(team.address, table_address, n_steps)
-                team.put(loop.ALONE, self._choice.note(team.at(loop.WEIGHT), team.at(loop.TICKS)))
-            self.status = [code, *self._memory[1:4].tolist()] if code else None
-            return self.status
+        with self.lock:
+            team = self.team = self.team or self._start(self._code, self._choice)
+            return self.left(team.run(team.address, table_address, n_steps))
+
+    def left(self, code: int) -> list[int] | None:
+        """The status, where a program has ended with this code."""
+        self.status = [code, *self._memory[1:4].tolist()] if code else None
+        return self.status
 
     def profile(self, table_address: int, n_steps: int) -> NDArray[np.float64]:
         """Run a program; the seconds from begin to end of each step [n_steps], which include waiting for the last chunk."""
-        with self._lock:
-            team = self._teams.get(True) or self._start(timed=True)
+        with self.lock:
+            team = self._timed = self._timed or self._start(_Code(self.jit, timed=True), None)
             spent = np.zeros(n_steps, np.int64)
             team.put(loop.SPENT, int(spent.ctypes.data))
-            code = team.run(team.address, table_address, n_steps)
-            self.status = [code, *self._memory[1:4].tolist()] if code else None
+            self.left(team.run(team.address, table_address, n_steps))
             return spent.astype(np.float64) * self._seconds_per_tick()
 
     def counters(self) -> list[dict[str, int]]:
         """Of each thread, the calling one first, since the workers started: chunks it ran, runs it was in, times it slept."""
         names = {"chunks": loop.CHUNKS, "runs": loop.RUNS, "parks": loop.PARKS}
-        with self._lock:
-            team = self._teams.get(False)
+        with self.lock:
+            team = self.team
             lines = [loop.THREADS + loop.LINE_BYTES * thread for thread in range(self._threads)]
             return [{name: team.at(line + at) if team else 0 for name, at in names.items()} for line in lines]
 
     def close(self) -> None:
         """End the workers and wait until they have; a later run starts them again."""
-        with self._lock:
+        with self.lock:
             finalizers, self._finalizers = self._finalizers, []
-            self._teams = {}
+            self.team = self._timed = None
             for finalizer in finalizers:
                 finalizer()
 
-    def _start(self, *, timed: bool) -> _Team:
-        code = _Code(self.jit, timed=True) if timed else self._code
-        team = _Team(code, self._threads, self.status_address)
+    def _start(self, code: _Code, choice: ThreadChoice | None) -> Team:
+        team = Team(code, self._threads, self.status_address, choice)
         self._finalizers.append(weakref.finalize(self, team.end))  # before there are threads, so that none is forgotten
         team.begin()
-        self._teams[timed] = team
         return team
 
     def _seconds_per_tick(self) -> float:
@@ -140,10 +139,10 @@ class Executor:
 
     def _forget_workers(self) -> None:
         """In a forked child, where only the thread that forked goes on."""
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         for finalizer in self._finalizers:
             finalizer.detach()
-        self._finalizers, self._teams = [], {}
+        self._finalizers, self.team, self._timed = [], None, None
         self._memory[:] = 0
 
 
@@ -158,16 +157,21 @@ class _Code:
         self.futex = loop.LoopFunction(jit.target, {}).futex
 
 
-class _Team:
-    """The shared block of memory, and the threads that work on it."""
+class Team:
+    """The shared block of memory, and the threads that work on it.
 
-    def __init__(self, code: _Code, threads: int, status_address: int) -> None:
+    Attributes:
+        run: `run(address, table_address, n_steps)` runs a program: the code that its kernels left, 0 where all went well.
+        address: of the shared block.
+    """
+
+    def __init__(self, code: _Code, threads: int, status_address: int, choice: ThreadChoice | None) -> None:
         self.code, self.pid = code, os.getpid()
         self.memory = _lines(loop.THREADS // loop.LINE_BYTES + threads)
         self.address, self.words = int(self.memory.ctypes.data), self.memory.data  # as quick to read as a list
         self.put(loop.STATUS, status_address)
-        self.run: Callable[[int, int, int], int] = code.caller if threads > 1 else code.alone
-        self.choose: Callable[[int, int, int], int] = code.chooser
+        self.choice, self._choose = choice, code.chooser
+        self.run: Callable[[int, int, int], int] = code.alone if threads == 1 else self._run if choice else code.caller
         arguments = [(code, self.memory, thread) for thread in range(1, threads)]
         self.workers = [threading.Thread(target=_work, args=a, name=f"tensorgraph-{a[-1]}", daemon=True) for a in arguments]
 
@@ -188,6 +192,13 @@ class _Team:
             while worker.is_alive():
                 self._wake()
                 worker.join(0.01)
+
+    def _run(self, address: int, table_address: int, n_steps: int) -> int:
+        """All threads, or the calling one alone where that was lately faster."""
+        code: int = self._choose(address, table_address, n_steps)
+        if self.choice is not None:
+            self.put(loop.ALONE, self.choice.note(self.at(loop.WEIGHT), self.at(loop.TICKS)))
+        return code
 
     def at(self, offset: int) -> int:
         return self.words[offset // 8]

@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from tensorgraph.backends.cpu.constants import Held
+from tensorgraph.backends.cpu.evaluation import compiled, compiled_guards
 from tensorgraph.backends.cpu.ir import I64, PTR, Int
 from tensorgraph.backends.cpu.kernel import HEADER, MESSAGES, Buffer, Call, Kernel, Ref
 from tensorgraph.backends.cpu.operands import Operand
-from tensorgraph.backends.cpu.replay import Given, Replay, prepare
+from tensorgraph.backends.cpu.replay import ADVANCE, Given, Replay, prepare
 from tensorgraph.backends.cpu.streams import ClassTable
 from tensorgraph.device import Part, Run, Values
-from tensorgraph.dims import Dim, Extent, FloorDiv, Guard, Poly, Symbol, maximum
+from tensorgraph.dims import Extent, Symbol, maximum
 from tensorgraph.dtypes import DType, as_dtype
-from tensorgraph.errors import GraphError, InputError, StateError, UnsupportedError
+from tensorgraph.errors import InputError, StateError, UnsupportedError
 from tensorgraph.graph import Node
+from tensorgraph.memory import needs_storage
 from tensorgraph.views import IndexMap
 
 if TYPE_CHECKING:
@@ -55,13 +57,17 @@ class Program:
 
     Attributes:
         calls: every call, in order; of a run those whose guards hold are made.
+        advance: the kernel that `Replay` begins with, once there is a table.
     """
+
+    advance: int
 
     def __init__(self, device: CpuDevice, part: Part) -> None:
         self.device, self.part = device, part
         self.calls: tuple[Call, ...] = tuple(c for group in part.groups for c in getattr(group, "calls", ()))
         self._numbers: dict[Extent, int] = {}  # of each extent, its place in the table of extents
         self._args: list[tuple[str, Any]] = []
+        self._uses: dict[Node, list[tuple[int, int]]] = {}  # of what lies in the arena: arguments, and bytes into it
         self.checks: dict[IndexMap, Node] = {}
         self.external: dict[Node, np.ndarray] = {}
         self._streams: dict[str, str] = {}  # stream to the class whose table its kernels read, found out in the first run
@@ -86,7 +92,7 @@ class Program:
 
     def __call__(self, values: Values, run: Run) -> None:
         dims, device = run.dims, self.device
-        self.owner = None
+        self.disown()
         if self.checks:
             self._check(dims)
         if self.n_dynamic:
@@ -102,6 +108,16 @@ class Program:
             device.profile(table, MESSAGES, self.made_calls(dims), dims)
         for output in self.outputs:
             values[output.node] = output.array(device.arena, dims)
+
+    def disown(self) -> None:
+        """From now on, numbers and addresses are those of a run."""
+        if self.owner is not None:
+            self.owner.release()
+            self.owner = None
+
+    def written(self, output: Node) -> Sequence[tuple[int, int]]:
+        """The arguments that say where a node's value lies, and how far into it; none where it is not the arena's own."""
+        return self._uses.get(output, ()) if needs_storage(output) else ()
 
     def replay(self, runs: Sequence[Given], varying: Node) -> Replay | None:
         """Several runs prepared at once, with one element of one input left open; None where they are not alike."""
@@ -140,7 +156,8 @@ class Program:
         """The lines of the calls that are made, and their address; only the kernels of these are compiled now."""
         base, extents = self.args.ctypes.data, self.extents.ctypes.data
         made = [i for i, call in enumerate(self.calls) if self._made(call, holds)]
-        codes = self.device.jit_compile([self.device.kernel_text(*self._kernels[i]) for i in made])
+        kernels = [ADVANCE, *(self._kernels[i] for i in made)]
+        self.advance, *codes = self.device.jit_compile([self.device.kernel_text(*kernel) for kernel in kernels])
         rows = []
         for i, code in zip(made, codes, strict=True):
             call, items = self.calls[i], extents + 8 * self._place_of[self._items[i]]
@@ -243,6 +260,8 @@ class Program:
         static = isinstance(index_map.offset, int)
         offset = place.offset_bytes + (index_map.offset * item if isinstance(index_map.offset, int) else 0)
         if place.kind == "arena":
+            if isinstance(ref.of, Node):
+                self._uses.setdefault(ref.of.base, []).append((len(self._args), offset - place.offset_bytes))
             self._args.append(("arena", offset))
         elif place.kind == "constant":
             self._args.append(("address", place.of + offset))
@@ -364,33 +383,3 @@ def _read_operand(k: Kernel, key: OperandKey) -> Operand:
     shape = resolve(key.shape)
     strides = resolve(key.strides)
     return Operand(k, dtype, shape, strides, address, key.layout, table)
-
-
-def compiled(extents: Sequence[Extent]) -> Callable[[Mapping[str, int]], tuple[int, ...]]:
-    """A function from the values of Dims to those of extents."""
-    listed = "".join(f"{_source(e)}, " for e in extents)
-    made: Callable[[Mapping[str, int]], tuple[int, ...]] = eval(f"lambda d: ({listed})")  # from extents, no text of a user's
-    return made
-
-
-def compiled_guards(guards: Sequence[Guard]) -> Callable[[Mapping[str, int]], tuple[bool, ...]]:
-    """A function from the values of Dims to whether guards hold."""
-    texts = []
-    for guard in guards:
-        bounds = [f"{low} <= {_source(e)}" for e, low, _ in guard.bounds if low is not None]
-        bounds += [f"{_source(e)} <= {high}" for e, _, high in guard.bounds if high is not None]
-        texts.append(f"({' and '.join(bounds) or 'True'}), ")
-    made: Callable[[Mapping[str, int]], tuple[bool, ...]] = eval(f"lambda d: ({''.join(texts)})")
-    return made
-
-
-def _source(extent: Extent) -> str:
-    if isinstance(extent, int):
-        return str(extent)
-    if isinstance(extent, Dim):
-        return f"d[{extent.name!r}]"
-    if isinstance(extent, FloorDiv):
-        return f"(({_source(extent.dividend)}) // {extent.divisor})"
-    if isinstance(extent, Poly):
-        return " + ".join("*".join([str(c), *(f"({_source(s)})" for s in symbols)]) for symbols, c in extent.terms)
-    raise GraphError(f"[cpu] {extent!r} has no value")

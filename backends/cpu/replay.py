@@ -1,33 +1,49 @@
 """Runs of a program prepared in advance: what differs between them is written down before the first.
 
-The runs are steps of one token after another, so that all their numbers but extents grow evenly.
+The runs are steps of one token after another, so that all their numbers but extents grow evenly. What Python does between two of
+them runs on caches that hold nothing of it, at up to a microsecond for each object that it touches: so it touches few.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from sys import getrefcount
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tensorgraph.backends.cpu.kernel import MESSAGES
+from tensorgraph.backends.cpu.ir import I32, I64, PTR
+from tensorgraph.backends.cpu.kernel import MESSAGES, Kernel
 from tensorgraph.device import Run
+from tensorgraph.dtypes import i32
 from tensorgraph.graph import Node
 
 if TYPE_CHECKING:
+    from tensorgraph.backends.cpu.executor import Team
     from tensorgraph.backends.cpu.program import Program
 
 Given = tuple[Mapping[Node, np.ndarray], Run]
 """Inputs, extents and state of one run; of the inputs and the state, those of the first two runs are looked at."""
+MOST_ROWS = 4
+_FREE = 2  # references to an array that only its pair holds, as `getrefcount` counts them
 
 
 class Replay:
     """Several runs of a program that has one output, of one row: `replay(i, x)` makes the i-th with x as the only element of one
-    input, and gives the row; None where the program has run otherwise since these were prepared."""
+    input, and gives the row; None where the program has run otherwise since these were prepared.
+
+    Kernels write the row where the caller will have it, in one of a few arrays; those that nobody holds any more are used again.
+    """
+
+    __slots__ = (
+        *("_program", "_device", "_executor", "_team", "_lock", "_version", "_dims", "_table", "_lines", "_address", "_n_lines"),
+        *("_now", "_changing", "_places", "_written", "_before", "_rows", "_width", "_dtype"),
+    )
 
     def __init__(self, program: Program, runs: Sequence[Given], varying: Node) -> None:
         self._program, self._device = program, program.device
-        self._input = program.external[varying]
+        self._executor, self._lock = self._device.code.executor, self._device.lock
+        self._team: Team | None = None  # that of the last run, while it is the executor's
         self._changing: list[tuple[np.ndarray, np.ndarray]] = []  # where it goes, and a row for each run
         first, second = runs[0], runs[min(1, len(runs) - 1)]
         if program.n_dynamic:
@@ -44,31 +60,98 @@ class Replay:
                 numbers.append(table.numbers.copy())
             self._add(table.numbers, numbers[0], numbers[1], len(runs))
         self._table, self._dims = program.table_of(first[1].dims), [run.dims for _, run in runs]
-        self._row = program.outputs[0].array(self._device.arena, first[1].dims)[0]
+        self._written = program.written(program.outputs[0].node)
+        self._before = [program.args[at] for at, _ in self._written]
+        self._begin(program.external[varying])
+        (_, self._width), self._dtype = program.outputs[0].shape(first[1].dims), program.outputs[0].dtype
+        self._rows = [self._new_row() for _ in range(2)]
         self._version = self._device.version
         program.owner = self
+
+    def _begin(self, varying: np.ndarray) -> None:
+        """The table of `advance` and what it reads, before the program's own."""
+        moves = [(to.ctypes.data, rows.ctypes.data, rows.strides[0], to.nbytes // 4) for to, rows in self._changing]
+        args = self._program.args.ctypes.data
+        written = [(args + 8 * at, offset) for at, offset in self._written]
+        now = np.array([0, 0, 0, varying.ctypes.data, len(moves), len(written)], np.int64)
+        listed, addresses = np.array([*moves, (0,) * 4], np.int64), np.array([*written, (0, 0)], np.int64)
+        places = np.array([0, 0, 0, *(x.ctypes.data for x in (now, listed, addresses)), 1], np.int64)  # and the number of items
+        line = [self._program.advance, places.ctypes.data, places.ctypes.data + 8 * 6, 1, 1, 0, 0, 0]
+        self._lines = np.concatenate([np.array([line], np.int64), self._table[0]])
+        self._address, self._n_lines = self._lines.ctypes.data, len(self._lines)
+        self._now, self._places = now.data, (listed, addresses, places)
 
     def _add(self, to: np.ndarray, first: np.ndarray, second: np.ndarray, n: int) -> None:
         """Numbers that grow by the same from run to run."""
         by = second - first
         to[: len(first)] = first
         if by.any():
-            self._changing.append((to[: len(first)], first + np.arange(n)[:, None] * by))
+            self._changing.append((to[: len(first)], (first + np.arange(n)[:, None] * by).astype(to.dtype)))
 
-    def __call__(self, i: int, x: Any) -> np.ndarray | None:
-        device = self._device
-        with device.lock:
-            if self._program.owner is not self or device.version != self._version:
+    def __call__(self, i: int, x: int) -> np.ndarray | None:
+        with self._lock:
+            if self._program.owner is not self or self._device.version != self._version:
                 return None
-            for to, rows in self._changing:
-                to[:] = rows[i]
-            self._input[0] = x
-            if device.note is None:
-                device.run(self._table, MESSAGES)
-            else:
-                device.profile(self._table, MESSAGES, self._program.made_calls(self._dims[i]), self._dims[i])
-            row: np.ndarray = self._row.copy()
+            row, address = self._free_row()
+            now = self._now
+            now[0], now[1], now[2] = i, x, address
+            team = self._team
+            if team is None or team is not self._executor.team or self._device.note is not None:
+                self._run(i)
+            elif code := team.run(team.address, self._address, self._n_lines):
+                self._device.refuse(self._executor.left(code), MESSAGES)
             return row
+
+    def _new_row(self) -> tuple[np.ndarray, int]:
+        """A row and its address."""
+        row = np.empty(self._width, self._dtype)
+        return row, row.ctypes.data
+
+    def _free_row(self) -> tuple[np.ndarray, int]:
+        for found in self._rows:
+            if getrefcount(found[0]) == _FREE:
+                return found
+        new = self._new_row()
+        if len(self._rows) < MOST_ROWS:
+            self._rows.append(new)
+        return new
+
+    def _run(self, i: int) -> None:
+        """The way of other runs, which starts threads where there are none and takes times where that is wanted."""
+        device = self._device
+        if device.note is None:
+            device.run((self._lines, self._address), MESSAGES)
+            self._team = self._executor.team
+        else:
+            device.run((self._lines[:1], self._address), MESSAGES)
+            device.profile(self._table, MESSAGES, self._program.made_calls(self._dims[i]), self._dims[i])
+
+    def release(self) -> None:
+        """Kernels write where they do in other runs."""
+        for (at, _), before in zip(self._written, self._before, strict=True):
+            self._program.args[at] = before
+
+
+def emit_advance(k: Kernel, operands: Mapping[str, Any]) -> None:
+    """Put in place the numbers of the i-th run, x, and the address of its row: see `Replay._begin`."""
+    now, moves, written = k.slot(), k.slot(), k.slot()
+    i, x, row, n_moves, n_written = (k.load(now + 8 * n, I64) for n in (0, 1, 2, 4, 5))
+    with k.loop(0, n_moves) as each:
+        each.next()
+        line = moves + each.i * 32
+        to, source = k.load(line, PTR), k.load(line + 8, PTR) + i * k.load(line + 16, I64)
+        with k.loop(0, k.load(line + 24, I64)) as words:
+            words.next()
+            k.store(k.load(source + words.i * 4, I32), to + words.i * 4)
+    with k.loop(0, n_written) as each:
+        each.next()
+        line = written + each.i * 16
+        k.store(row + k.load(line + 8, I64), k.load(line, PTR))
+    k.store(k.convert(x, I32), k.load(now + 24, PTR))
+
+
+ADVANCE = (emit_advance, (), (), ())
+"""What its kernel is written from."""
 
 
 def prepare(program: Program, runs: Sequence[Given], varying: Node) -> Replay | None:
@@ -80,9 +163,12 @@ def prepare(program: Program, runs: Sequence[Given], varying: Node) -> Replay | 
     (first, _), (second, _) = runs[0], runs[min(1, len(runs) - 1)]
     alike = alike and all(value.shape == second[node].shape for node, value in first.items())
     outputs = program.outputs
-    rows = [o.shape(d)[0] if o.where is None and o.shape(d) else 0 for o in outputs for d in dims]
+    rows = [o.shape(d)[0] if o.where is None and len(o.shape(d)) == 2 else 0 for o in outputs for d in dims]
     if not alike or len(outputs) != 1 or set(rows) != {1} or varying not in program.external:
         return None
+    if not program.written(outputs[0].node) or varying.dtype != i32:
+        return None
     with program.device.lock:
+        program.disown()
         program.bind(runs[0][1])
         return Replay(program, runs, varying)

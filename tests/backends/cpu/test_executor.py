@@ -171,7 +171,7 @@ def test_auto(jit: Jit, kernels: dict[str, int], monkeypatch: pytest.MonkeyPatch
         taken[i % 2].add(executor._choice.alone_sizes >> weights[i % 2].bit_length() & 1)
         program.program.run(executor)
         program.check()
-        assert executor._teams[False].at(native_loop.WEIGHT) == weights[i % 2]
+        assert executor.team.at(native_loop.WEIGHT) == weights[i % 2]
     assert taken == [{0, 1}, {0, 1}]
     executor.close()
 
@@ -183,7 +183,7 @@ def test_auto_runs_as_chosen(jit: Jit, kernels: dict[str, int], monkeypatch: pyt
     napping.step(kernels["nap"], [napping.array(1000), seen], napping.array(8))  # long enough for the worker to come
     napping.run(executor)
     for alone in (1 << 4, ~(1 << 4), 1 << 4):  # a weight of 8 has four bits
-        executor._teams[False].put(native_loop.ALONE, alone)
+        executor.team.put(native_loop.ALONE, alone)
         before = executor.counters()[1]["chunks"]
         napping.run(executor)
         after = executor.counters()[1]["chunks"]

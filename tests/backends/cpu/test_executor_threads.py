@@ -91,7 +91,7 @@ def test_where_nobody_can_sleep_on_an_address(kernels: dict[str, int]) -> None:
 
 
 def workers_of(executor: Executor) -> list[threading.Thread]:
-    return [worker for team in executor._teams.values() for worker in team.workers]
+    return [worker for team in (executor.team, executor._timed) if team for worker in team.workers]
 
 
 def test_close_and_reopen(jit: Jit, kernels: dict[str, int]) -> None:
@@ -139,7 +139,7 @@ def test_exit_without_close() -> None:
         "from tensorgraph.backends.cpu.jit import Jit\n"
         "from tensorgraph.backends.cpu.target import host\n"
         "executor = Executor(Jit(host(), None), 3)\n"
-        "print(executor.run(0, 0), len(executor._teams[False].workers))\n"
+        "print(executor.run(0, 0), len(executor.team.workers))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=os.getcwd())
     assert (done.returncode, done.stdout, done.stderr) == (0, "None 2\n", "")

@@ -1,0 +1,152 @@
+"""Tokens one by one on the CPU, by steps prepared in advance: the bits of other steps, whatever comes in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tensorgraph.backends.cpu.device import CpuDevice
+from tensorgraph.backends.cpu.replay import MOST_ROWS, Replay
+from tensorgraph.engine import Engine
+from tensorgraph.errors import InputError
+from tensorgraph.session import Session
+from tests.models import tiny
+
+Array = np.ndarray[Any, Any]
+PROMPT, TOKENS = list(range(5, 22)), [int(i) for i in np.random.default_rng(2).integers(3, 200, 60)]
+
+
+@pytest.fixture
+def device() -> Iterator[CpuDevice]:
+    found = CpuDevice()
+    found.set_threads(1)
+    yield found
+
+
+@pytest.fixture
+def session(device: CpuDevice) -> Iterator[Session]:
+    with Session(Engine(tiny.model("llama", "q4_1"), device), context=256) as found:
+        found.eval(PROMPT)
+        yield found
+
+
+@pytest.fixture
+def prepared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of the steps that were prepared and made."""
+    found: list[int] = []
+    call = Replay.__call__
+
+    def counted(self: Replay, i: int, x: int) -> Array | None:
+        row = call(self, i, x)
+        if row is not None:
+            found.append(i)
+        return row
+
+    monkeypatch.setattr(Replay, "__call__", counted)
+    return found
+
+
+def by_batches(tokens: list[int]) -> list[Array]:
+    """Logits after each token, by steps that are not prepared."""
+    with Session(Engine(tiny.model("llama", "q4_1"), CpuDevice()), context=256) as one:
+        one.eval(PROMPT)
+        found = []
+        for token in tokens:
+            one._decoding = None
+            found.append(np.array(one.eval([token])))
+        return found
+
+
+def test_prepared_steps_give_the_bits_of_others(session: Session, prepared: list[int]) -> None:
+    """Also in arrays that are kept while later steps run, and in views of them alone."""
+    kept = [session.eval([token]) if i % 2 else session.eval([token])[None][0] for i, token in enumerate(TOKENS)]
+    assert len(prepared) >= len(TOKENS) - 3
+    for got, wanted in zip(kept, by_batches(TOKENS), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_an_array_that_nobody_holds_is_used_again(session: Session, prepared: list[int]) -> None:
+    places = {session.eval([token]).ctypes.data for token in TOKENS[:30]}
+    assert len(prepared) >= 28 and len(places) <= MOST_ROWS
+    kept = [session.eval([token]) for token in TOKENS[:20]]
+    assert len({logits.ctypes.data for logits in kept}) == len(kept)
+
+
+def more_threads(session: Session, device: CpuDevice, stack: ExitStack) -> None:
+    device.set_threads(2)
+
+
+def other_threads_elsewhere(session: Session, device: CpuDevice, stack: ExitStack) -> None:
+    other = CpuDevice()
+    other.set_threads(2)
+    with Session(Engine(tiny.model("llama", "q4_1"), other), context=64) as one:
+        one.eval(PROMPT)
+
+
+def profiling(session: Session, device: CpuDevice, stack: ExitStack) -> None:
+    stack.enter_context(device.profiling(lambda calls, dims, seconds, spent_s: None))
+
+
+def a_step_of_another_session(session: Session, device: CpuDevice, stack: ExitStack) -> None:
+    with session.sibling() as other:
+        other.eval(PROMPT[:1])
+
+
+def another_reader_of_the_program(session: Session, device: CpuDevice, stack: ExitStack) -> None:
+    """Whose results lie in the arena again, where kernels wrote before."""
+    with Session(session.engine, context=256) as other:
+        first = other.eval(PROMPT[:1])
+        other._decoding = None
+        second = other.eval(PROMPT[1:2])
+    assert not np.array_equal(first, second)
+
+
+def a_token_that_is_none(session: Session, device: CpuDevice, stack: ExitStack) -> None:
+    length = session.length
+    for token in (-1, session.engine.vocab_size):
+        with pytest.raises(InputError):
+            session.eval([token])
+    assert session.length == length
+
+
+def a_larger_arena(session: Session, device: CpuDevice, stack: ExitStack) -> None:
+    device.require(2 * len(device.arena), 0)
+
+
+EVENTS: list[Callable[[Session, CpuDevice, ExitStack], None]] = [
+    more_threads,
+    other_threads_elsewhere,
+    profiling,
+    a_step_of_another_session,
+    another_reader_of_the_program,
+    a_token_that_is_none,
+    a_larger_arena,
+]
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: str(event.__name__))
+def test_what_comes_in_between_changes_no_bit(
+    event: Callable[[Session, CpuDevice, ExitStack], None], session: Session, device: CpuDevice, prepared: list[int]
+) -> None:
+    kept = [session.eval([token]) for token in TOKENS[:12]]
+    with ExitStack() as stack:
+        before = len(prepared)
+        event(session, device, stack)
+        kept += [session.eval([token]) for token in TOKENS[12:30]]
+    assert before >= 9 and len(prepared) - before >= 14
+    for got, wanted in zip(kept, by_batches(TOKENS[:30]), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_the_context_is_not_exceeded(device: CpuDevice) -> None:
+    with Session(Engine(tiny.model("llama", "q4_1"), device), context=40) as short:
+        short.eval(PROMPT)
+        for token in TOKENS[: 40 - len(PROMPT)]:
+            short.eval([token])
+        with pytest.raises(InputError, match="context"):
+            short.eval([TOKENS[0]])
+        assert short.ids == [*PROMPT, *TOKENS[: 40 - len(PROMPT)]]
