@@ -76,48 +76,63 @@ def test_an_array_that_nobody_holds_is_used_again(session: Session, prepared: li
     assert len({logits.ctypes.data for logits in kept}) == len(kept)
 
 
-def more_threads(session: Session, device: CpuDevice, stack: ExitStack) -> None:
+Check = Callable[[], bool] | None
+"""What must hold after some more steps."""
+
+
+def more_threads(session: Session, device: CpuDevice, stack: ExitStack) -> Check:
     device.set_threads(2)
+    return lambda: device.code.executor.max_threads == 2
 
 
-def other_threads_elsewhere(session: Session, device: CpuDevice, stack: ExitStack) -> None:
+def other_threads_elsewhere(session: Session, device: CpuDevice, stack: ExitStack) -> Check:
     other = CpuDevice()
     other.set_threads(2)
     with Session(Engine(tiny.model("llama", "q4_1"), other), context=64) as one:
         one.eval(PROMPT)
+    return lambda: device.code.executor.max_threads == 1
 
 
-def profiling(session: Session, device: CpuDevice, stack: ExitStack) -> None:
-    stack.enter_context(device.profiling(lambda calls, dims, seconds, spent_s: None))
+def profiling(session: Session, device: CpuDevice, stack: ExitStack) -> Check:
+    told: list[int] = []
+    stack.enter_context(device.profiling(lambda calls, dims, seconds, spent_s: told.append(len(calls))))
+    return lambda: len(told) == 18 and set(told) == {told[0]}
 
 
-def a_step_of_another_session(session: Session, device: CpuDevice, stack: ExitStack) -> None:
+def a_step_of_another_session(session: Session, device: CpuDevice, stack: ExitStack) -> Check:
     with session.sibling() as other:
         other.eval(PROMPT[:1])
+    return None
 
 
-def another_reader_of_the_program(session: Session, device: CpuDevice, stack: ExitStack) -> None:
+def another_reader_of_the_program(session: Session, device: CpuDevice, stack: ExitStack) -> Check:
     """Whose results lie in the arena again, where kernels wrote before."""
     with Session(session.engine, context=256) as other:
         first = other.eval(PROMPT[:1])
         other._decoding = None
         second = other.eval(PROMPT[1:2])
     assert not np.array_equal(first, second)
+    return None
 
 
-def a_token_that_is_none(session: Session, device: CpuDevice, stack: ExitStack) -> None:
+def a_token_that_is_none(session: Session, device: CpuDevice, stack: ExitStack) -> Check:
     length = session.length
     for token in (-1, session.engine.vocab_size):
         with pytest.raises(InputError):
             session.eval([token])
     assert session.length == length
+    return None
 
 
-def a_larger_arena(session: Session, device: CpuDevice, stack: ExitStack) -> None:
-    device.require(2 * len(device.arena), 0)
+def a_larger_arena(session: Session, device: CpuDevice, stack: ExitStack) -> Check:
+    """The one before, which others may have by then, is not written to any more."""
+    before = device.arena
+    device.require(2 * len(before), 0)
+    before[:] = 0xA5
+    return lambda: bool((before == 0xA5).all())
 
 
-EVENTS: list[Callable[[Session, CpuDevice, ExitStack], None]] = [
+EVENTS: list[Callable[[Session, CpuDevice, ExitStack], Check]] = [
     more_threads,
     other_threads_elsewhere,
     profiling,
@@ -130,13 +145,15 @@ EVENTS: list[Callable[[Session, CpuDevice, ExitStack], None]] = [
 
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: str(event.__name__))
 def test_what_comes_in_between_changes_no_bit(
-    event: Callable[[Session, CpuDevice, ExitStack], None], session: Session, device: CpuDevice, prepared: list[int]
+    event: Callable[[Session, CpuDevice, ExitStack], Check], session: Session, device: CpuDevice, prepared: list[int]
 ) -> None:
     kept = [session.eval([token]) for token in TOKENS[:12]]
     with ExitStack() as stack:
         before = len(prepared)
-        event(session, device, stack)
+        check = event(session, device, stack)
         kept += [session.eval([token]) for token in TOKENS[12:30]]
+        assert check is None or check()
+    assert device.code.executor.counters()[0]["runs"] >= 14  # by the threads that there are
     assert before >= 9 and len(prepared) - before >= 14
     for got, wanted in zip(kept, by_batches(TOKENS[:30]), strict=True):
         np.testing.assert_array_equal(got, wanted)
