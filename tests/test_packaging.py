@@ -118,7 +118,7 @@ def test_an_sdist_holds_the_tests_and_builds_the_same_wheel(tmp_path: Path) -> N
     name = run(sys.executable, "-c", code, cwd=checkout).split()[-1]
     with tarfile.open(checkout / "dist" / name) as archive:
         held = {member.name.partition("/")[2] for member in archive.getmembers()}
-        archive.extractall(tmp_path / "unpacked", filter="data")
+        archive.extractall(tmp_path / "unpacked", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     assert wanted <= held
     assert not [path for path in held if path.endswith(".pyc")]
     (source,) = (tmp_path / "unpacked").iterdir()

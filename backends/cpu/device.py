@@ -93,7 +93,6 @@ class CpuDevice(Device):
         wanted = name.partition(":")[2]
         self.target = find_target(wanted) if wanted else host()
         self.code = code_for(self.target)
-        self.lock = self.code.executor.lock  # one to take for a run, since each costs on cold caches
         self.threads: Threads = "auto"
         self.arena, self.constants = aligned(0), ConstantMemory()
         self.scratch, self.scratch_stride = aligned(0), np.zeros(1, np.int64)

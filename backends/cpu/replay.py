@@ -25,14 +25,18 @@ if TYPE_CHECKING:
 Given = tuple[Mapping[Node, np.ndarray], Run]
 """Inputs, extents and state of one run; of the inputs and the state, those of the first two runs are looked at."""
 MOST_ROWS = 4
-_FREE = 2  # references to an array that only its pair holds, as `getrefcount` counts them
+RUN, X, ROW, INPUT, N_MOVES, N_WRITTEN = range(6)  # what `advance` is told: which run, x, the addresses of its row and of x; counts
+MOVE_BYTES, WRITTEN_BYTES = 4 * 8, 2 * 8
+_PAIR = (np.empty(0), 0)
+_FREE = getrefcount(_PAIR[0])  # of an array that nobody but its pair holds
 
 
 class Replay:
     """Several runs of a program that has one output, of one row: `replay(i, x)` makes the i-th with x as the only element of one
     input, and gives the row; None where the program has run otherwise since these were prepared.
 
-    Kernels write the row where the caller will have it, in one of a few arrays; those that nobody holds any more are used again.
+    Kernels write the row where the caller will have it, in one of a few arrays of which he gets views; what nobody views is
+    used again.
     """
 
     __slots__ = (
@@ -73,7 +77,7 @@ class Replay:
         moves = [(to.ctypes.data, rows.ctypes.data, rows.strides[0], to.nbytes // 4) for to, rows in self._changing]
         args = self._program.args.ctypes.data
         written = [(args + 8 * at, offset) for at, offset in self._written]
-        now = np.array([0, 0, 0, varying.ctypes.data, len(moves), len(written)], np.int64)
+        now = np.array([0, 0, 0, varying.ctypes.data, len(moves), len(written)], np.int64)  # in this order
         listed, addresses = np.array([*moves, (0,) * 4], np.int64), np.array([*written, (0, 0)], np.int64)
         places = np.array([0, 0, 0, *(x.ctypes.data for x in (now, listed, addresses)), 1], np.int64)  # and the number of items
         line = [self._program.advance, places.ctypes.data, places.ctypes.data + 8 * 6, 1, 1, 0, 0, 0]
@@ -89,18 +93,24 @@ class Replay:
             self._changing.append((to[: len(first)], (first + np.arange(n)[:, None] * by).astype(to.dtype)))
 
     def __call__(self, i: int, x: int) -> np.ndarray | None:
-        with self._lock:
+        device_lock, lock = self._lock, self._executor.lock
+        device_lock.acquire()  # on cold caches, `with` takes twice as long
+        lock.acquire()
+        try:
             if self._program.owner is not self or self._device.version != self._version:
                 return None
             row, address = self._free_row()
             now = self._now
-            now[0], now[1], now[2] = i, x, address
+            now[RUN], now[X], now[ROW] = i, x, address
             team = self._team
             if team is None or team is not self._executor.team or self._device.note is not None:
                 self._run(i)
             elif code := team.run(team.address, self._address, self._n_lines):
                 self._device.refuse(self._executor.left(code), MESSAGES)
-            return row
+            return row.view()
+        finally:
+            lock.release()
+            device_lock.release()
 
     def _new_row(self) -> tuple[np.ndarray, int]:
         """A row and its address."""
@@ -135,19 +145,19 @@ class Replay:
 def emit_advance(k: Kernel, operands: Mapping[str, Any]) -> None:
     """Put in place the numbers of the i-th run, x, and the address of its row: see `Replay._begin`."""
     now, moves, written = k.slot(), k.slot(), k.slot()
-    i, x, row, n_moves, n_written = (k.load(now + 8 * n, I64) for n in (0, 1, 2, 4, 5))
+    i, x, row, n_moves, n_written = (k.load(now + 8 * n, I64) for n in (RUN, X, ROW, N_MOVES, N_WRITTEN))
     with k.loop(0, n_moves) as each:
         each.next()
-        line = moves + each.i * 32
+        line = moves + each.i * MOVE_BYTES  # where to, where from in the first run, how far on from run to run, words of 4 bytes
         to, source = k.load(line, PTR), k.load(line + 8, PTR) + i * k.load(line + 16, I64)
         with k.loop(0, k.load(line + 24, I64)) as words:
             words.next()
             k.store(k.load(source + words.i * 4, I32), to + words.i * 4)
     with k.loop(0, n_written) as each:
         each.next()
-        line = written + each.i * 16
+        line = written + each.i * WRITTEN_BYTES  # the argument, bytes into the row
         k.store(row + k.load(line + 8, I64), k.load(line, PTR))
-    k.store(k.convert(x, I32), k.load(now + 24, PTR))
+    k.store(k.convert(x, I32), k.load(now + 8 * INPUT, PTR))
 
 
 ADVANCE = (emit_advance, (), (), ())
@@ -166,7 +176,8 @@ def prepare(program: Program, runs: Sequence[Given], varying: Node) -> Replay | 
     rows = [o.shape(d)[0] if o.where is None and len(o.shape(d)) == 2 else 0 for o in outputs for d in dims]
     if not alike or len(outputs) != 1 or set(rows) != {1} or varying not in program.external:
         return None
-    if not program.written(outputs[0].node) or varying.dtype != i32:
+    whole = all(buffer.itemsize % 4 == 0 for buffer in program.external.values())  # `advance` copies four bytes at a time
+    if not whole or not program.written(outputs[0].node) or varying.dtype != i32:
         return None
     with program.device.lock:
         program.disown()

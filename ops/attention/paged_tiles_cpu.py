@@ -75,7 +75,7 @@ class Tile:
         sums: of weighed values, f32 [rows, Dv].
         totals: of weights so far, f32 [rows, L], to be summed.
         tops: f32 [rows]; maxima so far.
-        highest: f32 [rows], of a block's logits.
+        highest: f32 [rows], of a block's logits; then what is taken off them, which is 0 where there are none.
         factors: f32 [rows], what weights and sums so far are to be multiplied by.
         seen: the first row that a token sees and the one after the last, i64 [tokens, 2].
         pages: what `find_block` lists.
@@ -178,10 +178,10 @@ class Tile:
                 cells.next(k.max(cells.values[0], found))
             return cells.results
 
-        def all() -> list[Value]:
+        def whole() -> list[Value]:
             return [tree(k, [k.load(at + i * 4, F32.x(L)) for i in range(0, SLICE, L)], k.max)]
 
-        (found,) = k.either(seen.lo.gt(start) | seen.hi.lt(start + SLICE), some, all)
+        (found,) = k.either(seen.lo.gt(start) | seen.hi.lt(start + SLICE), some, whole)
         return k.fold(found, k.max)
 
     def weigh(self, start: Value, n_rows: Value) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -74,6 +75,20 @@ def test_an_array_that_nobody_holds_is_used_again(session: Session, prepared: li
     assert len(prepared) >= 28 and len(places) <= MOST_ROWS
     kept = [session.eval([token]) for token in TOKENS[:20]]
     assert len({logits.ctypes.data for logits in kept}) == len(kept)
+
+
+def test_what_a_caller_does_to_an_array_is_his_own_affair(session: Session, prepared: list[int]) -> None:
+    """Its shape, type and flags; and a weak reference dies with it."""
+    for token in TOKENS[:10]:
+        logits = session.eval([token])
+        gone = weakref.ref(logits)
+        logits.shape = (2, -1)
+        logits.setflags(write=False)
+        del logits
+    last = session.eval([TOKENS[10]])
+    assert prepared and gone() is None
+    assert last.shape == (session.engine.vocab_size,) and last.flags.writeable
+    np.testing.assert_array_equal(last, by_batches(TOKENS[:11])[-1])
 
 
 Check = Callable[[], bool] | None

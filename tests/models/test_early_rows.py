@@ -59,6 +59,7 @@ MOVED: dict[str, tuple[Callable[[Node], Node], str]] = {
     "a residual": (lambda h: (h := turned(h)) + silu(h), "view"),
     "up to an op over all rows": (lambda h: product(normed(turned(silu(h)))), "view"),
     "through broadcasts": (lambda h: mul(add(h, NORM), sum_rows(h)), "input"),
+    "a value as rows and as weights": (lambda h: mul_mat(h, silu(h)), "input"),
     "the same value twice": (lambda h: mul(normed(h), normed(h)), "input"),
 }
 
@@ -69,8 +70,8 @@ def test_rows_are_chosen_first(name: str) -> None:
     graph = Graph(y=get_rows(build(X), IDS))
     early = choose_early(graph)
     assert [node.op for node in chosen_from(early)] == [op]
-    assert all(T not in node.shape for node in early.nodes if node.op == "mul_mat")
-    assert early.outputs["y"].shape == (WANTED, WIDTH)
+    assert all(node.shape[0] == WANTED for node in early.nodes if node.op == "mul_mat")
+    assert early.outputs["y"].shape == graph.outputs["y"].shape
     for rows, chosen in ((5, [4]), (5, [3, 0, 3]), (1, [0]), (MOST, [])):
         np.testing.assert_allclose(values(early, rows, chosen)["y"], values(graph, rows, chosen)["y"], rtol=1e-6)
 
@@ -92,8 +93,10 @@ def test_what_else_is_read_stays() -> None:
         lambda h: turned(h),
         lambda h: soft_max(h, MASK),
         lambda h: silu(cast(h, dtype="f16")),
+        lambda h: cast(h, dtype="f16"),
+        lambda h: (g := silu(h)) + turned(mul_mat(g, g)[:, :1].broadcast(T, WIDTH)),
     ],
-    ids=["over all rows", "a mask", "rows of another type"],
+    ids=["over all rows", "a mask", "rows of another type", "chosen as another type", "whole too"],
 )
 def test_what_is_not_known_to_go_by_rows_stays(build: Callable[[Node], Node]) -> None:
     graph = Graph(y=get_rows(build(X), IDS))
@@ -121,6 +124,7 @@ OPS: tuple[Callable[[Node, Node], Node], ...] = (
     lambda a, b: product(a),
     lambda a, b: silu(a),
     lambda a, b: turned(a),
+    lambda a, b: a + sum_rows(mul_mat(b, a)),
 )
 
 

@@ -200,11 +200,13 @@ def _conform(case: Case, drawn: Slots, device: Device) -> float:
 
 def _rows_stand_alone(meaning: Meaning, slots: Slots) -> bool:
     """Whether the last and the first row of matrices that are said to go by rows give those of the result."""
-    whole = meaning(slots)
-    if not meaning.op.row_inputs or whole.ndim != 2 or not len(whole):
+    whole = meaning(slots) if meaning.op.row_inputs else None
+    if whole is None or whole.ndim != 2 or not len(whole):
         return True
-    ids, rows = [len(whole) - 1, 0], [slot for slot in slots if slot in meaning.op.row_inputs]
-    few = meaning({s: x[ids] if s in rows and x.ndim == 2 and len(x) == len(whole) else x for s, x in slots.items()})
+    rows = [slot for slot, x in slots.items() if slot in meaning.op.row_inputs and x.ndim == 2 and len(x) == len(whole)]
+    more = {**slots, **{slot: np.concatenate([slots[slot], np.flip(slots[slot], axis=-1)]) for slot in rows}}  # two at least
+    whole, ids = meaning(more), [2 * len(whole) - 1, 0]
+    few = meaning({**more, **{slot: more[slot][ids] for slot in rows}})
     finite = np.abs(whole[np.isfinite(whole)])
     return np.allclose(few, whole[ids], rtol=1e-9, atol=1e-12 * float(finite.max(initial=0)), equal_nan=True)
 
