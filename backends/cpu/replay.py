@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Given = tuple[Mapping[Node, np.ndarray], Run]
 """Inputs, extents and state of one run; of the inputs and the state, those of the first two runs are looked at."""
 MOST_ROWS = 4
-RUN, X, ROW, INPUT, N_MOVES, N_WRITTEN = range(6)  # what `advance` is told: which run, x, the addresses of its row and of x; counts
+RUN, X, ROW, INPUT, N_MOVES, N_WRITTEN = range(6)  # told to `advance`: the run, x, addresses of its row and of x, counts
 MOVE_BYTES, WRITTEN_BYTES = 4 * 8, 2 * 8
 _PAIR = (np.empty(0), 0)
 _FREE = getrefcount(_PAIR[0])  # of an array that nobody but its pair holds
