@@ -39,9 +39,12 @@ def _merges(
 
     Raises: FormatError where another one is no pair of tokens that make a token.
     """
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in texts)]
+    known = ids.__contains__
+    if "" not in ids and all(all(map(known, part)) for part in (*zip(*pairs, strict=True), map("".join, pairs))):
+        return pairs  # as nearly always
     found = []
-    for index, merge in enumerate(texts):
-        left, _, right = merge.partition(" ")
+    for index, (merge, (left, right)) in enumerate(zip(texts, pairs, strict=True)):
         if left in ids and right in ids and left + right in ids and left and right:
             found.append((left, right))
         elif {left, right, left + right}.isdisjoint(controls()):

@@ -81,9 +81,9 @@ def strings(metadata: Mapping[str, Any], key: str) -> list[str]:
     Raises: FormatError where it is missing or not of strings.
     """
     values = list(_array(metadata, key))
-    wrong = [value for value in values if not isinstance(value, str)]
-    if wrong:
-        raise FormatError(f'[tokenizer] wanted strings in "{key}"; got {wrong[0]!r}')
+    if not set(map(type, values)) <= {str}:
+        wrong = next(value for value in values if type(value) is not str)
+        raise FormatError(f'[tokenizer] wanted strings in "{key}"; got {wrong!r}')
     return values
 
 
