@@ -14,6 +14,7 @@ from tensorgraph.backends.cpu.kernel import Kernel
 _VNNI = {16: "llvm.x86.avx512.vpdpbusd.512", 8: "llvm.x86.avx512.vpdpbusd.256"}
 _PAIRS_OF_BYTES = {16: "llvm.x86.avx512.pmaddubs.w.512", 8: "llvm.x86.avx2.pmadd.ub.sw"}
 _PAIRS_OF_WORDS = {16: "llvm.x86.avx512.pmaddw.d.512", 8: "llvm.x86.avx2.pmadd.wd", 4: "llvm.x86.sse2.pmadd.wd"}
+_NEEDED = {16: "avx512", 8: "avx2", 4: ""}
 Parts = Sequence[Value]
 
 
@@ -122,7 +123,8 @@ class _Words:
 
     def _dot(self, a: Value, b: Value) -> Value:
         wide = I32.x(self.lanes)
-        if self.k.target.family == "x86_64" and self.lanes in _PAIRS_OF_WORDS:
+        target = self.k.target
+        if target.family == "x86_64" and _NEEDED.get(self.lanes, "none") in (*target.has, ""):
             return self.k.call(_PAIRS_OF_WORDS[self.lanes], wide, a, b)
         both = (a * b).bits_as(wide)  # 255 * 127 < 2^15
         return (both << 16 >> 16) + (both >> 16)
