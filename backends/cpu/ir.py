@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Literal, Union
 
 if TYPE_CHECKING:
@@ -28,11 +28,11 @@ class Type:
 
     def x(self, lanes: int) -> Type:
         """A vector of this."""
-        return replace(self, lanes=lanes)
+        return _one_of(self.kind, self.bits, lanes)
 
     @cached_property
     def scalar(self) -> Type:
-        return replace(self, lanes=0)
+        return _one_of(self.kind, self.bits, 0)
 
     @property
     def size_bytes(self) -> int:
@@ -51,6 +51,12 @@ class Type:
 
     def __str__(self) -> str:
         return self.text
+
+
+@cache
+def _one_of(kind: Kind, bits: int, lanes: int) -> Type:
+    """The same object for the same type, so that its texts are made once."""
+    return Type(kind, bits, lanes)
 
 
 I1, I8, I16, I32, I64 = (Type("i", bits) for bits in (1, 8, 16, 32, 64))
