@@ -43,7 +43,7 @@ def _start(graph: Graph, chosen: Node) -> tuple[Node, frozenset[Node]]:
         rows = _row_slots(last)
         users = set(graph.users[last])
         whole = any(i is last and slot not in _row_slots(u) for u in users - {chosen} for slot, i in _inputs(u))
-        if not rows or whole or last in held or not after.issuperset(users) or last in chosen.inputs[1:]:
+        if not rows or whole or last in held or not after.issuperset(users):
             return found
         before = before - {last} | {i for slot, i in _inputs(last) if slot in rows}
         after.add(last)
