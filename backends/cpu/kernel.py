@@ -31,6 +31,15 @@ MESSAGES: dict[int, str] = {}
 """By the code that a kernel leaves when it refuses its input."""
 
 
+def lay_out(rooms: Mapping[str, int]) -> tuple[dict[str, int], int]:
+    """Where parts of scratch of so many bytes begin, each at a multiple of 64, and the bytes of all."""
+    found, at = {}, 0
+    for name, n_bytes in rooms.items():
+        found[name] = at
+        at += -(-n_bytes // 64) * 64
+    return found, at
+
+
 class Kernel(Function):
     """The function being written by a kernel's `emit`.
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from tensorgraph.backends.cpu.functions import exp
 from tensorgraph.backends.cpu.ir import F32, I1, I64, Int, Value
-from tensorgraph.backends.cpu.kernel import CHUNK, Call, Context, Kernel, Ref
+from tensorgraph.backends.cpu.kernel import CHUNK, Call, Context, Kernel, Ref, lay_out
 from tensorgraph.backends.cpu.operands import Operand
 from tensorgraph.dims import ALWAYS, Extent, Guard, maximum, product
 from tensorgraph.graph import Node
@@ -87,15 +87,6 @@ def _rooms(s: Sizes) -> dict[str, int]:
         "ids": (s.most_ids + 1) * 8,
         "bits": 0,  # the last: how long it is depends on the number of rows
     }
-
-
-def _offsets(s: Sizes) -> tuple[dict[str, int], int]:
-    """Where each part of the scratch begins, a multiple of 64 bytes, and where the last does."""
-    found, at = {}, 0
-    for name, n_bytes in _rooms(s).items():
-        found[name] = at
-        at += -(-n_bytes // 64) * 64
-    return found, at
 
 
 def _known(extent: Extent) -> int | None:
@@ -192,7 +183,7 @@ def _call(node: Node, refs: Mapping[str, Ref | None], sizes: Sizes, guard: Guard
         attrs,
         items=product((tiles, k0.shape[1], sizes.pieces)),
         grain=max(1, CHUNK // max(work, 1)),
-        scratch_bytes=_offsets(sizes)[1] + bits,
+        scratch_bytes=lay_out(_rooms(sizes))[1] + bits,
         guard=guard,
         nodes=(node,),
     )
@@ -205,7 +196,7 @@ def emit_attention(
     q, k0, y = _given(operands, "q"), _given(operands, "k0"), _given(operands, "y")
     sinks, pos, seq = (operands.get(name) for name in ("sinks", "pos", "seq"))
     scratch = k.scratch()
-    at = {name: scratch + offset for name, offset in _offsets(sizes)[0].items()}
+    at = {name: scratch + offset for name, offset in lay_out(_rooms(sizes))[0].items()}
     heads = _heads(k, sizes, q, y, at)
     segments = []
     for i, rule in enumerate(rules):

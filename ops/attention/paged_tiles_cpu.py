@@ -13,7 +13,7 @@ from typing import Any
 
 from tensorgraph.backends.cpu.functions import exp2_nonpositive
 from tensorgraph.backends.cpu.ir import F32, I64, Value
-from tensorgraph.backends.cpu.kernel import Kernel
+from tensorgraph.backends.cpu.kernel import Kernel, lay_out
 from tensorgraph.backends.cpu.operands import Operand
 from tensorgraph.ops.attention.paged_cpu import (
     LINE,
@@ -62,7 +62,7 @@ def _rooms(h: Heads) -> dict[str, int]:
 
 def tile_scratch(h: Heads) -> int:
     """Bytes that a thread needs for one tile."""
-    return sum(-(-n_bytes // 64) * 64 for n_bytes in _rooms(h).values())
+    return lay_out(_rooms(h))[1]
 
 
 @dataclass(frozen=True)
@@ -247,11 +247,8 @@ def emit_tiles(k: Kernel, operands: Operands, *, heads: Heads) -> None:
     """y [T, H, Dv], tile by tile of queries."""
     h, q, y, tiles = heads, *(operands[name] for name in ("q", "y", "tiles"))
     assert q is not None and y is not None and tiles is not None
-    n_tokens, at, places = k.i64(q.shape[0]), k.scratch(), []
-    for n_bytes in _rooms(h).values():
-        places.append(at)
-        at = at + -(-n_bytes // 64) * 64
-    own = Tile(k, h, *places)
+    n_tokens, scratch = k.i64(q.shape[0]), k.scratch()
+    own = Tile(k, h, **{name: scratch + at for name, at in lay_out(_rooms(h))[0].items()})
     with k.rows((tiles.shape[0], h.n_kv)) as (tile, head):
         token = tile * own.tokens
         own.begin(q, operands["sinks"], token, head)
