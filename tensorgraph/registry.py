@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import sys
 from collections.abc import Callable, Iterator
-from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
@@ -18,19 +19,30 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+PLUGINS = "tensorgraph.plugins"
 _loaded_plugins = False
 
 
 def load_plugins() -> None:
     """Import every entry point of the group `tensorgraph.plugins`, once; importing is what registers."""
     global _loaded_plugins
-    if not _loaded_plugins:
-        _loaded_plugins = True
-        for point in entry_points(group="tensorgraph.plugins"):
+    before, _loaded_plugins = _loaded_plugins, True
+    if not before and _any_may_be_there():
+        from importlib.metadata import entry_points  # takes half as long to import as NumPy
+
+        for point in entry_points(group=PLUGINS):
             try:
                 point.load()
             except Exception as error:
                 raise GraphError(f"[plugin] {point.name} ({point.value}) cannot be loaded: {error}") from error
+
+
+def _any_may_be_there() -> bool:
+    """Whether a distribution names the group, or is kept in a way that only `importlib.metadata` can read."""
+    places = [place for place in map(Path, sys.path) if place.exists()]
+    if any(not place.is_dir() or place.suffix == ".egg" for place in places):
+        return True
+    return any(PLUGINS in file.read_text(errors="replace") for place in places for file in place.glob("*-info/entry_points.txt"))
 
 
 class Registry(Generic[T]):

@@ -65,10 +65,10 @@ class MappedFile:
 
 
 class Cursor:
-    """A position in a file that never leaves it."""
+    """A position in a file that never leaves it; `end` is where a value that is to be decoded ends."""
 
-    def __init__(self, file: MappedFile, at: int = 0) -> None:
-        self.file, self.at, self._content = file, at, file.content
+    def __init__(self, file: MappedFile, at: int = 0, end: int = 0) -> None:
+        self.file, self.at, self._end, self._content = file, at, end, file.content
         self._strings_left = _MAX_STRINGS
 
     def error(self, what: str) -> FormatError:
@@ -142,7 +142,7 @@ class Cursor:
             self._strings_left -= count
         return element, count
 
-    # The two loops below are written for speed, without the checks of `take`: a vocabulary has 10^5 strings.
+    # What follows is written for speed, without the checks of `take`: a vocabulary has 10^5 strings.
 
     def _skip_strings(self, count: int, what: str) -> None:
         at, content, unpack = self.at, self._content, _U64.unpack_from
@@ -157,6 +157,10 @@ class Cursor:
 
     def _strings(self, count: int, what: str) -> list[str]:
         """Decode strings that `skip` has found to lie in the file."""
+        found = _short_strings(bytearray(self._content[self.at : self._end]), count)
+        return self._any_strings(count, what) if found is None else found
+
+    def _any_strings(self, count: int, what: str) -> list[str]:
         at, content, unpack, strings = self.at, self._content, _U64.unpack_from, list[str]()
         try:
             for _ in range(count):
@@ -179,16 +183,33 @@ class Cursor:
         return numbers.astype(np.bool_)
 
 
+def _short_strings(content: bytearray, count: int) -> list[str] | None:
+    """Strings, each after its length, decoded all at once; None unless each has 1 to 255 bytes of UTF-8, and none of 0."""
+    if not content:
+        return []
+    numbers = np.ndarray(len(content) - 7, "<u8", content, strides=(1,))  # what would be read as a length at each byte
+    at = np.flatnonzero(numbers < 256)
+    if len(at) != count or at[0] != 0 or np.any(np.diff(at, append=len(content)) != 8 + numbers[at].astype(np.int64)):
+        return None
+    np.frombuffer(content, np.uint8)[at] = 0
+    try:
+        text = content.decode()
+    except UnicodeDecodeError:
+        return None
+    return text.split(chr(0) * 8)[1:] if text.count(chr(0)) == 8 * count else None
+
+
 class Metadata(Mapping[str, Any]):
     """Metadata by key; each value is decoded when it is first asked for, and kept."""
 
-    def __init__(self, file: MappedFile, entries: dict[str, tuple[int, int]]) -> None:
+    def __init__(self, file: MappedFile, entries: dict[str, tuple[int, int, int]]) -> None:
+        """Each entry is the type of a value, and where it begins and ends."""
         self._file, self._entries, self._decoded = file, entries, dict[str, Any]()
 
     def __getitem__(self, key: str) -> Any:
         if key not in self._decoded:
-            kind, at = self._entries[key]
-            self._decoded[key] = Cursor(self._file, at).value(kind, f"metadata {key[:80]!r}")
+            kind, at, end = self._entries[key]
+            self._decoded[key] = Cursor(self._file, at, end).value(kind, f"metadata {key[:80]!r}")
         return self._decoded[key]
 
     def __contains__(self, key: object) -> bool:
@@ -261,15 +282,16 @@ def read_header(path: Path) -> Header:
 
 
 def _read_metadata(cursor: Cursor, n_pairs: int) -> Metadata:
-    entries: dict[str, tuple[int, int]] = {}
+    entries: dict[str, tuple[int, int, int]] = {}
     for _ in range(n_pairs):
         start = cursor.at
         key = cursor.text("a metadata key")
         if key in entries:
             raise cursor.file.error(start, f"metadata key {key[:80]!r} occurs twice")
         kind = cursor.u32(f"the type of metadata {key[:80]!r}")
-        entries[key] = (kind, cursor.at)
+        at = cursor.at
         cursor.skip(kind, f"metadata {key[:80]!r}")
+        entries[key] = (kind, at, cursor.at)
     return Metadata(cursor.file, entries)
 
 

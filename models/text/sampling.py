@@ -62,20 +62,24 @@ class Sampler:
             if not fits:
                 raise InputError(f"[sampling] wanted {name}: {wanted}; got {value}")
 
-    def rng(self) -> np.random.Generator:
-        """A new random generator: the same draws for the same seed, other ones each time without a seed."""
-        return np.random.default_rng(self.seed)
+    def rng(self) -> np.random.Generator | None:
+        """A new random generator: the same draws for the same seed, other ones each time without a seed.
 
-    def sample(self, logits: np.ndarray[Any, Any], recent: Sequence[int], rng: np.random.Generator) -> int:
+        None at temperature 0, where nothing is drawn: NumPy's generators take a while to import.
+        """
+        return np.random.default_rng(self.seed) if self.temperature else None
+
+    def sample(self, logits: np.ndarray[Any, Any], recent: Sequence[int], rng: np.random.Generator | None) -> int:
         """The id of the next token.
 
-        `recent` are the tokens so far, the latest last.
+        `recent` are the tokens so far, the latest last; `rng` is what `rng()` gave.
 
         Shapes: logits [V].
         Raises: InputError where logits hold NaN or +inf, nothing but -inf, or no vector; or an id is not below V.
         """
         if self.temperature == 0:
             return int(np.argmax(self._penalised(logits, recent)))
+        assert rng is not None
         ids, probabilities = self.distribution(logits, recent)
         cumulative = np.cumsum(probabilities)
         drawn = np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")

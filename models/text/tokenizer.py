@@ -13,7 +13,7 @@ from tensorgraph.models.text.byte_level import ByteLevelBPE
 from tensorgraph.models.text.pretokenizers import pre_tokenizer
 from tensorgraph.models.text.sentencepiece import SentencePieceBPE
 from tensorgraph.models.text.tokenizer_json import read_tokenizer_json
-from tensorgraph.models.text.vocabulary import Kind, Vocabulary, flag
+from tensorgraph.models.text.vocabulary import Kind, Vocabulary, flag, special_ids
 
 KINDS = "gpt2 (byte-level BPE), llama (SentencePiece-style BPE)"
 
@@ -167,9 +167,9 @@ class _GGUFCodec:
     def __init__(self, model: ByteLevelBPE | SentencePieceBPE, vocabulary: Vocabulary) -> None:
         self._model, self.space_prefix, self.bytes_of = model, model.space_prefix, model.bytes_of
         special = frozenset(kind.value for kind in (Kind.CONTROL, Kind.UNKNOWN, Kind.USER_DEFINED))
-        tokens = vocabulary.tokens
-        self._ids = {tokens[i]: i for i, kind in enumerate(vocabulary.kinds) if kind in special and tokens[i]}
-        added = [token for token, i in self._ids.items() if vocabulary.kinds[i] == Kind.USER_DEFINED]
+        tokens, kinds = vocabulary.tokens, vocabulary.kinds
+        self._ids = {tokens[i]: i for i in special_ids(kinds) if kinds[i] in special and tokens[i]}
+        added = [token for token, i in self._ids.items() if kinds[i] == Kind.USER_DEFINED]
         self._patterns = {False: _any_of(added), True: _any_of(list(self._ids))}
 
     def encode(self, text: str, parse_special: bool) -> list[int]:

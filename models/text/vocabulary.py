@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
+import numpy as np
+
 from tensorgraph.errors import FormatError
 
 
@@ -66,10 +68,15 @@ class Vocabulary:
         return cls(tokens, kinds, named["bos"], named["eos"], named["unknown"], eog_ids)
 
 
+def special_ids(kinds: Sequence[int]) -> list[int]:
+    """The ids of all tokens that are not normal ones."""
+    found: list[int] = np.flatnonzero(np.asarray(kinds, np.int64) != Kind.NORMAL.value).tolist()
+    return found
+
+
 def end_ids(tokens: Sequence[str], kinds: Sequence[int], named: set[int]) -> frozenset[int]:
     """Every id that ends a generation: those that the metadata names, and special tokens with a known text."""
-    normal = Kind.NORMAL.value
-    known = {tokens[i]: i for i, kind in enumerate(kinds) if kind != normal and tokens[i] in _END_TEXTS}
+    known = {tokens[i]: i for i in special_ids(kinds) if tokens[i] in _END_TEXTS}
     if "<|return|>" in known:  # gpt-oss ends each message with <|end|>, a turn only with the others
         known.pop("<|end|>", None)
     return frozenset(named | set(known.values()))

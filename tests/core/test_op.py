@@ -156,6 +156,27 @@ def test_a_registry_loads_its_home_and_then_the_plugins(tmp_path: Path, monkeypa
         sys.modules.pop("tg_fake_plugin", None)
 
 
+@pytest.mark.parametrize("kept", ["dist-info", "egg-info", "zip", "egg"])
+def test_plugins_are_asked_for_only_where_there_may_be_some(
+    kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / ("place.egg" if kept == "egg" else "place")
+    info = place / f"other-1.0.{kept if kept.endswith('info') else 'dist-info'}" / "entry_points.txt"
+    info.parent.mkdir(parents=True)
+    info.write_text("[console_scripts]\nother = other:main\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "nowhere"), str(place)])
+    if kept == "egg":
+        assert registry._any_may_be_there()
+        return
+    assert not registry._any_may_be_there()
+    if kept == "zip":
+        (tmp_path / "place.zip").write_bytes(b"")
+        sys.path.append(str(tmp_path / "place.zip"))
+    else:
+        info.write_text("[console_scripts]\nother = other:main\n[tensorgraph.plugins]\na = b\n")
+    assert registry._any_may_be_there()
+
+
 def test_a_registry_alone() -> None:
     things: Registry[int] = Registry("thing", "tensorgraph.ops")
     assert things.add("one", 1) == 1 and things.get("one") == 1 and "one" in things and list(things) == ["one"]

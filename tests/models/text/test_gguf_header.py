@@ -164,6 +164,20 @@ def test_a_hostile_file_is_refused_with_file_and_offset(case: str, tmp_path: Pat
     caught.match(message)
 
 
+STRINGS = st.lists(st.text(st.sampled_from("a\0\1Ġ🦙"), max_size=2) | st.integers(250, 260).map("b".__mul__), max_size=6)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(STRINGS, STRINGS)
+def test_strings_are_those_that_were_written(tmp_path: Path, some: list[str], others: list[str]) -> None:
+    """Short ones are decoded all at once: empty ones, long ones, zero bytes, and arrays in arrays must not be."""
+    path = tmp_path / "strings.gguf"
+    arrays = [struct.pack("<IQ", 8, len(words)) + b"".join(map(text, words)) for words in (some, others)]
+    path.write_bytes(build((pair("some", 9, arrays[0]), pair("both", 9, struct.pack("<IQ", 9, 2) + b"".join(arrays)))))
+    with GGUF.open(path) as got:
+        assert got.metadata["some"] == some and got.metadata["both"] == [some, others]
+
+
 def test_values_are_checked_when_they_are_read(tmp_path: Path) -> None:
     path = tmp_path / "values.gguf"
     words = struct.pack("<IQ", 8, 2) + text("ok") + struct.pack("<Q", 2) + b"a\xff"

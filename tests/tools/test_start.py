@@ -1,0 +1,25 @@
+"""What the start of `tensorgraph run` does without: modules that take long to import, and that nothing in it needs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+SLOW = {"pydantic", "networkx", "rich", "importlib.metadata", "email", "numpy.random", "numpy.testing", "asyncio", "multiprocessing"}
+RUN = """
+import json, sys
+sys.argv[1:] = ["run", "smollm2", "--chat", "-p", "Hello", "-n", "2"]
+from tensorgraph.tools.cli import main
+try:
+    main()
+finally:
+    print(json.dumps(sorted(sys.modules)), file=sys.stderr)
+"""
+
+
+def test_slow_modules_are_not_imported() -> None:
+    done = subprocess.run([sys.executable, "-c", RUN], capture_output=True, text=True, check=True)
+    modules = set(json.loads(done.stderr.splitlines()[-1]))
+    assert done.stdout.strip() and {"numpy", "llvmlite", "tokenizers", "jinja2"} <= modules
+    assert modules & SLOW == set()
