@@ -22,7 +22,9 @@ from tensorgraph.schedule import Schedule, schedule
 from tensorgraph.text import node_text
 
 WeightSource = Callable[[str], np.ndarray]
-Program = tuple[Device, Callable[[Values, Run], None], Values, tuple[tuple[str, Node], ...]]
+Weights = WeightSource | Mapping[str, np.ndarray] | None
+Compute = Callable[[Values, Run], None]
+Program = tuple[Device, Compute, Values, tuple[tuple[str, Node], ...]]
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,7 @@ class Plan:
             stack.extend((node.inputs[taken[node]],) if node.op == "choose" else node.inputs)
         return frozenset(found)
 
-    def bind(
-        self,
-        weights: WeightSource | Mapping[str, np.ndarray] | None = None,
-        *,
-        uploaded: MutableMapping[tuple[str, str], Any] | None = None,
-    ) -> Executable:
+    def bind(self, weights: Weights = None, *, uploaded: MutableMapping[tuple[str, str], Any] | None = None) -> Executable:
         """Attach weights by name (a mapping or a function); literals come with the graph.
 
         `uploaded` holds the values on devices, by device and name: plans of one model that share it hold weights once.
@@ -167,12 +164,7 @@ def lay_out(
 class Executable:
     """A plan with its weights: `run` computes the outputs of one step."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        weights: WeightSource | Mapping[str, np.ndarray] | None,
-        uploaded: MutableMapping[tuple[str, str], Any],
-    ) -> None:
+    def __init__(self, plan: Plan, weights: Weights, uploaded: MutableMapping[tuple[str, str], Any]) -> None:
         self.plan, self._uploaded = plan, uploaded
         self._devices = {d.name: d for d in plan.devices}
         # expressions last: they are checked once their Dims are bound
@@ -184,7 +176,7 @@ class Executable:
         self._lock: AbstractContextManager[Any] = locks[0] if len(locks) == 1 else _All(locks)
         self._attach(weights)
 
-    def _attach(self, weights: WeightSource | Mapping[str, np.ndarray] | None) -> None:
+    def _attach(self, weights: Weights) -> None:
         plan = self.plan
         source = weights if callable(weights) else _from_mapping(weights or {})
         wanted: dict[Node, set[str]] = {}
@@ -210,7 +202,7 @@ class Executable:
                     held[key] = self._devices[device].upload(array, node.dtype, constant=True, layout=layout)
                 self._constants[device][node] = held[key]
 
-    def _fold(self, part: Graph, weights: WeightSource | Mapping[str, np.ndarray] | None) -> np.ndarray:
+    def _fold(self, part: Graph, weights: Weights) -> np.ndarray:
         """A constant that is computed from others."""
         plan = self.plan
         prologue = lay_out(plan.key, schedule(part, plan.devices), plan.devices, plan.options, None, plan.literals)
@@ -346,11 +338,7 @@ class _All(AbstractContextManager[None]):
             lock.release()
 
 
-def _after_copies(
-    device: Device,
-    copies: Sequence[tuple[Node, Device]],
-    compute: Callable[[Values, Run], None],
-) -> Callable[[Values, Run], None]:
+def _after_copies(device: Device, copies: Sequence[tuple[Node, Device]], compute: Compute) -> Compute:
     """A split's program: bring what other devices computed, then compute."""
     if not copies:
         return compute

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache as cached
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +18,9 @@ from tensorgraph.backends.cpu.grouping import group_nodes
 from tensorgraph.backends.cpu.jit import Jit
 from tensorgraph.backends.cpu.kernel import Call, Context, Kernel, NodeKernel
 from tensorgraph.backends.cpu.operands import stored_type
-from tensorgraph.backends.cpu.program import OperandKey, Program, write_kernel
+from tensorgraph.backends.cpu.packing import Packing
+from tensorgraph.backends.cpu.program import Program, Recipe, write_kernel
+from tensorgraph.backends.cpu.recipes import key_of, only_ours
 from tensorgraph.backends.cpu.target import Target, find_target, host
 from tensorgraph.backends.cpu.weights import LAYOUTS, pack, unpack
 from tensorgraph.device import Device, Part, Run, Values, readers
@@ -40,44 +42,59 @@ class Code:
         folder = default_folder()
         self.target = target
         self.jit = Jit(target, CodeCache(folder) if folder else None)
-        self._texts: dict[Any, str] = {}
-        self._addresses: dict[str, int] = {}
+        self._addresses: dict[Recipe, int] = {}
         self.executor = Executor(self.jit)
+        self.packing = Packing(self.executor)
+        self.jit.before_fork = self._be_alone
         self._threads: Threads = "auto"
 
-    def text(self, emit: Any, names: Sequence[str], keys: Sequence[OperandKey | None], attrs: tuple[tuple[str, Any], ...]) -> str:
-        key = (emit, names, keys, attrs)
-        if key not in self._texts:
-            self._texts[key] = write_kernel(Kernel(self.target), emit, names, keys, dict(attrs))
-        return self._texts[key]
-
-    def compile(self, texts: Sequence[str]) -> list[int]:
-        missing = list(dict.fromkeys(t for t in texts if t not in self._addresses))
+    def kernels(self, recipes: Sequence[Recipe]) -> list[int]:
+        """The addresses of kernels: those that are not on disk are written and compiled."""
+        missing = [recipe for recipe in dict.fromkeys(recipes) if recipe not in self._addresses]
         if missing:
-            self.executor.close()  # no process is forked while threads run; they come back with the next run
-            self._addresses.update(zip(missing, self.jit.compile(missing), strict=True))
-        return [self._addresses[text] for text in texts]
+            with self.executor.lock:
+                self._make(missing)
+        return [self._addresses[recipe] for recipe in recipes]
+
+    def _make(self, recipes: Sequence[Recipe]) -> None:
+        cache = self.jit.cache if only_ours() else None
+        keys = {recipe: key for recipe in recipes if cache is not None and (key := key_of(recipe, self.target.key))}
+        if cache is not None:
+            kept = {recipe: content.decode(errors="replace") for recipe, key in keys.items() if (content := cache.get(key))}
+            found = zip(kept, self.jit.known(list(kept.values())), strict=True)
+            self._addresses.update((recipe, address) for recipe, address in found if address is not None)
+        texts = {r: write_kernel(Kernel(self.target), r) for r in recipes if r not in self._addresses}
+        self._addresses.update(zip(texts, self.jit.compile(list(texts.values())), strict=True))
+        for recipe, text in texts.items():
+            if cache is not None and recipe in keys:
+                cache.put(keys[recipe], self.jit.key_of(text).encode())
+
+    def _be_alone(self) -> None:
+        """End all threads: no process is forked while some run. They come back with the next run."""
+        self.packing.settle()
+        self.executor.close()
 
     def run(self, threads: Threads, table: int, n_steps: int) -> list[int] | None:
         """Walk a table with so many threads; what a kernel that refused its input left, code and details."""
         with self.executor.lock:  # threads are numbered below what the caller made room for
-            if threads != self._threads:
-                self._set_threads(threads)
+            self._prepare(threads)
             return self.executor.run(table, n_steps)
 
     def profile(self, threads: Threads, table: int, n_steps: int) -> tuple[np.ndarray, list[int] | None]:
         """`run`, and the seconds of each step before what it gives."""
         with self.executor.lock:
-            if threads != self._threads:
-                self._set_threads(threads)
+            self._prepare(threads)
             return self.executor.profile(table, n_steps), self.executor.status
 
-    def _set_threads(self, threads: Threads) -> None:
-        self.executor.set_threads(threads)
-        self._threads = threads
+    def _prepare(self, threads: Threads) -> None:
+        if threads != self._threads:
+            self.executor.set_threads(threads)
+            self._threads = threads
+        if not self.packing.idle:
+            self.packing.settle()
 
 
-@cache
+@cached
 def code_for(target: Target) -> Code:
     return Code(target)
 
@@ -94,7 +111,8 @@ class CpuDevice(Device):
         self.target = find_target(wanted) if wanted else host()
         self.code = code_for(self.target)
         self.threads: Threads = "auto"
-        self.arena, self.constants = aligned(0), ConstantMemory()
+        self.arena = aligned(0)
+        self.constants, self.small = ConstantMemory(), ConstantMemory()  # apart: who first touches a large page clears it
         self.scratch, self.scratch_stride = aligned(0), np.zeros(1, np.int64)
         self.version = 0  # how often memory has moved, or the number of threads changed
         self.note: Note | None = None
@@ -156,15 +174,14 @@ class CpuDevice(Device):
 
     def upload(self, array: np.ndarray, dtype: DType, *, constant: bool = False, layout: str = "dense") -> Any:
         if constant:
-            held = pack(array, dtype, layout, self) if layout != "dense" else self._hold(array, dtype)
-            forget(array)  # weights are held once
-            return held
+            return pack(array, dtype, layout, self) if layout != "dense" else self._hold(array, dtype)
         return np.ascontiguousarray(_in_dtype(array, dtype))
 
     def _hold(self, array: np.ndarray, dtype: DType) -> Held:
         value = _in_dtype(array, dtype)
-        held = self.constants.take(value.nbytes)
+        held = self.small.take(value.nbytes)
         np.ndarray(value.shape, value.dtype, held)[...] = value
+        forget(array)  # weights are held once
         return Held(held, "dense", value.shape, value.dtype)
 
     def download(self, value: Any, dtype: DType) -> np.ndarray:
@@ -177,14 +194,15 @@ class CpuDevice(Device):
 
     # What programs ask for.
 
-    def kernel_text(
-        self, emit: Any, names: Sequence[str], keys: Sequence[OperandKey | None], attrs: tuple[tuple[str, Any], ...]
-    ) -> str:
-        return self.code.text(emit, names, keys, attrs)
-
-    def jit_compile(self, texts: Sequence[str]) -> list[int]:
+    def kernels(self, recipes: Sequence[Recipe]) -> list[int]:
+        """The addresses of kernels."""
         with self.lock:
-            return self.code.compile(texts)
+            return self.code.kernels(recipes)
+
+    def settle(self) -> None:
+        """Return when all constants are written."""
+        with self.code.executor.lock:
+            self.code.packing.settle()
 
     def require(self, arena_bytes: int, scratch_bytes: int) -> None:
         """Make room in the arena and in each thread's scratch; what is there may move."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from math import prod
 from typing import Any
 
@@ -74,6 +74,7 @@ def cpu_formula(
     """
 
     def declare(fn: Callable[..., Value]) -> Callable[..., Value]:
+        @wraps(fn)
         def formula(k: Kernel, values: Sequence[Value], attrs: Mapping[str, Any]) -> Value:
             return fn(k, *values, **{name: value for name, value in attrs.items() if name != "shape"})
 

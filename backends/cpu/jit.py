@@ -13,7 +13,7 @@ import hashlib
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -44,10 +44,14 @@ class Jit:
 
     Each text is a module that defines one external function `@kernel`, beside private constants and internal functions, and may
     declare functions of the C library.
+
+    Attributes:
+        before_fork: ends this process's other threads, as far as it can, before children are forked.
     """
 
     def __init__(self, target: Target, cache: CodeCache | None, level: int = 1) -> None:
         self.target, self.cache, self.level, self.stats = target, cache, level, Stats()
+        self.before_fork: Callable[[], None] = lambda: None
         version = ".".join(map(str, llvm.llvm_version_info))
         self._key = f"{FORMAT}|{target.key}|{level}|{version}|{llvmlite.__version__}|"
         self._machine = _target_machine(target, level)
@@ -68,7 +72,7 @@ class Jit:
             got = f"{self.target.name!r} ({self.target.triple})"
             raise KernelError(f"[jit] wanted a target that this machine can run; got {got}")
         with self._lock:
-            keys = [self._key_of(text) for text in texts]
+            keys = [self.key_of(text) for text in texts]
             missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._addresses}
             objects, failed = self._find_objects(missing)
             failed |= self._load(objects)
@@ -76,13 +80,21 @@ class Jit:
                 raise self._failure(failed, missing)
             return [self._addresses[key] for key in keys]
 
+    def known(self, keys: Sequence[str]) -> list[int | None]:
+        """The addresses of the kernels of texts with these keys, None where there is none yet, on disk either."""
+        with self._lock:
+            wanted = [key for key in dict.fromkeys(keys) if key not in self._addresses]
+            if can_run(self.target):
+                self._load(self._on_disk(wanted))
+            return [self._addresses.get(key) for key in keys]
+
     def objects(self, texts: Sequence[str]) -> list[bytes]:
         """Each text as an object file, for any target.
 
         Raises: KernelError, as `compile` does.
         """
         with self._lock:
-            keys = [self._key_of(text) for text in texts]
+            keys = [self.key_of(text) for text in texts]
             wanted = dict(zip(keys, texts, strict=True))
             objects, failed = self._find_objects(wanted)
             if failed:
@@ -95,22 +107,20 @@ class Jit:
         Raises: KernelError, as `compile` does.
         """
         with self._lock:
-            key = self._key_of(text)
+            key = self.key_of(text)
             (outcome,) = self._generate({key: text}, lambda module: str(self._machine.emit_assembly(module)).encode())
             if isinstance(outcome, KernelError):
                 raise self._failure({key: outcome}, {key: text})
             return outcome.decode()
 
-    def _key_of(self, text: str) -> str:
+    def key_of(self, text: str) -> str:
+        """What objects made of a text are kept under."""
         return hashlib.sha256((self._key + text).encode()).hexdigest()
 
     def _find_objects(self, texts: dict[str, str]) -> tuple[dict[str, bytes], dict[str, KernelError]]:
         """Objects by key, from disk or compiled and then put there; and what went wrong with the others."""
-        objects: dict[str, bytes] = {}
+        objects = self._on_disk(texts)
         failed: dict[str, KernelError] = {}
-        if self.cache is not None:
-            objects = {key: found for key in texts if (found := self.cache.get(key)) is not None}
-            self.stats.from_disk += len(objects)
         missing = {key: text for key, text in texts.items() if key not in objects}
         if missing:
             begin = time.perf_counter()
@@ -126,9 +136,17 @@ class Jit:
             self.stats.compile_s += time.perf_counter() - begin
         return objects, failed
 
+    def _on_disk(self, keys: Iterable[str]) -> dict[str, bytes]:
+        if self.cache is None:
+            return {}
+        objects = {key: found for key in keys if (found := self.cache.get(key)) is not None}
+        self.stats.from_disk += len(objects)
+        return objects
+
     def _generate(self, texts: dict[str, str], emit: Callable[[llvm.ModuleRef], bytes]) -> list[Outcome]:
         """What `emit` makes of each text's module, in children where that is possible."""
         jobs = [partial(self._emit, key, text, emit) for key, text in texts.items()]
+        self.before_fork()
         if can_fork():
             return run_forked(jobs, [len(text) for text in texts.values()])
         return [run_here(job) for job in jobs]

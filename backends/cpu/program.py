@@ -40,6 +40,15 @@ class OperandKey(NamedTuple):
     offset: bool  # whether an offset is read when it runs
 
 
+class Recipe(NamedTuple):
+    """All that a kernel's text depends on, beside its target: `emit(k, operands, **attrs)` writes it."""
+
+    emit: Any
+    names: tuple[str, ...]
+    keys: tuple[OperandKey | None, ...]
+    attrs: tuple[tuple[str, Any], ...] = ()
+
+
 @dataclass(frozen=True)
 class Place:
     """Where an operand lies: in what, how many bytes on, and what it is read as."""
@@ -72,7 +81,7 @@ class Program:
         self.external: dict[Node, np.ndarray] = {}
         self._streams: dict[str, str] = {}  # stream to the class whose table its kernels read, found out in the first run
         self._starts: list[int] = []
-        self._kernels: list[tuple[Any, ...]] = []  # of each call, what its kernel is written from
+        self._kernels: list[Recipe] = []  # of each call
         for call in self.calls:
             self._starts.append(len(self._args))
             self._kernels.append(self._describe(call))
@@ -156,8 +165,7 @@ class Program:
         """The lines of the calls that are made, and their address; only the kernels of these are compiled now."""
         base, extents = self.args.ctypes.data, self.extents.ctypes.data
         made = [i for i, call in enumerate(self.calls) if self._made(call, holds)]
-        kernels = [ADVANCE, *(self._kernels[i] for i in made)]
-        self.advance, *codes = self.device.jit_compile([self.device.kernel_text(*kernel) for kernel in kernels])
+        self.advance, *codes = self.device.kernels([Recipe(*ADVANCE), *(self._kernels[i] for i in made)])
         rows = []
         for i, code in zip(made, codes, strict=True):
             call, items = self.calls[i], extents + 8 * self._place_of[self._items[i]]
@@ -240,7 +248,7 @@ class Program:
 
     # Building.
 
-    def _describe(self, call: Call) -> tuple[Any, ...]:
+    def _describe(self, call: Call) -> Recipe:
         """What a call's kernel is written from; its addresses go to the end of the arguments."""
         self._args += [("status", None), ("scratch", None), ("scratch stride", None)]
         assert len(HEADER) == 3
@@ -248,7 +256,7 @@ class Program:
         for name, ref in call.operands.items():
             keys.append(None if ref is None else self._operand(name, ref))
         attrs = tuple(sorted(call.attrs.items()))
-        return call.emit, tuple(call.operands), tuple(keys), attrs
+        return Recipe(call.emit, tuple(call.operands), tuple(keys), attrs)
 
     def _operand(self, name: str, ref: Ref) -> OperandKey:
         if isinstance(ref.of, (int, Symbol)):
@@ -359,12 +367,12 @@ def _most_elements(node: Node) -> int:
     return n
 
 
-def write_kernel(k: Kernel, emit: Any, names: Sequence[str], keys: Sequence[OperandKey | None], attrs: Mapping[str, Any]) -> str:
+def write_kernel(k: Kernel, recipe: Recipe) -> str:
     """The text of a kernel for operands of these kinds."""
     operands: dict[str, Operand | None] = {}
-    for name, key in zip(names, keys, strict=True):
+    for name, key in zip(recipe.names, recipe.keys, strict=True):
         operands[name] = None if key is None else _read_operand(k, key)
-    emit(k, operands, **attrs)
+    recipe.emit(k, operands, **dict(recipe.attrs))
     return k.text()
 
 

@@ -11,17 +11,19 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tensorgraph import registry
-from tensorgraph.backends.cpu.constants import Held
+from tensorgraph.backends.cpu.constants import Held, forget
 from tensorgraph.backends.cpu.ir import Int, Value
 from tensorgraph.backends.cpu.kernel import HEADER, MESSAGES, MOST_CHUNKS, Kernel
 from tensorgraph.backends.cpu.operands import Operand, stored_type
-from tensorgraph.backends.cpu.program import OperandKey
+from tensorgraph.backends.cpu.packing import Step
+from tensorgraph.backends.cpu.program import OperandKey, Recipe
 from tensorgraph.dtypes import DType, as_dtype, f32
 from tensorgraph.errors import InputError
 from tensorgraph.graph import Node
@@ -160,6 +162,8 @@ def load_r16_row(weights: Operand, row: Value, first: Value, lanes: int = ROWS) 
 def pack(array: np.ndarray, dtype: DType, layout: str, device: CpuDevice) -> Held:
     """A constant in layout r16; block types come as `uint8 [..., row_bytes]`.
 
+    It is written before it is next read by whatever the device runs, and the array is forgotten then.
+
     Raises: InputError: the array is not of that type.
     """
     assert layout == "r16"
@@ -177,14 +181,16 @@ def pack(array: np.ndarray, dtype: DType, layout: str, device: CpuDevice) -> Hel
     held = device.constants.take(len(matrices) * n_tiles(rows) * tile)
     to = int(held.ctypes.data)
     if recode is None:
-        _interleave(matrices, dtype, to, device)
+        _interleave(matrices, dtype, to, device, (array, held), partial(forget, array))
         return Held(held, layout, (*lead, rows, width))
     step = max(ROWS, _RECODED // max(width, 1) // ROWS * ROWS)
     for matrix in matrices:
         for start in range(0, rows, step):
             some = recode(np.ascontiguousarray(matrix[start : start + step]))
-            _interleave(some[None], dtype if dtype.name in FORMS else f32, to, device)
+            _interleave(some[None], dtype if dtype.name in FORMS else f32, to, device, (held,), _nothing)
+            device.settle()  # nothing more is held twice
             to += n_tiles(len(some)) * tile
+    forget(array)
     return Held(held, layout, (*lead, rows, width))
 
 
@@ -197,14 +203,21 @@ def unpack(held: Held, dtype: DType, device: CpuDevice) -> NDArray[np.float32]:
         OperandKey("to", "f32", "dense", (1,), (1,), False),
     )
     if found.size:
-        _run(device, read_units, keys, (), found.size // width, max(1, _CHUNK_BYTES // width), (held.address, found.ctypes.data))
+        given, grain = (held.address, int(found.ctypes.data)), max(1, _CHUNK_BYTES // width)
+        line, numbers = _line(device, read_units, keys, (), found.size // width, grain, given)
+        table = np.array([line], np.int64)
+        with device.lock:
+            device.run((table, int(table.ctypes.data)), MESSAGES)
+        del numbers  # it was read until now
     return found
 
 
-def _interleave(matrices: NDArray[Any], dtype: DType, to: int, device: CpuDevice) -> None:
-    """[E, M, elements, or bytes that a form's `write` reads] to units from an address on."""
+def _interleave(
+    matrices: NDArray[Any], dtype: DType, to: int, device: CpuDevice, memory: Sequence[Any], done: Callable[[], None]
+) -> None:
+    """[E, M, elements, or bytes that a form's `write` reads] to units from an address on, behind the caller's back."""
     if not matrices.size:
-        return
+        return done()
     item = matrices.itemsize
     if any(s % item for s in matrices.strides) or (dtype.is_block and matrices.strides[-1] != 1):
         matrices = np.ascontiguousarray(matrices)
@@ -217,10 +230,15 @@ def _interleave(matrices: NDArray[Any], dtype: DType, to: int, device: CpuDevice
     n = len(matrices) * n_tiles(matrices.shape[1])
     extents = [*matrices.shape, *(strides[:-1] if dense else strides)]
     grain = max(1, _CHUNK_BYTES * n // matrices.nbytes)
-    _run(device, write_units, keys, (("dtype", dtype.name),), n, grain, (matrices.ctypes.data, *extents, to))
+    line, numbers = _line(device, write_units, keys, (("dtype", dtype.name),), n, grain, (matrices.ctypes.data, *extents, to))
+    device.code.packing.add(Step(line, (matrices, numbers, *memory), done, matrices.nbytes))
 
 
-def _run(
+def _nothing() -> None:
+    pass
+
+
+def _line(
     device: CpuDevice,
     emit: Any,
     keys: tuple[OperandKey, ...],
@@ -228,17 +246,19 @@ def _run(
     items: int,
     grain: int,
     given: Sequence[int],
-) -> None:
-    """One call of a kernel; `given` are the addresses of its operands, the first one's followed by its unknown extents."""
-    (code,) = device.jit_compile([device.kernel_text(emit, tuple(key.name for key in keys), keys, attrs)])
+) -> tuple[tuple[int, ...], NDArray[np.int64]]:
+    """The line of a table that calls a kernel, and memory that it reads; `given` are the addresses of its operands, the first
+    one's followed by its unknown extents."""
+    (code,) = device.kernels([Recipe(emit, tuple(key.name for key in keys), keys, attrs)])
     first, *extents, last = given
-    numbers = np.array([0, items, *extents], np.int64)
-    zero, n_items, *places = range(numbers.ctypes.data, numbers.ctypes.data + numbers.nbytes, 8)
-    args = np.array([device.code.executor.status_address, zero, zero, first, *places, last], np.int64)  # no scratch
+    n = 2 + len(extents)
     assert len(HEADER) == 3
-    table = np.array([[code, args.ctypes.data, n_items, grain, MOST_CHUNKS, 0, 0, 0]], np.int64)
-    with device.lock:
-        device.run((table, int(table.ctypes.data)), MESSAGES)
+    numbers: NDArray[np.int64] = np.empty(n + len(HEADER) + n, np.int64)
+    at = int(numbers.ctypes.data)
+    zero, n_items, *places = range(at, at + 8 * n, 8)
+    status = device.code.executor.status_address
+    numbers[:] = [0, items, *extents, status, zero, zero, first, *places, last]  # no scratch
+    return (code, at + 8 * n, n_items, grain, MOST_CHUNKS, 0, 0, 0), numbers
 
 
 def write_units(k: Kernel, operands: Mapping[str, Operand], *, dtype: str) -> None:

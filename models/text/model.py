@@ -176,6 +176,8 @@ class TextSession(Session):
         """
         if isinstance(prompt, bytes | Mapping):
             raise InputError(f"[generate] wanted a text, token ids, or a list of messages; got {type(prompt).__name__}")
+        if "tokenizer" not in vars(self.model):  # while it is built, the device puts weights into their layout
+            self.engine.executable(self.extents())
         if isinstance(prompt, str):
             ids = self.model.tokenizer.encode(prompt, add_special=not self.length)
         elif len(prompt) and isinstance(prompt[0], Mapping):

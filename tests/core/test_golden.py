@@ -13,7 +13,7 @@ import pytest
 
 import tensorgraph.models  # noqa: F401  (importing registers the architectures)
 from tensorgraph.backends.cpu.kernel import Context, Kernel
-from tensorgraph.backends.cpu.program import OperandKey, write_kernel
+from tensorgraph.backends.cpu.program import OperandKey, Recipe, write_kernel
 from tensorgraph.backends.cpu.target import find_target
 from tensorgraph.compiler import CompileOptions, compile
 from tensorgraph.device import get_devices, stream_layouts
@@ -85,7 +85,7 @@ def test_the_text_of_a_kernel(request: pytest.FixtureRequest) -> None:
     keys = [rows, OperandKey("weight", "f32", "dense", one, (1,), False), rows._replace(name="y")]
     names = [key.name for key in keys]
     emit = rms_norm.kernel("cpu").calls(node_of_rms_norm(), Context(find_target("avx2"), False, lambda n: "dense"))[0].emit
-    text = write_kernel(Kernel(find_target("avx2")), emit, names, keys, {"eps": 1e-6})
+    text = write_kernel(Kernel(find_target("avx2")), Recipe(emit, names, keys, (("eps", 1e-6),)))
     compare("rms_norm_avx2", text, request.config.option.update_golden)
 
 

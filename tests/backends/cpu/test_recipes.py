@@ -1,0 +1,139 @@
+"""Code found by what it was written from: the same for the same source, and never for what another package has a hand in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tensorgraph import registry
+from tensorgraph.backends.cpu import device, recipes
+from tensorgraph.backends.cpu.code_cache import CodeCache
+from tensorgraph.backends.cpu.device import Code
+from tensorgraph.backends.cpu.elementwise import cpu_formula
+from tensorgraph.backends.cpu.program import OperandKey, Recipe
+from tensorgraph.backends.cpu.target import host
+from tensorgraph.backends.cpu.weights import FORMS, interleaved, read_units, write_units
+from tensorgraph.dtypes import as_dtype
+from tensorgraph.op import Op
+
+KEYS = (
+    OperandKey("source", "u8", "dense", (None,) * 3, (None, None, 1), False),
+    OperandKey("to", "u8", "dense", (1,), (1,), False),
+)
+RECIPE = Recipe(write_units, ("source", "to"), KEYS, (("dtype", "q8_0"),))
+OTHERS = [
+    RECIPE._replace(emit=read_units),
+    RECIPE._replace(names=("source", "at")),
+    RECIPE._replace(keys=(KEYS[0]._replace(offset=True), KEYS[1])),
+    RECIPE._replace(keys=(None, KEYS[1])),
+    RECIPE._replace(attrs=(("dtype", "q4_1"),)),
+    RECIPE._replace(attrs=(("dtype", 1),)),
+    RECIPE._replace(attrs=(("dtype", 1.0),)),
+    RECIPE._replace(attrs=(("dtype", True),)),
+    RECIPE._replace(attrs=(("dtype", as_dtype("q8_0")),)),
+    RECIPE._replace(attrs=(("dtype", partial(write_units, dtype="q8_0")),)),
+]
+
+
+@pytest.fixture(autouse=True)
+def whole_registry() -> Iterator[None]:
+    """With all kernels, so that what these tests do not bring themselves is this package's."""
+    interleaved(as_dtype("f32"))
+    for name in registry.ops:
+        registry.ops.get(name).kernel("cpu")
+    yield
+
+
+def test_keys_differ_where_texts_may() -> None:
+    keys = [recipes.key_of(recipe, "host") for recipe in (RECIPE, *OTHERS)]
+    assert None not in keys and len({*keys, recipes.key_of(RECIPE, "avx2")}) == len(keys) + 1
+    assert recipes.key_of(RECIPE._replace(), "host") == keys[0]
+
+
+@pytest.mark.parametrize("value", [object(), [1], lambda k: None, np.float32(1), np.add, print, test_keys_differ_where_texts_may])
+def test_what_cannot_be_described_has_no_key(value: Any) -> None:
+    assert recipes.key_of(RECIPE._replace(attrs=(("f", value),)), "host") is None
+    inner = partial(write_units, value)
+    assert recipes.key_of(RECIPE._replace(attrs=(("f", (1, inner)),)), "host") is None
+
+
+def test_another_packages_form_of_weights_switches_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert recipes.only_ours()
+    monkeypatch.setitem(FORMS, "test_type", replace(FORMS["f32"], write=lambda k, sources, to: None))
+    assert not recipes.only_ours()
+
+
+def test_another_packages_op_switches_it_off() -> None:
+    Op("test_recipe_op", "x[...]: real -> y[...]: x")
+    try:
+        assert not recipes.only_ours()
+    finally:
+        registry.ops.remove("test_recipe_op")
+    assert recipes.only_ours()
+
+
+def test_another_packages_formula_for_an_op_of_ours_switches_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = registry.ops.get("add")
+    monkeypatch.setattr(op, "kernels", dict(op.kernels))
+    cpu_formula(op)(lambda k, a, b: a + b)
+    assert not recipes.only_ours()
+
+
+def test_code_is_found_without_writing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = code(tmp_path), code(tmp_path)
+    first.kernels([RECIPE, RECIPE])
+    assert first.jit.stats.compiled > 0
+    monkeypatch.setattr(device, "write_kernel", refuse)
+    compiled = second.jit.stats.compiled
+    assert second.kernels([RECIPE])[0] > 0 and second.jit.stats.compiled == compiled
+    with pytest.raises(AssertionError, match="written"):
+        second.kernels([RECIPE._replace(attrs=(("dtype", "q4_1"),))])
+
+
+@pytest.mark.parametrize("how", ["no object", "another's object", "no text"])
+def test_a_wrong_entry_is_written_again(how: str, tmp_path: Path) -> None:
+    first, second = code(tmp_path), code(tmp_path)
+    first.kernels([RECIPE])
+    (key,) = {p.name for p in tmp_path.iterdir()} & {recipes.key_of(RECIPE, host().key)}
+    cache = CodeCache(tmp_path)
+    kept = cache.get(key)
+    assert kept is not None
+    if how == "no object":
+        (tmp_path / kept.decode()).unlink()
+    elif how == "another's object":
+        cache.put(key, b"0" * 64)
+    else:
+        cache.put(key, b"\xff")
+    compiled = second.jit.stats.compiled
+    assert second.kernels([RECIPE])[0] > 0
+    assert second.jit.stats.compiled == compiled + (how == "no object") and CodeCache(tmp_path).get(key) == kept
+
+
+def code(folder: Path) -> Code:
+    made = Code(host())
+    made.jit.cache = CodeCache(folder)
+    return made
+
+
+def refuse(*_: Any) -> str:
+    raise AssertionError("written")
+
+
+def test_the_digest_is_of_every_file(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for name in ("a.py", "deep/b.py"):
+        (tmp_path / name).write_text("x = 1\n")
+    seen = [recipes.digest_of([str(tmp_path)])]
+    for name, text in (("a.py", "x = 2\n"), ("deep/b.py", "x = 2\n"), ("c.py", "")):
+        (tmp_path / name).write_text(text)
+        seen.append(recipes.digest_of([str(tmp_path)]))
+    (tmp_path / "c.py").rename(tmp_path / "d.py")
+    seen.append(recipes.digest_of([str(tmp_path)]))
+    (tmp_path / "notes.txt").write_text("no source")
+    assert len(set(seen)) == 5 and recipes.digest_of([str(tmp_path)]) == seen[-1]
