@@ -1,8 +1,11 @@
-"""`tensorgraph`: the command line. Each command is a file of this folder."""
+"""`tensorgraph`: the command line. Each command is a file of this folder, imported when it is wanted."""
 
 from __future__ import annotations
 
 import gc
+import importlib
+import sys
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
@@ -10,9 +13,11 @@ from typer.core import TyperGroup
 
 from tensorgraph import __version__
 from tensorgraph.errors import TensorGraphError
-from tensorgraph.tools import inspect, logits, ops, plan, profile, run, test_ops, tokenize
-from tensorgraph.tools.bench import command as bench
 
+COMMANDS = {
+    **{name: f"{name}:{name}" for name in ("run", "logits", "tokenize", "inspect", "plan")},
+    **{"bench": "bench.command:bench", "profile": "profile:profile", "test-ops": "test_ops:test_ops", "ops": "ops:ops"},
+}
 INTERRUPTED = 130
 BAD_INPUT = 2
 OBJECTS = 100_000
@@ -35,22 +40,22 @@ class Commands(TyperGroup):
             raise typer.Exit(INTERRUPTED) from None
 
 
-app = typer.Typer(
-    cls=Commands,
-    name="tensorgraph",
-    help="Graphs, plans and models: run them, evaluate them, look into them.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-COMMANDS = (
-    *(run.run, logits.logits, tokenize.tokenize, inspect.inspect, plan.plan, bench.bench, profile.profile),
-    test_ops.test_ops,
-    ops.ops,
-)
-for command in COMMANDS:
-    app.command()(command)
+def application(commands: Iterable[str] = COMMANDS) -> typer.Typer:
+    """The program with some of its commands."""
+    app = typer.Typer(
+        cls=Commands,
+        name="tensorgraph",
+        help="Graphs, plans and models: run them, evaluate them, look into them.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+    for command in commands:
+        module, _, function = COMMANDS[command].partition(":")
+        app.command(command)(getattr(importlib.import_module(f"tensorgraph.tools.{module}"), function))
+    app.callback()(options)
+    return app
 
 
 def _print_version(wanted: bool) -> None:
@@ -59,7 +64,6 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
@@ -71,7 +75,8 @@ def options(
 def main() -> None:
     """The console script."""
     gc.set_threshold(OBJECTS)
-    app()
+    wanted = sys.argv[1:2]
+    application(wanted if COMMANDS.keys() >= set(wanted) and wanted else COMMANDS)()
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from typer.testing import CliRunner, Result
 
-from tensorgraph.tools.cli import app
+from tensorgraph.tools.cli import application
 from tests.reference import reference_path
 
 
 def tg(*arguments: object, stdin: str | None = None) -> Result:
     """`tensorgraph ARGUMENTS`, its two outputs apart."""
-    return CliRunner().invoke(app, [str(a) for a in arguments], input=stdin)
+    return CliRunner().invoke(application(), [str(a) for a in arguments], input=stdin)
 
 
 def ok(*arguments: object, stdin: str | None = None) -> str:

@@ -45,7 +45,7 @@ def separately(code: str) -> str:
 
 
 def command_code(*arguments: str) -> str:
-    return f"from tensorgraph.tools.cli import app; app({list(arguments)!r}, standalone_mode=False)\n"
+    return f"from tensorgraph.tools.cli import application; application()({list(arguments)!r}, standalone_mode=False)\n"
 
 
 def test_the_document_is_what_is_printed_now() -> None:

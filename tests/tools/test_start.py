@@ -6,6 +6,11 @@ import json
 import subprocess
 import sys
 
+import pytest
+from typer.testing import CliRunner
+
+from tensorgraph.tools.cli import COMMANDS, application
+
 SLOW = {"pydantic", "networkx", "rich", "importlib.metadata", "email", "numpy.random", "asyncio", "multiprocessing"}
 RUN = """
 import json, sys
@@ -23,3 +28,10 @@ def test_slow_modules_are_not_imported() -> None:
     modules = set(json.loads(done.stderr.splitlines()[-1]))
     assert done.stdout.strip() and {"numpy", "llvmlite", "tokenizers", "jinja2"} <= modules
     assert modules & SLOW == set()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_alone_is_the_one_among_all(command: str) -> None:
+    """The console script makes only the command that is asked for."""
+    alone, among = (CliRunner().invoke(app, [command, "--help"]) for app in (application([command]), application()))
+    assert alone.exit_code == 0 and alone.output == among.output and f"tensorgraph {command} " in alone.output
