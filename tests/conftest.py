@@ -1,9 +1,10 @@
-"""Hypothesis profiles, and which of the tests marked `deep` run."""
+"""Hypothesis profiles, Ctrl-C, and which of the tests marked `deep` run."""
 
 from __future__ import annotations
 
 import os
 import re
+import signal
 import time
 import zlib
 
@@ -13,6 +14,9 @@ from hypothesis import settings
 settings.register_profile("tensorgraph", deadline=None, database=None)
 settings.register_profile("ci", settings.get_profile("tensorgraph"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") == "true" else "tensorgraph")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; programs that tests start would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -281,7 +281,10 @@ def test_ctrl_c_ends_at_once_and_leaves_no_child(tmp_path: Path) -> None:
             assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=60)
+        try:
+            stdout, stderr = process.communicate(timeout=60)
+        finally:
+            process.kill()
         assert process.returncode == 130 and stdout == b"" and b"Traceback" not in stderr
     with pytest.raises(ProcessLookupError):
         os.kill(notes[0]["pid"], 0)
