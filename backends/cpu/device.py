@@ -16,11 +16,11 @@ from tensorgraph.backends.cpu.constants import ConstantMemory, Held, aligned, fo
 from tensorgraph.backends.cpu.executor import Executor, usable_cores
 from tensorgraph.backends.cpu.grouping import group_nodes
 from tensorgraph.backends.cpu.jit import Jit
-from tensorgraph.backends.cpu.kernel import Call, Context, Kernel, NodeKernel
+from tensorgraph.backends.cpu.kernel import Call, Context, Kernel, NodeKernel, code_of
 from tensorgraph.backends.cpu.operands import stored_type
 from tensorgraph.backends.cpu.packing import Packing
 from tensorgraph.backends.cpu.program import Program, Recipe, write_kernel
-from tensorgraph.backends.cpu.recipes import key_of, only_ours
+from tensorgraph.backends.cpu.recipes import Entry, key_of, only_ours, read_entry
 from tensorgraph.backends.cpu.target import Target, find_target, host
 from tensorgraph.backends.cpu.weights import LAYOUTS, pack, unpack
 from tensorgraph.device import Device, Part, Run, Values, readers
@@ -60,14 +60,19 @@ class Code:
         cache = self.jit.cache if only_ours() else None
         keys = {recipe: key for recipe in recipes if cache is not None and (key := key_of(recipe, self.target.key))}
         if cache is not None:
-            kept = {recipe: content.decode(errors="replace") for recipe, key in keys.items() if (content := cache.get(key))}
-            found = zip(kept, self.jit.known(list(kept.values())), strict=True)
-            self._addresses.update((recipe, address) for recipe, address in found if address is not None)
-        texts = {r: write_kernel(Kernel(self.target), r) for r in recipes if r not in self._addresses}
-        self._addresses.update(zip(texts, self.jit.compile(list(texts.values())), strict=True))
-        for recipe, text in texts.items():
+            entries = {recipe: entry for recipe, key in keys.items() if (entry := read_entry(cache.get(key)))}
+            addresses = self.jit.known([entry.object_key for entry in entries.values()])
+            for (recipe, entry), address in zip(entries.items(), addresses, strict=True):
+                if address is not None:
+                    self._addresses[recipe] = address
+                    for message in entry.messages:
+                        code_of(message)
+        kernels = {recipe: Kernel(self.target) for recipe in recipes if recipe not in self._addresses}
+        texts = [write_kernel(kernel, recipe) for recipe, kernel in kernels.items()]
+        self._addresses.update(zip(kernels, self.jit.compile(texts), strict=True))
+        for (recipe, kernel), text in zip(kernels.items(), texts, strict=True):
             if cache is not None and recipe in keys:
-                cache.put(keys[recipe], self.jit.key_of(text).encode())
+                cache.put(keys[recipe], Entry(self.jit.key_of(text), kernel.messages).content())
 
     def _be_alone(self) -> None:
         """End all threads: no process is forked while some run. They come back with the next run."""

@@ -31,6 +31,13 @@ MESSAGES: dict[int, str] = {}
 """By the code that a kernel leaves when it refuses its input."""
 
 
+def code_of(message: str) -> int:
+    """The code of a message, which is known by it from now on."""
+    code = zlib.crc32(message.encode()) | 1
+    MESSAGES[code] = message
+    return code
+
+
 def lay_out(rooms: Mapping[str, int]) -> tuple[dict[str, int], int]:
     """Where parts of scratch of so many bytes begin, each at a multiple of 64, and the bytes of all."""
     found, at = {}, 0
@@ -47,6 +54,7 @@ class Kernel(Function):
         lanes: f32 lanes of the target's widest register.
         thread, chunk, chunks: i64; which thread runs this, and which part of the work it is.
         first: i1, whether it is the first chunk of this step that this thread runs.
+        messages: with which it may refuse its input.
     """
 
     def __init__(self, target: Target) -> None:
@@ -54,6 +62,7 @@ class Kernel(Function):
         self.args, self.thread, self.chunk, self.chunks, self.first = self.parameters.values()
         self.lanes = target.vector_bytes // 4
         self._next_slot = len(HEADER)
+        self.messages: list[str] = []
 
     def slot(self) -> Value:
         """The next entry of `args`: an address."""
@@ -72,8 +81,8 @@ class Kernel(Function):
     def refuse(self, condition: Value, message: str, *values: Int) -> None:
         """Where the condition holds, the run ends with an InputError of this message, `{0}`, `{1}`, `{2}` being the values; what
         this kernel does afterwards must still be harmless."""
-        code = zlib.crc32(message.encode()) | 1
-        MESSAGES[code] = message
+        code = code_of(message)
+        self.messages.append(message)
         status = self._header(HEADER.index("status"))
         with self.when(condition & self.load(status, I64).eq(0)):  # the first to refuse has its say
             for i, value in reversed([*enumerate((code, *values))]):

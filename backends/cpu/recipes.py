@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 import sys
 from collections.abc import Sequence
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from tensorgraph import registry
 from tensorgraph.backends.cpu import weights
@@ -22,6 +23,26 @@ from tensorgraph.backends.cpu.program import Recipe
 PACKAGE = "tensorgraph."
 SOURCES = ("tensorgraph.ops", "tensorgraph.backends")  # folders beside the core where nothing is installed
 _PLAIN = (int, float, str, bytes, bool, type(None))
+
+
+class Entry(NamedTuple):
+    """What is kept of a recipe: the key of the object that came out, and what else writing it left in the process."""
+
+    object_key: str
+    messages: Sequence[str]
+
+    def content(self) -> bytes:
+        return json.dumps(self).encode()
+
+
+def read_entry(content: bytes | None) -> Entry | None:
+    """What `Entry.content` gave; None where it is something else."""
+    try:
+        object_key, messages = json.loads(content or b"")
+    except ValueError:
+        return None
+    well = isinstance(object_key, str) and isinstance(messages, list) and all(isinstance(m, str) for m in messages)
+    return Entry(object_key, messages) if well else None
 
 
 def key_of(recipe: Recipe, target_key: str) -> str | None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tensorgraph import registry
-from tensorgraph.backends.cpu import device, recipes
+from tensorgraph.backends.cpu import device, kernel, recipes
 from tensorgraph.backends.cpu.code_cache import CodeCache
 from tensorgraph.backends.cpu.device import Code
 from tensorgraph.backends.cpu.elementwise import cpu_formula
@@ -21,6 +21,7 @@ from tensorgraph.backends.cpu.target import host
 from tensorgraph.backends.cpu.weights import FORMS, interleaved, read_units, write_units
 from tensorgraph.dtypes import as_dtype
 from tensorgraph.op import Op
+from tensorgraph.ops.rows.get_rows_cpu import emit_get_rows
 
 KEYS = (
     OperandKey("source", "u8", "dense", (None,) * 3, (None, None, 1), False),
@@ -96,7 +97,7 @@ def test_code_is_found_without_writing_it(tmp_path: Path, monkeypatch: pytest.Mo
         second.kernels([RECIPE._replace(attrs=(("dtype", "q4_1"),))])
 
 
-@pytest.mark.parametrize("how", ["no object", "another's object", "no text"])
+@pytest.mark.parametrize("how", ["no object", "another's object", "no text", "no entry"])
 def test_a_wrong_entry_is_written_again(how: str, tmp_path: Path) -> None:
     first, second = code(tmp_path), code(tmp_path)
     first.kernels([RECIPE])
@@ -104,15 +105,28 @@ def test_a_wrong_entry_is_written_again(how: str, tmp_path: Path) -> None:
     cache = CodeCache(tmp_path)
     kept = cache.get(key)
     assert kept is not None
+    entry = recipes.read_entry(kept)
+    assert entry is not None
     if how == "no object":
-        (tmp_path / kept.decode()).unlink()
-    elif how == "another's object":
-        cache.put(key, b"0" * 64)
+        (tmp_path / entry.object_key).unlink()
     else:
-        cache.put(key, b"\xff")
+        cache.put(key, {"another's object": b'["0000", []]', "no text": b"\xff", "no entry": b'["0000", [1]]'}[how])
     compiled = second.jit.stats.compiled
     assert second.kernels([RECIPE])[0] > 0
     assert second.jit.stats.compiled == compiled + (how == "no object") and CodeCache(tmp_path).get(key) == kept
+
+
+def test_refusals_are_still_worded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel refuses is said by a process, too, that has not written it."""
+    shapes = {"a": ("f32", 4, 8), "ids": ("i32", 3), "y": ("f32", 3, 8)}
+    keys = tuple(OperandKey(n, d, "dense", tuple(s), (*s[1:], 1), False) for n, (d, *s) in shapes.items())
+    recipe = Recipe(emit_get_rows, tuple(shapes), keys)
+    code(tmp_path).kernels([recipe])
+    said = dict(kernel.MESSAGES)
+    monkeypatch.setattr(kernel, "MESSAGES", {})
+    monkeypatch.setattr(device, "write_kernel", refuse)
+    code(tmp_path).kernels([recipe])
+    assert kernel.MESSAGES and kernel.MESSAGES.items() <= said.items()
 
 
 def code(folder: Path) -> Code:
