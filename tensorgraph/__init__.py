@@ -6,10 +6,12 @@ This module is a lazy facade: `tensorgraph.compile`, `tensorgraph.load`, `tensor
 from __future__ import annotations
 
 import importlib
+import time
 from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
+IMPORTED_S = time.time()  # when the first of this package's files was read
 
 _ROOT = Path(__file__).resolve().parent.parent
 if (_ROOT / "pyproject.toml").is_file() and (_ROOT / "ops" / "__init__.py").is_file():

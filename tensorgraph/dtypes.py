@@ -63,12 +63,12 @@ i8 = _scalar("i8", "int", np.int8)
 u8 = _scalar("u8", "int", np.uint8)
 boolean = _scalar("bool", "bool", np.bool_)
 
-_BY_NAME: dict[str, DType] = {d.name: d for d in (f64, f32, f16, bf16, i64, i32, i16, i8, u8, boolean)}
+BY_NAME: dict[str, DType] = {d.name: d for d in (f64, f32, f16, bf16, i64, i32, i16, i8, u8, boolean)}
 
 
 def register_dtype(dtype: DType) -> DType:
     """Make `dtype` known by its name; block formats call this."""
-    if _BY_NAME.setdefault(dtype.name, dtype) != dtype:
+    if BY_NAME.setdefault(dtype.name, dtype) != dtype:
         raise DTypeError(f"[dtype] {dtype.name} is registered already, with another layout")
     return dtype
 
@@ -78,15 +78,15 @@ def as_dtype(value: DType | str | np.dtype | type) -> DType:
     if isinstance(value, DType):
         return value
     if isinstance(value, str):
-        if value.lower() not in _BY_NAME:
+        if value.lower() not in BY_NAME:
             importlib.import_module("tensorgraph.ops.formats")  # block types are declared there
-        if value.lower() in _BY_NAME:
-            return _BY_NAME[value.lower()]
+        if value.lower() in BY_NAME:
+            return BY_NAME[value.lower()]
     try:
         wanted = np.dtype(value)
     except TypeError:
         wanted = None
-    for dtype in _BY_NAME.values():
+    for dtype in BY_NAME.values():
         if wanted is not None and dtype.numpy == wanted:
             return dtype
-    raise DTypeError(f"[dtype] wanted one of {', '.join(_BY_NAME)}; got {value!r}")
+    raise DTypeError(f"[dtype] wanted one of {', '.join(BY_NAME)}; got {value!r}")

@@ -39,10 +39,13 @@ def load_plugins() -> None:
 
 def _any_may_be_there() -> bool:
     """Whether a distribution names the group, or is kept in a way that only `importlib.metadata` can read."""
-    places = [place for place in map(Path, sys.path) if place.exists()]
-    if any(not place.is_dir() or place.suffix == ".egg" for place in places):
+    try:
+        places = [place for place in map(Path, sys.path) if place.exists()]
+        if any(not place.is_dir() or place.suffix == ".egg" for place in places):
+            return True
+        return any(PLUGINS in f.read_text(errors="replace") for place in places for f in place.glob("*-info/entry_points.txt"))
+    except (OSError, TypeError, ValueError):
         return True
-    return any(PLUGINS in file.read_text(errors="replace") for place in places for file in place.glob("*-info/entry_points.txt"))
 
 
 class Registry(Generic[T]):

@@ -40,18 +40,22 @@ class Held:
 
 def forget(array: np.ndarray) -> None:
     """Give back the memory of a mapped file that an array lies in; what is read of it again comes from the file."""
-    base: object = array
-    while isinstance(base, (np.ndarray, memoryview)):
-        base = base.base if isinstance(base, np.ndarray) else base.obj
-    if not isinstance(base, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED") or not array.flags.c_contiguous:
-        return
-    if array.flags.writeable:  # then it may hold what the file does not
+    base = mapped_file(array)
+    if base is None or not hasattr(mmap, "MADV_DONTNEED") or not array.flags.c_contiguous:
         return
     start = array.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
     first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
     last = (start + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if last > first:
         base.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
+def mapped_file(array: np.ndarray) -> mmap.mmap | None:
+    """The file whose content an array is, None where it is, or may come to be, anything else."""
+    base: object = array
+    while isinstance(base, (np.ndarray, memoryview)):
+        base = base.base if isinstance(base, np.ndarray) else base.obj
+    return base if isinstance(base, mmap.mmap) and not array.flags.writeable else None  # a writable one may differ from it
 
 
 class ConstantMemory:

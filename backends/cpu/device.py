@@ -20,7 +20,7 @@ from tensorgraph.backends.cpu.kernel import Call, Context, Kernel, NodeKernel, c
 from tensorgraph.backends.cpu.operands import stored_type
 from tensorgraph.backends.cpu.packing import Packing
 from tensorgraph.backends.cpu.program import Program, Recipe, write_kernel
-from tensorgraph.backends.cpu.recipes import Entry, key_of, only_ours, read_entry
+from tensorgraph.backends.cpu.recipes import Entry, keys_of, read_entry
 from tensorgraph.backends.cpu.target import Target, find_target, host
 from tensorgraph.backends.cpu.weights import LAYOUTS, pack, unpack
 from tensorgraph.device import Device, Part, Run, Values, readers
@@ -57,16 +57,16 @@ class Code:
         return [self._addresses[recipe] for recipe in recipes]
 
     def _make(self, recipes: Sequence[Recipe]) -> None:
-        cache = self.jit.cache if only_ours() else None
-        keys = {recipe: key for recipe in recipes if cache is not None and (key := key_of(recipe, self.target.key))}
+        cache = self.jit.cache
+        keys = keys_of(recipes, self.jit.key_of("")) if cache is not None else {}
         if cache is not None:
             entries = {recipe: entry for recipe, key in keys.items() if (entry := read_entry(cache.get(key)))}
             addresses = self.jit.known([entry.object_key for entry in entries.values()])
             for (recipe, entry), address in zip(entries.items(), addresses, strict=True):
                 if address is not None:
-                    self._addresses[recipe] = address
                     for message in entry.messages:
                         code_of(message)
+                    self._addresses[recipe] = address
         kernels = {recipe: Kernel(self.target) for recipe in recipes if recipe not in self._addresses}
         texts = [write_kernel(kernel, recipe) for recipe, kernel in kernels.items()]
         self._addresses.update(zip(kernels, self.jit.compile(texts), strict=True))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,68 +37,89 @@ class Step:
 
 
 class Packing:
-    """Steps of one executor that write constants and may be repeated; safe to add to from several threads."""
+    """Steps of one executor that write constants and may be repeated; safe to add to from several threads.
+
+    Attributes:
+        idle: nothing is to be done.
+    """
 
     def __init__(self, executor: Executor) -> None:
-        self.idle = True  # nothing is to be done
+        self.idle = True
         self._executor = executor
-        self._reset()
-
-    def _reset(self, unfinished: Sequence[Sequence[Step]] = ()) -> None:
-        self._pid, self._lock = os.getpid(), threading.Lock()
-        self._open: list[Step] = []
-        self._waiting: deque[Sequence[Step]] = deque(unfinished)
+        self._lock = threading.Lock()
+        self._open: list[Step] = []  # not yet a batch
+        self._waiting: deque[Sequence[Step]] = deque()
         self._taken: dict[str, list[Sequence[Step]]] = {"thread": [], "caller": []}  # at work on, by whom
         self._thread: threading.Thread | None = None
+        self._running = False  # whether the thread will look for more
         self._error: BaseException | None = None
+        _ALL.add(self)
 
     def add(self, step: Step) -> None:
-        """Have a step done before long; it must not be able to fail."""
-        self._notice_fork()
+        """Have a step done before long; it must not be able to fail, and nobody may change what it reads."""
         with self._lock:
             self.idle = False
             self._open.append(step)
             if sum(s.size_bytes for s in self._open) < BATCH_BYTES:
                 return
-            self._waiting.append(self._open)
-            self._open = []
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="tensorgraph-packing")
-                self._thread.start()
+            self._close_batch()
+            if not self._running:
+                self._begin()
 
     def settle(self) -> None:
         """Return when everything is done. The executor's lock is held, or nobody else runs anything."""
-        self._notice_fork()
+        while not self.idle:
+            self._settle()
+
+    def _settle(self) -> None:
         while True:
             with self._lock:
-                if self._open:
-                    self._waiting.append(self._open)
-                    self._open = []
+                self._close_batch()
                 if not self._take("caller"):
                     break
             self._run("caller", self._executor.run)
         thread = self._thread
-        if thread is not None:
+        if thread is not None and thread.ident is not None:
             thread.join()
         with self._lock:
-            self._thread, error, self._error = None, self._error, None
-            self._waiting.extend(self._taken["thread"])  # of a thread that an error, or the end of the program, has ended
-            self._taken["thread"].clear()
-            self.idle = not (self._open or self._waiting)
-        if error is not None:
-            raise error
+            if not self._running:  # what it has left was ended by an error, or by the end of the program
+                self._waiting.extend(self._taken["thread"])
+                self._taken["thread"].clear()
+            if self._error is not None:
+                error, self._error = self._error, None
+                raise error
+            self.idle = not (self._open or self._waiting or self._running)
+
+    def _close_batch(self) -> None:
+        if self._open:
+            self._waiting.append(self._open)
+            self._open = []
+
+    def _begin(self) -> None:
+        """Start a thread; where the system refuses one, whoever settles does the work."""
+        self._thread = threading.Thread(target=self._work, name="tensorgraph-packing")
+        try:
+            self._running = True
+            self._thread.start()
+        except BaseException as error:
+            self._running = self._thread.ident is not None
+            if not isinstance(error, RuntimeError):
+                raise
 
     def _work(self) -> None:
         """A thread's life: batches one after the other, alone, until there are none or the program ends."""
-        team = self._executor.alone()
         try:
-            while threading.main_thread().is_alive():
-                with self._lock:
-                    if not self._take("thread"):
-                        return
+            team = self._executor.alone()
+            while self._goes_on():
                 self._run("thread", lambda table, n: team.run(team.address, table, n))
         except BaseException as error:
-            self._error = error
+            with self._lock:
+                self._error, self._running = error, False
+
+    def _goes_on(self) -> bool:
+        with self._lock:
+            self._running = threading.main_thread().is_alive() and self._take("thread")
+            return self._running
 
     def _take(self, who: str) -> bool:
         """Take the next batch unless there is one in hand, which an interrupt has left there."""
@@ -114,7 +136,21 @@ class Packing:
             step.done()
         self._taken[who].clear()
 
-    def _notice_fork(self) -> None:
+    def _forget_thread(self) -> None:
         """In a forked child, where no thread is left to finish what it had begun."""
-        if self._pid != os.getpid():
-            self._reset([*self._taken["thread"], *self._taken["caller"], *self._waiting, *([self._open] if self._open else [])])
+        self._lock = threading.Lock()
+        self._waiting.extend(self._taken["thread"])
+        self._taken["thread"].clear()
+        self._thread, self._running, self._error = None, False, None
+
+
+_ALL: weakref.WeakSet[Packing] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for packing in list(_ALL):
+        packing._forget_thread()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,7 +1,8 @@
 """What kernels are written from, and on disk the key of what came out: a warm start finds its code without writing any.
 
 A recipe's own key holds a digest of all of this package's source that kernels can be written by. So recipes are followed only
-where no other code takes part: not where another package has registered an op or a form of weights.
+where no other code takes part: not where another package has registered an op or a form of weights, and not where a file of ours
+has changed since this process began, which may or may not have read it before.
 """
 
 from __future__ import annotations
@@ -11,16 +12,19 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cache, partial
-from typing import Any, NamedTuple
+from importlib.util import find_spec
+from typing import Any, NamedTuple, NoReturn
 
-from tensorgraph import registry
+from tensorgraph import dtypes, registry
 from tensorgraph.backends.cpu import weights
 from tensorgraph.backends.cpu.elementwise import ElementwiseKernel
 from tensorgraph.backends.cpu.program import Recipe
 
 PACKAGE = "tensorgraph."
+MARGIN_S = 1.0  # clocks of file systems are coarse
 SOURCES = ("tensorgraph.ops", "tensorgraph.backends")  # folders beside the core where nothing is installed
 _PLAIN = (int, float, str, bytes, bool, type(None))
 
@@ -39,27 +43,33 @@ def read_entry(content: bytes | None) -> Entry | None:
     """What `Entry.content` gave; None where it is something else."""
     try:
         object_key, messages = json.loads(content or b"")
-    except ValueError:
+    except (ValueError, TypeError):
         return None
     well = isinstance(object_key, str) and isinstance(messages, list) and all(isinstance(m, str) for m in messages)
     return Entry(object_key, messages) if well else None
 
 
-def key_of(recipe: Recipe, target_key: str) -> str | None:
-    """The same for the same recipe in every process, and another wherever its text might be; None where that is not known."""
-    try:
-        said = f"{_digest()}|{target_key}|{_described(recipe)}"
-    except _Undescribed:
-        return None
-    return hashlib.sha256(said.encode()).hexdigest()
+def keys_of(recipes: Sequence[Recipe], compiler_key: str) -> dict[Recipe, str]:
+    """A key for each recipe that has one: the same in every process, and another wherever text or object might be."""
+    digest = _digest()
+    if digest is None or _last_change_s() > sys.modules["tensorgraph"].IMPORTED_S - MARGIN_S or not only_ours():
+        return {}
+    types = _described(tuple(sorted(dtypes.BY_NAME.values(), key=str)))
+    keys = {}
+    for recipe in recipes:
+        with suppress(_Undescribed):
+            said = f"{digest}|{compiler_key}|{types}|{_described(recipe)}"
+            keys[recipe] = hashlib.sha256(said.encode()).hexdigest()
+    return keys
 
 
 def only_ours() -> bool:
     """Whether all that kernels find by name is this package's."""
     ops = [registry.ops.get(name) for name in registry.ops]
-    formulas = [k.formula for op in ops if isinstance(k := op.kernels.get("cpu"), ElementwiseKernel)]
-    writers = [form.write for form in weights.FORMS.values()]
-    return all(map(_is_ours, (*formulas, *writers))) and all(op.module.startswith(PACKAGE) for op in ops)
+    found = [k.formula for op in ops if isinstance(k := op.kernels.get("cpu"), ElementwiseKernel)]
+    for form in weights.FORMS.values():
+        found += [value for part in (form, form.codes) if part for value in vars(part).values() if callable(value)]
+    return all(map(_is_ours, found)) and all(op.module.startswith(PACKAGE) for op in ops)
 
 
 class _Undescribed(Exception):
@@ -72,7 +82,7 @@ def _described(value: Any) -> str:
     if isinstance(value, tuple):
         return f"({', '.join(map(_described, value))})"
     if dataclasses.is_dataclass(value) and not isinstance(value, type) and _is_ours(type(value)):
-        fields = (f"{f.name}={_described(getattr(value, f.name))}" for f in dataclasses.fields(value))
+        fields = (f"{f.name}={_described(getattr(value, f.name))}" for f in dataclasses.fields(value) if f.compare)
         return f"{_place(type(value))}({', '.join(fields)})"
     if isinstance(value, partial):
         return f"partial {_described((value.func, value.args, *sorted(value.keywords.items())))}"
@@ -96,20 +106,55 @@ def _is_ours(value: Any) -> bool:
 
 
 @cache
-def _digest() -> str:
-    """Of the source of the core, the ops and the backends, and of the interpreter."""
-    folders = [os.path.dirname(str(sys.modules[name].__file__)) for name in ("tensorgraph", *SOURCES)]
-    return digest_of(folders) + sys.version
+def _digest() -> str | None:
+    """Of the source of the core, the ops and the backends, and of the interpreter; None where it cannot be read."""
+    try:
+        return digest_of(_folders()) + sys.version
+    except OSError:
+        return None
 
 
 def digest_of(folders: Sequence[str]) -> str:
-    """Of the names and contents of all Python files in folders and theirs."""
+    """Of the names and contents of all Python files in folders and theirs.
+
+    Raises: OSError: one cannot be read, or there is none.
+    """
     digest = hashlib.sha256()
-    for folder in folders:
-        for place, _, names in sorted(os.walk(folder)):
-            for name in sorted(names):
-                if name.endswith(".py"):
-                    with open(os.path.join(place, name), "rb", buffering=0) as file:
-                        content = file.read()
-                    digest.update(f"{os.path.join(place, name)}\n{len(content)}\n".encode() + content)
+    for path in _files(folders):
+        with open(path, "rb", buffering=0) as file:
+            content = file.read()
+        digest.update(f"{path}\n{len(content)}\n".encode() + content)
     return digest.hexdigest()
+
+
+def _last_change_s() -> float:
+    """When the last of our files was changed or put in its place; never before now where that cannot be read."""
+    try:
+        return max(os.stat(path).st_ctime for path in _all_files())
+    except OSError:
+        return float("inf")
+
+
+@cache
+def _all_files() -> tuple[str, ...]:
+    return tuple(_files(_folders()))
+
+
+def _folders() -> list[str]:
+    specs = [find_spec(name) for name in ("tensorgraph", *SOURCES)]
+    return [os.path.dirname(spec.origin) if spec is not None and spec.origin is not None else "" for spec in specs]
+
+
+def _files(folders: Sequence[str]) -> Iterator[str]:
+    """Python files, in an order that is always the same."""
+    for folder in folders:
+        found = []
+        for place, _, names in os.walk(folder, onerror=_raise):
+            found += [os.path.join(place, name) for name in names if name.endswith(".py")]
+        if not found:
+            raise FileNotFoundError(f"no Python file lies in {folder}")
+        yield from sorted(found)
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error

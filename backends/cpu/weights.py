@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorgraph import registry
-from tensorgraph.backends.cpu.constants import Held, forget
+from tensorgraph.backends.cpu.constants import Held, forget, mapped_file
 from tensorgraph.backends.cpu.ir import Int, Value
 from tensorgraph.backends.cpu.kernel import HEADER, MESSAGES, MOST_CHUNKS, Kernel
 from tensorgraph.backends.cpu.operands import Operand, stored_type
@@ -162,7 +162,7 @@ def load_r16_row(weights: Operand, row: Value, first: Value, lanes: int = ROWS) 
 def pack(array: np.ndarray, dtype: DType, layout: str, device: CpuDevice) -> Held:
     """A constant in layout r16; block types come as `uint8 [..., row_bytes]`.
 
-    It is written before it is next read by whatever the device runs, and the array is forgotten then.
+    What lies in a mapped file is read later, but before the constant is next read by whatever the device runs.
 
     Raises: InputError: the array is not of that type.
     """
@@ -182,6 +182,8 @@ def pack(array: np.ndarray, dtype: DType, layout: str, device: CpuDevice) -> Hel
     to = int(held.ctypes.data)
     if recode is None:
         _interleave(matrices, dtype, to, device, (array, held), partial(forget, array))
+        if value is not array or mapped_file(array) is None:  # it may change, or is held twice
+            device.settle()
         return Held(held, layout, (*lead, rows, width))
     step = max(ROWS, _RECODED // max(width, 1) // ROWS * ROWS)
     for matrix in matrices:

@@ -157,7 +157,9 @@ class Cursor:
 
     def _strings(self, count: int, what: str) -> list[str]:
         """Decode strings that `skip` has found to lie in the file."""
-        found = _short_strings(bytearray(self._content[self.at : self._end]), count)
+        found = None
+        if 9 * count <= self._end - self.at <= 263 * count:  # else some are empty or long, or other values follow
+            found = _short_strings(bytearray(self._content[self.at : self._end]), count)
         return self._any_strings(count, what) if found is None else found
 
     def _any_strings(self, count: int, what: str) -> list[str]:
@@ -185,7 +187,7 @@ class Cursor:
 
 def _short_strings(content: bytearray, count: int) -> list[str] | None:
     """Strings, each after its length, decoded all at once; None unless each has 1 to 255 bytes of UTF-8, and none of 0."""
-    if not content:
+    if not count:
         return []
     numbers = np.ndarray(len(content) - 7, "<u8", content, strides=(1,))  # what would be read as a length at each byte
     at = np.flatnonzero(numbers < 256)

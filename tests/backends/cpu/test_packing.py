@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import sys
 import threading
@@ -30,7 +31,12 @@ def device() -> Iterator[CpuDevice]:
 
 
 def arrays(count: int) -> list[np.ndarray]:
-    return list(np.arange(count * ROWS * WIDTH, dtype=np.float32).reshape(count, ROWS, WIDTH))
+    """As they lie in a mapped file: others are packed at once."""
+    memory = mmap.mmap(-1, count * SIZE)
+    np.frombuffer(memory, np.float32)[:] = np.arange(count * ROWS * WIDTH)
+    whole = np.frombuffer(memory, np.float32).reshape(count, ROWS, WIDTH)
+    whole.flags.writeable = False
+    return list(whole)
 
 
 def packing_threads() -> list[threading.Thread]:
@@ -46,6 +52,42 @@ def test_what_is_packed_is_there_when_it_is_read(per_batch: int, device: CpuDevi
     for one, array in zip(held, given, strict=True):
         np.testing.assert_array_equal(unpack(one, f32, device), array)
     assert device.code.packing.idle and packing_threads() == []
+
+
+def test_arrays_that_may_change_are_packed_at_once(device: CpuDevice) -> None:
+    array = np.ones((ROWS, WIDTH), np.float32)
+    held = pack(array, f32, "r16", device)
+    array[:] = 7
+    seen = array[:]
+    seen.flags.writeable = False
+    again = pack(seen, f32, "r16", device)
+    array[:] = 8
+    assert device.code.packing.idle
+    assert np.all(unpack(held, f32, device) == 1) and np.all(unpack(again, f32, device) == 7)
+
+
+def test_a_thread_begins_again_after_it_has_done_everything(device: CpuDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "BATCH_BYTES", SIZE)
+    work = device.code.packing
+    for array in arrays(3):
+        pack(array, f32, "r16", device)
+        for thread in packing_threads():
+            thread.join(60)
+        assert not work._waiting and not work._running and not work.idle
+
+
+def test_where_the_system_refuses_a_thread_the_caller_does_it(device: CpuDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(packing, "BATCH_BYTES", SIZE)
+    given = arrays(3)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no)
+        held = [pack(array, f32, "r16", device) for array in given]
+        device.code.packing.settle()
+    for one, array in zip(held, given, strict=True):
+        np.testing.assert_array_equal(unpack(one, f32, device), array)
 
 
 def test_from_several_threads(device: CpuDevice, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -19,7 +21,7 @@ from tensorgraph.backends.cpu.elementwise import cpu_formula
 from tensorgraph.backends.cpu.program import OperandKey, Recipe
 from tensorgraph.backends.cpu.target import host
 from tensorgraph.backends.cpu.weights import FORMS, interleaved, read_units, write_units
-from tensorgraph.dtypes import as_dtype
+from tensorgraph.dtypes import BY_NAME, as_dtype
 from tensorgraph.op import Op
 from tensorgraph.ops.rows.get_rows_cpu import emit_get_rows
 
@@ -43,8 +45,9 @@ OTHERS = [
 
 
 @pytest.fixture(autouse=True)
-def whole_registry() -> Iterator[None]:
-    """With all kernels, so that what these tests do not bring themselves is this package's."""
+def whole_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """With all kernels, so that what these tests do not bring themselves is this package's; and no file just edited."""
+    monkeypatch.setattr(recipes, "_last_change_s", lambda: 0.0)
     interleaved(as_dtype("f32"))
     for name in registry.ops:
         registry.ops.get(name).kernel("cpu")
@@ -52,21 +55,54 @@ def whole_registry() -> Iterator[None]:
 
 
 def test_keys_differ_where_texts_may() -> None:
-    keys = [recipes.key_of(recipe, "host") for recipe in (RECIPE, *OTHERS)]
-    assert None not in keys and len({*keys, recipes.key_of(RECIPE, "avx2")}) == len(keys) + 1
-    assert recipes.key_of(RECIPE._replace(), "host") == keys[0]
+    keys = [key_of(recipe) for recipe in (RECIPE, *OTHERS)]
+    assert None not in keys and len({*keys, key_of(RECIPE, "another compiler")}) == len(keys) + 1
+    assert key_of(RECIPE._replace()) == keys[0]
 
 
-@pytest.mark.parametrize("value", [object(), [1], lambda k: None, np.float32(1), np.add, print, test_keys_differ_where_texts_may])
+def key_of(recipe: Recipe, compiler: str = "a compiler") -> str | None:
+    return recipes.keys_of([recipe], compiler).get(recipe)
+
+
+def test_another_layout_of_a_type_is_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = key_of(RECIPE)
+    monkeypatch.setitem(BY_NAME, "q8_0", replace(as_dtype("q8_0"), block_bytes=36))
+    assert None is not key_of(RECIPE) != before
+
+
+def test_no_keys_where_source_has_changed_or_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert key_of(RECIPE) is not None
+    monkeypatch.setattr(recipes, "_last_change_s", time.time)
+    assert key_of(RECIPE) is None
+    monkeypatch.setattr(recipes, "_last_change_s", lambda: 0.0)
+    monkeypatch.setattr(recipes, "_digest", lambda: None)
+    assert key_of(RECIPE) is None
+
+
+def test_the_last_change_is_that_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    (tmp_path / "a.py").write_text("")
+    monkeypatch.setattr(recipes, "_all_files", lambda: (str(tmp_path / "a.py"),))
+    os.utime(tmp_path / "a.py", (0, 0))  # as an installer would
+    assert abs(recipes._last_change_s() - time.time()) < 60
+    monkeypatch.setattr(recipes, "_all_files", lambda: (str(tmp_path / "b.py"),))
+    assert recipes._last_change_s() > time.time()
+
+
+@pytest.mark.parametrize("value", [object(), lambda k: None, np.float32(1), np.add, print, test_keys_differ_where_texts_may])
 def test_what_cannot_be_described_has_no_key(value: Any) -> None:
-    assert recipes.key_of(RECIPE._replace(attrs=(("f", value),)), "host") is None
+    assert key_of(RECIPE._replace(attrs=(("f", value),))) is None
     inner = partial(write_units, value)
-    assert recipes.key_of(RECIPE._replace(attrs=(("f", (1, inner)),)), "host") is None
+    assert key_of(RECIPE._replace(attrs=(("f", (1, inner)),))) is None
 
 
-def test_another_packages_form_of_weights_switches_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert recipes.only_ours()
-    monkeypatch.setitem(FORMS, "test_type", replace(FORMS["f32"], write=lambda k, sources, to: None))
+@pytest.mark.parametrize("part", ["write", "values", "row_values", "groups", "scale", "minimum"])
+def test_another_packages_form_of_weights_switches_it_off(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    form = FORMS["q4_1"]
+    assert recipes.only_ours() and form.codes is not None
+    theirs: Any = {part: lambda k, *rest: None}
+    changed = replace(form, **theirs) if hasattr(form, part) else replace(form, codes=replace(form.codes, **theirs))
+    monkeypatch.setitem(FORMS, "test_type", changed)
     assert not recipes.only_ours()
 
 
@@ -97,11 +133,11 @@ def test_code_is_found_without_writing_it(tmp_path: Path, monkeypatch: pytest.Mo
         second.kernels([RECIPE._replace(attrs=(("dtype", "q4_1"),))])
 
 
-@pytest.mark.parametrize("how", ["no object", "another's object", "no text", "no entry"])
+@pytest.mark.parametrize("how", ["no object", "another's", "no text", "no entry", "null"])
 def test_a_wrong_entry_is_written_again(how: str, tmp_path: Path) -> None:
     first, second = code(tmp_path), code(tmp_path)
     first.kernels([RECIPE])
-    (key,) = {p.name for p in tmp_path.iterdir()} & {recipes.key_of(RECIPE, host().key)}
+    (key,) = {p.name for p in tmp_path.iterdir()} & {key_of(RECIPE, first.jit.key_of(""))}
     cache = CodeCache(tmp_path)
     kept = cache.get(key)
     assert kept is not None
@@ -110,7 +146,7 @@ def test_a_wrong_entry_is_written_again(how: str, tmp_path: Path) -> None:
     if how == "no object":
         (tmp_path / entry.object_key).unlink()
     else:
-        cache.put(key, {"another's object": b'["0000", []]', "no text": b"\xff", "no entry": b'["0000", [1]]'}[how])
+        cache.put(key, {"another's": b'["0000", []]', "no text": b"\xff", "no entry": b'["0000", [1]]', "null": b"null"}[how])
     compiled = second.jit.stats.compiled
     assert second.kernels([RECIPE])[0] > 0
     assert second.jit.stats.compiled == compiled + (how == "no object") and CodeCache(tmp_path).get(key) == kept
@@ -151,3 +187,7 @@ def test_the_digest_is_of_every_file(tmp_path: Path) -> None:
     seen.append(recipes.digest_of([str(tmp_path)]))
     (tmp_path / "notes.txt").write_text("no source")
     assert len(set(seen)) == 5 and recipes.digest_of([str(tmp_path)]) == seen[-1]
+    for place in ("nowhere", "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(OSError, match=place):
+            recipes.digest_of([str(tmp_path), str(tmp_path / place)])

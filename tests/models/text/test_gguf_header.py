@@ -178,6 +178,25 @@ def test_strings_are_those_that_were_written(tmp_path: Path, some: list[str], ot
         assert got.metadata["some"] == some and got.metadata["both"] == [some, others]
 
 
+def test_no_strings_and_then_numbers(tmp_path: Path) -> None:
+    inner = struct.pack("<IQ", 8, 0), struct.pack("<IQ", 0, 257) + b"\1" * 257
+    path = tmp_path / "empty.gguf"
+    path.write_bytes(build((pair("mixed", 9, struct.pack("<IQ", 9, 2) + b"".join(inner)),)))
+    with GGUF.open(path) as got:
+        words, ones = got.metadata["mixed"]
+        assert words == [] and ones.tolist() == [1] * 257
+
+
+def test_one_long_string_takes_little_more_memory_than_it_has(tmp_path: Path) -> None:
+    path = tmp_path / "long.gguf"
+    path.write_bytes(build((pair("zeros", 9, struct.pack("<IQQ", 8, 1, 1 << 22) + bytes(1 << 22)),)))
+    with GGUF.open(path) as got:
+        tracemalloc.start()
+        assert got.metadata["zeros"] == [chr(0) * (1 << 22)]
+        assert tracemalloc.get_traced_memory()[1] < 4 << 22
+        tracemalloc.stop()
+
+
 def test_values_are_checked_when_they_are_read(tmp_path: Path) -> None:
     path = tmp_path / "values.gguf"
     words = struct.pack("<IQ", 8, 2) + text("ok") + struct.pack("<Q", 2) + b"a\xff"
