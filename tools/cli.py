@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import sys
 from collections.abc import Iterable
@@ -20,8 +19,6 @@ COMMANDS = {
 }
 INTERRUPTED = 130
 BAD_INPUT = 2
-OBJECTS = 100_000
-"""New objects between two searches for cycles: a vocabulary and a plan have 10^6 that stay, and are searched each time."""
 
 
 class Commands(TyperGroup):
@@ -73,8 +70,7 @@ def options(
 
 
 def main() -> None:
-    """The console script."""
-    gc.set_threshold(OBJECTS)
+    """The program with the command that is asked for, or with all."""
     wanted = sys.argv[1:2]
     application(wanted if COMMANDS.keys() >= set(wanted) and wanted else COMMANDS)()
 
