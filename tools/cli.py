@@ -71,8 +71,8 @@ def options(
 
 def main() -> None:
     """The program with the command that is asked for, or with all."""
-    wanted = sys.argv[1:2]
-    application(wanted if COMMANDS.keys() >= set(wanted) and wanted else COMMANDS)()
+    wanted = [name for name in sys.argv[1:2] if name in COMMANDS]
+    application(wanted or COMMANDS)()
 
 
 if __name__ == "__main__":

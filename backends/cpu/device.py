@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache as cached
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -57,10 +57,10 @@ class Code:
         return [self._addresses[recipe] for recipe in recipes]
 
     def _make(self, recipes: Sequence[Recipe]) -> None:
-        cache = self.jit.cache
-        keys = keys_of(recipes, self.jit.key_of("")) if cache is not None else {}
-        if cache is not None:
-            entries = {recipe: entry for recipe, key in keys.items() if (entry := read_entry(cache.get(key)))}
+        disk = self.jit.cache
+        keys = keys_of(recipes, self.jit.key_of("")) if disk is not None else {}
+        if disk is not None:
+            entries = {recipe: entry for recipe, key in keys.items() if (entry := read_entry(disk.get(key)))}
             addresses = self.jit.known([entry.object_key for entry in entries.values()])
             for (recipe, entry), address in zip(entries.items(), addresses, strict=True):
                 if address is not None:
@@ -71,8 +71,8 @@ class Code:
         texts = [write_kernel(kernel, recipe) for recipe, kernel in kernels.items()]
         self._addresses.update(zip(kernels, self.jit.compile(texts), strict=True))
         for (recipe, kernel), text in zip(kernels.items(), texts, strict=True):
-            if cache is not None and recipe in keys:
-                cache.put(keys[recipe], Entry(self.jit.key_of(text), kernel.messages).content())
+            if disk is not None and recipe in keys:
+                disk.put(keys[recipe], Entry(self.jit.key_of(text), kernel.messages).content())
 
     def _be_alone(self) -> None:
         """End all threads: no process is forked while some run. They come back with the next run."""
@@ -99,7 +99,7 @@ class Code:
             self.packing.settle()
 
 
-@cached
+@cache
 def code_for(target: Target) -> Code:
     return Code(target)
 
@@ -117,7 +117,7 @@ class CpuDevice(Device):
         self.code = code_for(self.target)
         self.threads: Threads = "auto"
         self.arena = aligned(0)
-        self.constants, self.small = ConstantMemory(), ConstantMemory()  # apart: who first touches a large page clears it
+        self.constants, self.dense = ConstantMemory(), ConstantMemory()  # apart: who first touches a large page clears it
         self.scratch, self.scratch_stride = aligned(0), np.zeros(1, np.int64)
         self.version = 0  # how often memory has moved, or the number of threads changed
         self.note: Note | None = None
@@ -184,7 +184,7 @@ class CpuDevice(Device):
 
     def _hold(self, array: np.ndarray, dtype: DType) -> Held:
         value = _in_dtype(array, dtype)
-        held = self.small.take(value.nbytes)
+        held = self.dense.take(value.nbytes)
         np.ndarray(value.shape, value.dtype, held)[...] = value
         forget(array)  # weights are held once
         return Held(held, "dense", value.shape, value.dtype)

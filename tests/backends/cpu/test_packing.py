@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -128,6 +127,7 @@ def test_an_interrupt_loses_nothing(device: CpuDevice, monkeypatch: pytest.Monke
 
 def test_an_error_of_the_thread_reaches_who_waits(device: CpuDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who settles hears of it once, and then does the thread's batch again."""
+
     def run_out(who: str, run: Any) -> None:
         raise MemoryError("no room")
 
@@ -145,7 +145,6 @@ def test_an_error_of_the_thread_reaches_who_waits(device: CpuDevice, monkeypatch
     np.testing.assert_array_equal(unpack(held, f32, device), array)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_child_does_what_the_thread_had_begun(device: CpuDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of three steps one is in the hands of a thread that never gets on, one waits, one is not in a batch yet."""
