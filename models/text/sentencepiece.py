@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -58,8 +58,11 @@ class SentencePieceBPE:
         self._by_words = not any(_INNER_SPACE.search(token) for token in self._ids)
         self._merge_cached = lru_cache(maxsize=20_000)(self._merge)
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a stretch of ordinary text."""
+    def encode(self, stretches: Sequence[str]) -> list[list[int]]:
+        """Ids of each of several stretches of ordinary text."""
+        return [self._encode(text) for text in stretches]
+
+    def _encode(self, text: str) -> list[int]:
         text = text.replace(" ", SPACE)
         ids: list[int] = []
         for word in _WORD.findall(text) if self._by_words else [text]:

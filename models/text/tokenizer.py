@@ -175,12 +175,11 @@ class _GGUFCodec:
     def encode(self, text: str, parse_special: bool) -> list[int]:
         """Ids of a text; a token that was added by hand is always recognised by its spelling."""
         pattern = self._patterns[parse_special]
-        ids: list[int] = []
-        for index, part in enumerate(pattern.split(text) if pattern else [text]):
-            if index % 2:
-                ids.append(self._ids[part])
-            elif part:
-                ids.extend(self._model.encode(" " + part if self.space_prefix else part))
+        parts = pattern.split(text) if pattern else [text]  # special tokens are every second one
+        encoded = self._model.encode([" " + part if part and self.space_prefix else part for part in parts[::2]])
+        ids = encoded[0]
+        for special, after in zip(parts[1::2], encoded[1:], strict=True):
+            ids += [self._ids[special], *after]
         return ids
 
 

@@ -100,8 +100,9 @@ def numbers(metadata: Mapping[str, Any], key: str, count: int) -> list[float]:
     Raises: FormatError where it is missing, of another length or not of numbers.
     """
     values = _array(metadata, key)
+    real = isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype.kind in "iuf"
     values = values.tolist() if hasattr(values, "tolist") else list(values)
-    if len(values) != count or not set(map(type, values)) <= {int, float}:
+    if len(values) != count or not (real or set(map(type, values)) <= {int, float}):
         raise FormatError(f'[tokenizer] wanted {count} numbers in "{key}", one per token; got {len(values)} values')
     return values
 

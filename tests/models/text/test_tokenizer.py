@@ -23,6 +23,7 @@ from tests.reference import reference_path
 VOCABULARIES = ("gpt-2", "llama-bpe", "deepseek-llm", "qwen2", "llama-spm")
 TINY = ("llama", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "glm_moe_dsa")
 Metadata = dict[str, Any]
+ANY_TEXT = st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from(" \n\t▁aA1é²中😀👍🏽<|>'")), max_size=40)
 
 
 @cache
@@ -48,13 +49,17 @@ def smollm2() -> Tokenizer:
 
 @pytest.mark.parametrize("name", VOCABULARIES)
 def test_real_vocabularies_encode_as_llama_cpp_does(name: str) -> None:
-    texts = reference_path(f"vocab/ggml-vocab-{name}.gguf.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
+    texts = real_texts(name)
     lines = reference_path(f"vocab/ggml-vocab-{name}.gguf.out").read_text().split("\n")
     assert len(texts) == 47
     for text, line in zip(texts, lines, strict=False):
         ids = tokenizer(name).encode(text, add_special=False)
         assert ids == [int(i) for i in line.split()], text
         assert tokenizer(name).decode(ids) == text
+
+
+def real_texts(name: str) -> list[str]:
+    return reference_path(f"vocab/ggml-vocab-{name}.gguf.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -103,9 +108,6 @@ def test_smollm2_encodes_as_llama_cpp_does() -> None:
         assert real.decode(case["ids"]) == case["detok"]
     assert real.eog_ids == {0, 2}
     assert (real.bos_id, real.eos_id, real.vocab_size) == (1, 2, 49152)
-
-
-ANY_TEXT = st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from(" \n\t▁aA1é²中😀👍🏽<|>'")), max_size=40)
 
 
 @settings(max_examples=150)
