@@ -13,7 +13,7 @@ from tensorgraph.backends.cpu.evaluation import compiled, compiled_guards
 from tensorgraph.backends.cpu.ir import I64, PTR, Int
 from tensorgraph.backends.cpu.kernel import HEADER, MESSAGES, Buffer, Call, Kernel, Ref
 from tensorgraph.backends.cpu.operands import Operand
-from tensorgraph.backends.cpu.replay import ADVANCE, Given, Replay, prepare
+from tensorgraph.backends.cpu.replay import ADVANCE, Given, Prepared, Replay, prepare
 from tensorgraph.backends.cpu.streams import ClassTable
 from tensorgraph.device import Part, Run, Values
 from tensorgraph.dims import Extent, Symbol, maximum
@@ -128,7 +128,7 @@ class Program:
         """The arguments that say where a node's value lies, and how far into it; none where it is not the arena's own."""
         return self._uses.get(output, ()) if needs_storage(output) else ()
 
-    def replay(self, runs: Sequence[Given], varying: Node) -> Replay | None:
+    def replay(self, runs: Sequence[Given], varying: Node) -> Prepared | None:
         """Several runs prepared at once, with one element of one input left open; None where they are not alike."""
         return prepare(self, runs, varying)
 

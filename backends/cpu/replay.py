@@ -1,12 +1,13 @@
 """Runs of a program prepared in advance: what differs between them is written down before the first.
 
 The runs are steps of one token after another, so that all their numbers but extents grow evenly. What Python does between two of
-them runs on caches that hold nothing of it, at up to a microsecond for each object that it touches: so it touches few.
+them runs on caches and page tables that hold nothing of it: 2 us of work take 60, up to a microsecond for each page of memory, of
+code too, that it comes to first. So it comes to few, and does in advance what it can.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from sys import getrefcount
 from typing import TYPE_CHECKING, Any
 
@@ -22,18 +23,21 @@ if TYPE_CHECKING:
     from tensorgraph.backends.cpu.executor import Team
     from tensorgraph.backends.cpu.program import Program
 
+Prepared = Callable[[int, int], "np.ndarray | None"]
 Given = tuple[Mapping[Node, np.ndarray], Run]
 """Inputs, extents and state of one run; of the inputs and the state, those of the first two runs are looked at."""
 MOST_ROWS = 4
+VIEWS = 32  # made at once: of a row, for so many runs
+Row = tuple[np.ndarray, int, "list[np.ndarray]"]
+"""An array, its address, and views of it that nobody has yet."""
 RUN, X, ROW, INPUT, N_MOVES, N_WRITTEN = range(6)  # told to `advance`: the run, x, addresses of its row and of x, counts
 MOVE_BYTES, WRITTEN_BYTES = 4 * 8, 2 * 8
-_PAIR = (np.empty(0), 0)
-_FREE = getrefcount(_PAIR[0])  # of an array that nobody but its pair holds
+_ROW: Row = (np.empty(0), 0, [])
+_FREE = getrefcount(_ROW[0])  # of an array that nobody but its row and views hold
 
 
 class Replay:
-    """Several runs of a program that has one output, of one row: `replay(i, x)` makes the i-th with x as the only element of one
-    input, and gives the row; None where the program has run otherwise since these were prepared.
+    """Several runs of a program that has one output, of one row.
 
     Kernels write the row where the caller will have it, in one of a few arrays of which he gets views; what nobody views is
     used again.
@@ -92,35 +96,38 @@ class Replay:
         if by.any():
             self._changing.append((to[: len(first)], (first + np.arange(n)[:, None] * by).astype(to.dtype)))
 
-    def __call__(self, i: int, x: int) -> np.ndarray | None:
+    def run(self, i: int, x: int) -> np.ndarray | None:
+        """Make the i-th, with x as the only element of one input: the row; None where the program has run otherwise since these
+        were prepared."""  # a method that is called by name takes no other way through the interpreter, as `__call__` does
         device_lock, lock = self._lock, self._executor.lock
         device_lock.acquire()  # on cold caches, `with` takes twice as long
         lock.acquire()
         try:
             if self._program.owner is not self or self._device.version != self._version:
                 return None
-            row, address = self._free_row()
-            now = self._now
-            now[RUN], now[X], now[ROW] = i, x, address
+            for found in self._rows:
+                if getrefcount(found[0]) - len(found[2]) == _FREE:
+                    break
+            else:
+                found = self._another_row()
+            views, now = found[2] or _more_views(found), self._now
+            now[RUN], now[X], now[ROW] = i, x, found[1]
             team = self._team
             if team is None or team is not self._executor.team or self._device.note is not None:
                 self._run(i)
             elif code := team.run(team.address, self._address, self._n_lines):
                 self._device.refuse(self._executor.left(code), MESSAGES)
-            return row.view()
+            return views.pop()
         finally:
             lock.release()
             device_lock.release()
 
-    def _new_row(self) -> tuple[np.ndarray, int]:
-        """A row and its address."""
+    def _new_row(self) -> Row:
         row = np.empty(self._width, self._dtype)
-        return row, row.ctypes.data
+        return row, row.ctypes.data, []
 
-    def _free_row(self) -> tuple[np.ndarray, int]:
-        for found in self._rows:
-            if getrefcount(found[0]) == _FREE:
-                return found
+    def _another_row(self) -> Row:
+        """A row where callers have all others."""
         new = self._new_row()
         if len(self._rows) < MOST_ROWS:
             self._rows.append(new)
@@ -140,6 +147,11 @@ class Replay:
         """Kernels write where they do in other runs."""
         for (at, _), before in zip(self._written, self._before, strict=True):
             self._program.args[at] = before
+
+
+def _more_views(row: Row) -> list[np.ndarray]:
+    row[2].extend(row[0].view() for _ in range(VIEWS))
+    return row[2]
 
 
 def emit_advance(k: Kernel, operands: Mapping[str, Any]) -> None:
@@ -164,8 +176,8 @@ ADVANCE = (emit_advance, (), (), ())
 """What its kernel is written from."""
 
 
-def prepare(program: Program, runs: Sequence[Given], varying: Node) -> Replay | None:
-    """None where runs differ in more than numbers, or results are more than one row."""
+def prepare(program: Program, runs: Sequence[Given], varying: Node) -> Prepared | None:
+    """`Replay.run` of these runs; None where they differ in more than numbers, or results are more than one row."""
     if not runs:
         return None
     dims = [run.dims for _, run in runs]
@@ -182,4 +194,4 @@ def prepare(program: Program, runs: Sequence[Given], varying: Node) -> Replay | 
     with program.device.lock:
         program.disown()
         program.bind(runs[0][1])
-        return Replay(program, runs, varying)
+        return Replay(program, runs, varying).run
