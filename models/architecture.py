@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -100,6 +102,19 @@ class Model:
         return self.file.data(name)
 
 
+def find_architecture(name: str) -> Architecture:
+    """An architecture by a name that GGUF files give it. A file of this folder that has the name is imported without the others.
+
+    Raises: UnknownNameError: it is not there; the message lists those that are.
+    """
+    if name not in registry.architectures and name.isidentifier():
+        own = f"{__package__}.{name}"
+        if importlib.util.find_spec(own) is not None:
+            importlib.import_module(own)
+    found: Architecture = registry.architectures.get(name)
+    return found
+
+
 def model_from_gguf(file: GGUF) -> Model:
     """The model in an open file.
 
@@ -107,7 +122,7 @@ def model_from_gguf(file: GGUF) -> Model:
         UnknownNameError: its architecture is not there; the message lists those that are.
         FormatError: its metadata lacks what the architecture needs.
     """
-    architecture: Architecture = registry.architectures.get(file.architecture)
+    architecture = find_architecture(file.architecture)
     metadata = dict_with_vocabulary(file)
     extra = architecture.extra(metadata) if architecture.extra else {}
     config = read_gguf(architecture.config, metadata, file.architecture, extra)

@@ -18,16 +18,13 @@ def rewrite(graph: Graph, replacement: Rewrite) -> Graph:
     """Rebuild a graph; `replacement(node, original)` sees each node with its new inputs and may give another for it."""
     new: dict[Node, Node] = {}
     for node in graph.nodes:
-        inputs = tuple(new[i] for i in node.inputs)
+        inputs, node_now = tuple(new[i] for i in node.inputs), node
         if inputs != node.inputs:
             node_now = _on_base(node, inputs[0]) if node.op == "view" else replace(node, inputs=inputs)
-        else:
-            node_now = node
         new[node] = replacement(node_now, node) or node_now
     if all(node is now for node, now in new.items()):
         return graph
-    outputs = {name: new[node] for name, node in graph.outputs.items()}
-    return Graph(outputs, effects=[new[node] for node in graph.effects])
+    return Graph({name: new[node] for name, node in graph.outputs.items()}, effects=[new[node] for node in graph.effects])
 
 
 def _on_base(view: Node, base: Node) -> Node:

@@ -88,4 +88,4 @@ ops: Registry[Op] = Registry("op", "tensorgraph.ops")
 backends: Registry[Callable[[str], Device]] = Registry("backend", "tensorgraph.backends")
 decoders: Registry[Callable[[np.ndarray], np.ndarray]] = Registry("block type", "tensorgraph.ops.formats")
 """By dtype: `uint8 [..., row_bytes]` -> f32 [..., n], exactly."""
-architectures: Registry[Any] = Registry("architecture", "tensorgraph.models")
+architectures: Registry[Any] = Registry("architecture", "tensorgraph.models.all_files")

@@ -12,6 +12,7 @@ from tensorgraph.dtypes import DType
 from tensorgraph.errors import DTypeError, StateError
 
 Layout = Literal["rows", "rows16"]
+MAX_LENGTH = 2**31 - 1  # positions are i32
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,8 @@ from safetensors.numpy import save_file
 
 from tensorgraph.dtypes import DType
 from tensorgraph.errors import FormatError, InputError, StateError
-from tensorgraph.state import StateSpec, StreamClass
+from tensorgraph.state import MAX_LENGTH, StateSpec, StreamClass
 
-MAX_LENGTH = 2**31 - 1  # positions are i32
 _METADATA = "tensorgraph.state"
 _FIELDS = {"specs": dict, "length": int, "first": dict, "crc32": dict, "extra": dict}
 

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from tensorgraph.dtypes import DType
 from tensorgraph.errors import CannotTrim, StateError, UnknownNameError
-from tensorgraph.state import Layout, StateSpec, StreamClass
-from tensorgraph.state_file import MAX_LENGTH, SavedState, load_state, save_state
+from tensorgraph.state import MAX_LENGTH, Layout, StateSpec, StreamClass
 from tensorgraph.state_pages import PagePool, Table
 from tensorgraph.state_step import Lease, SequenceState, Step
 
@@ -217,6 +216,8 @@ class StateStore:
 
     def save(self, seq: int, path: str | os.PathLike[str], extra: Mapping[str, str] | None = None) -> None:
         """Write a sequence to a safetensors file, rows in row order; `extra` comes back from `load`."""
+        from tensorgraph import state_file  # which imports a library that few processes need
+
         state = self._entry(seq, "save").state
         tables = dict(zip(self._pools, state.tables, strict=True))
         rows = {}
@@ -224,15 +225,17 @@ class StateStore:
             table, n_rows = tables[spec.stream_class], spec.stream_class.n_rows(state.length)
             rows[name] = self._read(name, table.slots(table.first, n_rows, self.page_rows))
         first = {cls: table.first for cls, table in tables.items()}
-        save_state(path, SavedState(state.length, first, rows, extra or {}), self.specs, self.kv_dtype)
+        state_file.save_state(path, state_file.SavedState(state.length, first, rows, extra or {}), self.specs, self.kv_dtype)
 
     def load(self, path: str | os.PathLike[str]) -> tuple[int, dict[str, str]]:
         """A new sequence from a file, and the `extra` it was saved with.
 
         Raises: FormatError if the file is damaged; StateError if it holds other streams than this store's.
         """
+        from tensorgraph import state_file
+
         self._no_step("load")
-        saved = load_state(path, self.specs, self.kv_dtype)
+        saved = state_file.load_state(path, self.specs, self.kv_dtype)
         tables = {}
         for cls, pool in self._pools.items():
             first, n_rows = saved.first[cls], cls.n_rows(saved.length)

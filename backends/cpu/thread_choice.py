@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import inf
-from statistics import median
 
 TRIAL = 6  # runs of a try; the first does not count, since its threads may have to wake
 SHORTEST, LONGEST = 32, 256  # runs between two tries
@@ -56,17 +55,22 @@ class ThreadChoice:
 
     @staticmethod
     def _became_slow(size: _Size) -> bool:
-        return len(size.times) >= SHORTEST and median(size.times[-TRIAL:]) > size.limit
+        return len(size.times) >= SHORTEST and _middle(size.times[-TRIAL:]) > size.limit
 
     @staticmethod
     def _judge(size: _Size) -> None:
         """End a try that has lasted long enough."""
-        now, tried = median(size.times[-TRIAL:]), size.tried[1:]
+        now, tried = _middle(size.times[-TRIAL:]), size.tried[1:]
         hopeless = len(tried) >= 2 and min(tried) > WORSE * now
         if not hopeless and len(size.tried) < TRIAL:
             return
-        other = median(tried)
+        other = _middle(tried)
         changes = other < MARGIN * now
         size.alone, size.trying = size.alone != changes, False
         size.interval = SHORTEST if changes else min(2 * size.interval, LONGEST)
         size.left, size.limit, size.times = size.interval, WORSE * min(now, other), []
+
+
+def _middle(ticks: list[int]) -> int:
+    """The median, the larger of two: `statistics`, which has it, imports fractions and decimals."""
+    return sorted(ticks)[len(ticks) // 2]

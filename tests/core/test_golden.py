@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-import tensorgraph.models  # noqa: F401  (importing registers the architectures)
 from tensorgraph.backends.cpu.kernel import Context, Kernel
 from tensorgraph.backends.cpu.program import OperandKey, Recipe, write_kernel
 from tensorgraph.backends.cpu.target import find_target

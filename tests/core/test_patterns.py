@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import tensorgraph.models  # noqa: F401  (importing registers the architectures)
 from tensorgraph import registry
 from tensorgraph.backends.reference.device import ReferenceDevice
 from tensorgraph.compiler import CompileOptions, compile

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import tensorgraph.models  # noqa: F401  (importing registers the architectures)
 from tensorgraph.compiler import CompileOptions
 from tensorgraph.engine import Engine
 from tensorgraph.models.architecture import Model, model_from_gguf
