@@ -91,6 +91,9 @@ class Executor:
 
     def left(self, code: int) -> list[int] | None:
         """The status, where a program has ended with this code."""
+        if code & loop.TOLD and self.team is not None:
+            self.team.look()
+        code &= ~loop.TOLD
         self.status = [code, *self._memory[1:4].tolist()] if code else None
         return self.status
 
@@ -165,7 +168,8 @@ class Team:
     """The shared block of memory, and the threads that work on it.
 
     Attributes:
-        run: `run(address, table_address, n_steps)` runs a program: the code that its kernels left, 0 where all went well.
+        run: `run(address, table_address, n_steps)` runs a program: the code that its kernels left, 0 where all went well. On
+            all threads, or the calling one alone where that was lately faster and `choice` is there.
         address: of the shared block.
     """
 
@@ -174,8 +178,10 @@ class Team:
         self.memory = _lines(loop.THREADS // loop.LINE_BYTES + threads)
         self.address, self.words = int(self.memory.ctypes.data), self.memory.data  # as quick to read as a list
         self.put(loop.STATUS, status_address)
-        self.choice, self._choose = choice, code.chooser
-        self.run: Callable[[int, int, int], int] = code.alone if threads == 1 else self._run if choice else code.caller
+        self.choice = choice if threads > 1 else None
+        self.run: Callable[[int, int, int], int] = code.alone if threads == 1 else code.chooser if choice else code.caller
+        if self.choice is not None:
+            self.put(loop.SIZES, int(self.choice.lines.ctypes.data))
         arguments = [(code, self.memory, thread) for thread in range(1, threads)]
         self.workers = [threading.Thread(target=_work, args=a, name=f"tensorgraph-{a[-1]}", daemon=True) for a in arguments]
 
@@ -197,12 +203,10 @@ class Team:
                 self._wake()
                 worker.join(0.01)
 
-    def _run(self, address: int, table_address: int, n_steps: int) -> int:
-        """All threads, or the calling one alone where that was lately faster."""
-        code: int = self._choose(address, table_address, n_steps)
+    def look(self) -> None:
+        """Whether programs of the last one's size go on to run as they do."""
         if self.choice is not None:
-            self.put(loop.ALONE, self.choice.note(self.at(loop.WEIGHT), self.at(loop.TICKS)))
-        return code
+            self.choice.look(self.at(loop.WEIGHT).bit_length())
 
     def at(self, offset: int) -> int:
         return self.words[offset // 8]

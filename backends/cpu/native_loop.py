@@ -27,10 +27,15 @@ WORD, KERNEL, ARGS, TABLE, NEXT, STEPS, RUN = range(0, 56, 8)
 DONE = 128  # chunks of this step that were reported
 WAKES, PARKED, STOP = range(256, 280, 8)  # an i32 that sleepers wait on; whether somebody may sleep; whether workers leave
 STATUS, SPENT, BEGAN = range(384, 408, 8)  # address of the status; where timed: of each step's duration, when this one began
-TICKS, WEIGHT, ALONE = range(408, 432, 8)  # the last run's duration and size; bit i: programs of i bits' weight run alone
+TICKS, WEIGHT, SIZES = range(408, 432, 8)  # the last run's duration and size; address of a line for each size
 THREADS = 512  # a line for each thread
 CHUNKS, RUNS, PARKS, LAST_RUN = range(0, 32, 8)
 LINE_BYTES = 128
+
+# Of the line for programs whose weight has i bits, the i-th of 65: whether they run on the calling thread alone; after how many
+# runs, or by a run of more than how many ticks, Python is told; runs so far; and ticks of the last `KEPT` of these.
+ALONE, LEFT, LIMIT, COUNT, LAST = (*range(0, 32, 8), 64)
+KEPT, TOLD = 8, 1 << 62  # `TOLD` in a returned status: look at the line of this size
 
 SPIN_S, YIELD_S = 3e-4, 5e-5  # after so long a worker sleeps; after so long a waiting thread lets others have the processor
 _FUTEX = {"x86_64": 202, "aarch64": 98}  # the system call's number on Linux
@@ -189,7 +194,7 @@ def caller_text(target: Target, timed: bool) -> str:
 
 
 def chooser_text(target: Target) -> str:
-    """`(team, table, steps) -> status`: one of these, by the program's size; leaves its weight too."""
+    """`(team, table, steps) -> status`: one of these, by the program's size; leaves its weight too, and notes the ticks."""
     f = _program(target)
     team, table, steps = f.parameters.values()
     begin = f.ticks()
@@ -198,9 +203,9 @@ def chooser_text(target: Target) -> str:
     (weight,) = loop.results
     f.store(weight, team + WEIGHT)
     size = 64 - f.call("llvm.ctlz.i64", I64, weight, f.const(0, I1))
-    alone = (f.load(team + ALONE, I64) >> size) & 1
-    f.either(alone.ne(0), lambda: _alone(f, False), lambda: _shared(f, False))
-    _finish(f, begin)
+    line = f.load(team + SIZES, PTR) + size * LINE_BYTES
+    f.either(f.load(line + ALONE, I64).ne(0), lambda: _alone(f, False), lambda: _shared(f, False))
+    _finish(f, begin, line)
     return "; chooser\n" + f.text()
 
 
@@ -261,15 +266,24 @@ def _cut(f: LoopFunction, line: Value) -> Value:
     return f.min(f.min(_grains(f, line), f.load(line + 32, I64)), MOST_CHUNKS)
 
 
-def _finish(f: LoopFunction, begin: Value) -> None:
-    """Leave how long it took, and return the status, which begins again at 0."""
-    team = f.parameters["team"]
-    f.store(f.ticks() - begin, team + TICKS)
+def _finish(f: LoopFunction, begin: Value, line: Value | None = None) -> None:
+    """Leave how long it took, in the line of its size too, and return the status, which begins again at 0."""
+    team, ticks = f.parameters["team"], f.ticks() - begin
+    f.store(ticks, team + TICKS)
     status = f.load(team + STATUS, PTR)
     code = f.load(status, I64)
     with f.when(code.ne(0)):
         f.store(f.i64(0), status)
-    f.ret(code)
+    f.ret(code if line is None else code + _note(f, line, ticks))
+
+
+def _note(f: LoopFunction, line: Value, ticks: Value) -> Value:
+    """Count a run of a program of this line's size; `TOLD` where Python is to look at it, else 0."""
+    count, left = f.load(line + COUNT, I64), f.load(line + LEFT, I64) - 1
+    f.store(ticks, line + (count & (KEPT - 1)) * 8 + LAST)
+    f.store(count + 1, line + COUNT)
+    f.store(left, line + LEFT)
+    return f.select(left.le(0) | ticks.gt(f.load(line + LIMIT, I64)), f.i64(TOLD), f.i64(0))
 
 
 def _spend(f: LoopFunction, team: Value, step: Value, ticks: Value) -> None:

@@ -135,12 +135,19 @@ def test_profile(jit: Jit, kernels: dict[str, int], threads: int) -> None:
 
 
 def simulated(choice: ThreadChoice, runs: int, weight: int, alone: Callable[[], float], all_: Callable[[], float]) -> float:
-    """The part of runs that were made alone."""
+    """The part of runs that were made alone; what the native loop does is done here."""
     count = 0
+    line = choice.lines[weight.bit_length()]
+    words = {name: getattr(native_loop, name) // 8 for name in ("ALONE", "LEFT", "LIMIT", "COUNT", "LAST")}
     for _ in range(runs):
-        is_alone = choice.alone_sizes >> weight.bit_length() & 1
+        is_alone = bool(line[words["ALONE"]])
         count += is_alone
-        choice.note(weight, int(1000 * (alone() if is_alone else all_())))
+        ticks = int(1000 * (alone() if is_alone else all_()))
+        line[words["LAST"] + line[words["COUNT"]] % native_loop.KEPT] = ticks
+        line[words["COUNT"]] += 1
+        line[words["LEFT"]] -= 1
+        if line[words["LEFT"]] <= 0 or ticks > line[words["LIMIT"]]:
+            choice.look(weight.bit_length())
     return count / runs
 
 
@@ -168,10 +175,15 @@ def test_auto(jit: Jit, kernels: dict[str, int], monkeypatch: pytest.MonkeyPatch
     for i in range(6 * SHORTEST):
         program = MixProgram(kernels["mix"], [(40, 1, 8), (1, 1, 1), (0, 1, 1), (300, 2, 64)] * (1 + i % 2), 2)
         assert executor._choice is not None
-        taken[i % 2].add(executor._choice.alone_sizes >> weights[i % 2].bit_length() & 1)
+        line = executor._choice.lines[weights[i % 2].bit_length()]
+        taken[i % 2].add(int(line[native_loop.ALONE // 8]))
+        count, left = line[native_loop.COUNT // 8], line[native_loop.LEFT // 8]
         program.program.run(executor)
         program.check()
         assert executor.team.at(native_loop.WEIGHT) == weights[i % 2]
+        if line[native_loop.COUNT // 8]:  # else a try began or ended with this run
+            assert line[native_loop.LAST // 8 + count % native_loop.KEPT] == executor.team.at(native_loop.TICKS) > 0
+            assert line[native_loop.COUNT // 8] == count + 1 and line[native_loop.LEFT // 8] in (left - 1, 1)
     assert taken == [{0, 1}, {0, 1}]
     executor.close()
 
@@ -182,10 +194,10 @@ def test_auto_runs_as_chosen(jit: Jit, kernels: dict[str, int], monkeypatch: pyt
     napping, seen = Program(), np.zeros(8, np.int64)
     napping.step(kernels["nap"], [napping.array(1000), seen], napping.array(8))  # long enough for the worker to come
     napping.run(executor)
-    for alone in (1 << 4, ~(1 << 4), 1 << 4):  # a weight of 8 has four bits
-        executor.team.put(native_loop.ALONE, alone)
+    for alone in (1, 0, 1):
+        executor._choice.lines[(8).bit_length(), native_loop.ALONE // 8] = alone  # a weight of 8
         before = executor.counters()[1]["chunks"]
         napping.run(executor)
         after = executor.counters()[1]["chunks"]
-        assert after == before if alone > 0 else after > before
+        assert after == before if alone else after > before
     executor.close()
