@@ -25,14 +25,13 @@ class Decoding:
     Holds as long as its lease does, and nothing else ran on the device.
     """
 
-    __slots__ = ("_lock", "_lease", "_store", "_replay", "_first", "_stop", "_vocab_size", "_ids", "_stats", "_cache")
+    __slots__ = ("_lock", "_lease", "_replay", "_first", "_vocab_size", "_ids", "_stats")
 
     def __init__(self, session: Session, lease: Lease, replay: Replay) -> None:
         engine = session.engine
         self._lock, self._vocab_size, self._stats = engine.lock, engine.vocab_size, engine.stats
-        self._cache = engine.cache
-        self._lease, self._store, self._replay, self._ids = lease, lease.store, replay, session._ids
-        self._first, self._stop = lease.length, min(lease.stop, session.context)
+        self._lease, self._replay, self._ids, self._first = lease, replay, session._ids, lease.length
+        lease.stop = min(lease.stop, session.context)
 
     @staticmethod
     def begin(session: Session, executable: Executable, make_inputs: StepInputs) -> Decoding | None:
@@ -56,17 +55,15 @@ class Decoding:
         try:
             lease = self._lease
             length = lease.length
-            if length >= self._stop or self._store.leased is not lease:
-                return None
-            if type(token) is not int or not 0 <= token < self._vocab_size:
+            if length >= lease.stop or type(token) is not int or not 0 <= token < self._vocab_size:
                 return None
             logits = self._replay(length - self._first, token)
             if logits is not None:
                 lease.length = length + 1
                 self._ids.append(token)
-                self._cache.hits += 1
                 stats = self._stats
                 stats.steps += 1
+                stats.prepared += 1
                 stats.tokens += 1
                 stats.run_s += perf_counter() - began
             return logits

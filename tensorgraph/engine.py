@@ -39,9 +39,10 @@ class GraphModel(Protocol):
 
 @dataclass(slots=True)
 class Stats:
-    """Counted since an engine was made."""
+    """Counted since an engine was made; of the steps, those that were prepared in advance took no plan from the cache."""
 
     steps: int = 0
+    prepared: int = 0
     tokens: int = 0
     run_s: float = 0.0
 

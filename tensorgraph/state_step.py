@@ -137,9 +137,11 @@ class Step:
 class Lease:
     """The next tokens of one sequence, one a step, with pages for all of them: they take new lengths, nothing else of the store.
 
-    Good until anything else is done with the store, which gives back the pages that were not needed. `length` is raised by
-    whoever has computed a token's rows.
+    Good up to `stop` tokens, or until anything else is done with the store, which gives back the pages that were not needed;
+    `stop` is the length then. `length` is raised by whoever has computed a token's rows.
     """
+
+    __slots__ = ("store", "seq", "length", "stop", "_tables")
 
     def __init__(self, store: StateStore, seq: int, state: SequenceState, n_pages: int) -> None:
         self.store, self.seq, self.length = store, seq, state.length

@@ -263,6 +263,7 @@ class StateStore:
     def _end_lease(self) -> None:
         if self.leased is not None:
             lease, self.leased = self.leased, None
+            lease.stop = lease.length
             self._sequences[lease.seq].state = lease.settle()
 
     def _no_step(self, what: str) -> None:

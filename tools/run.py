@@ -159,7 +159,7 @@ def as_object(text: str, generation: Generation) -> dict[str, Any]:
 def statistics(session: TextSession) -> dict[str, Any]:
     """What the session's engine counted, and what its plan of a step is made of."""
     cache, counted = session.engine.cache, session.engine.stats
-    counters = {"plans": len(cache), "hits": cache.hits, "misses": cache.misses, "compile_s": cache.compile_s}
+    counters = {"plans": len(cache), "hits": cache.hits + counted.prepared, "misses": cache.misses, "compile_s": cache.compile_s}
     steps = {"steps": counted.steps, "tokens": counted.tokens, "run_s": counted.run_s}
     plan = session.plan
     report = plan.report({name: dim.max for name, dim in plan.graph.dims.items()})

@@ -129,7 +129,7 @@ class CpuDevice(Device):
     def set_threads(self, threads: Threads) -> None:
         with self.lock:
             self.threads = threads
-            self.version += 1
+            self._moved()
             self.require(0, 0)
 
     def supports(self, node: Node) -> bool:
@@ -213,14 +213,18 @@ class CpuDevice(Device):
         """Make room in the arena and in each thread's scratch; what is there may move."""
         if arena_bytes > len(self.arena):
             self.arena = aligned(arena_bytes)
-            self.version += 1
+            self._moved()
         stride = -(-scratch_bytes // 64) * 64
         n_threads = usable_cores() if self.threads == "auto" else self.threads
         wanted = max(stride, int(self.scratch_stride[0])) * n_threads
         if wanted > len(self.scratch) or stride > self.scratch_stride[0]:
             self.scratch_stride[0] = max(stride, int(self.scratch_stride[0]))
             self.scratch = aligned(wanted)
-            self.version += 1
+            self._moved()
+
+    def _moved(self) -> None:
+        self.version += 1
+        self.code.executor.halt()
 
     def run(self, table: tuple[np.ndarray, int], messages: Mapping[int, str]) -> None:
         """Walk a table of steps, given with its address.
@@ -242,10 +246,12 @@ class CpuDevice(Device):
     def profiling(self, note: Note) -> Iterator[None]:
         """Until the block ends, `note` is told how long each call of each run took."""
         before, self.note = self.note, note
+        self.code.executor.halt()
         try:
             yield
         finally:
             self.note = before
+            self.code.executor.halt()
 
     def profile(
         self, table: tuple[np.ndarray, int], messages: Mapping[int, str], calls: Sequence[Call], dims: Mapping[str, int]

@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,12 @@ _TICKS = ctypes.CFUNCTYPE(_Int)
 def usable_cores() -> int:
     """How many processors this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Follower(Protocol):
+    """Who runs programs past the executor."""
+
+    def halt(self) -> None: ...
 
 
 class Executor:
@@ -61,6 +67,7 @@ class Executor:
         self.team: Team | None = None
         self._timed: Team | None = None  # the one that takes times, apart so that the other never pays for it
         self._finalizers: list[weakref.finalize[..., Executor]] = []
+        self._followers: weakref.WeakSet[Follower] = weakref.WeakSet()
         self._choice: ThreadChoice | None = None
         self.set_threads(threads)
         _EXECUTORS.add(self)
@@ -106,6 +113,17 @@ class Executor:
             self.left(team.run(team.address, table_address, n_steps))
             return spent.astype(np.float64) * self._seconds_per_tick()
 
+    def followed(self, by: Follower) -> Team | None:
+        """Who ran the last program; `by` may go on with that, under `lock`, until it is told to halt."""
+        self._followers.add(by)
+        return self.team
+
+    def halt(self) -> None:
+        """Tell all followers to look around before they run anything."""
+        with self.lock:
+            for follower in list(self._followers):
+                follower.halt()
+
     def counters(self) -> list[dict[str, int]]:
         """Of each thread, the calling one first, since the workers started: chunks it ran, runs it was in, times it slept."""
         names = {"chunks": loop.CHUNKS, "runs": loop.RUNS, "parks": loop.PARKS}
@@ -119,6 +137,7 @@ class Executor:
         with self.lock:
             finalizers, self._finalizers = self._finalizers, []
             self.team = self._timed = None
+            self.halt()
             for finalizer in finalizers:
                 finalizer()
 
@@ -151,6 +170,7 @@ class Executor:
             finalizer.detach()
         self._finalizers, self.team, self._timed = [], None, None
         self._memory[:] = 0
+        self.halt()
 
 
 class _Code:

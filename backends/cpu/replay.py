@@ -2,7 +2,8 @@
 
 The runs are steps of one token after another, so that all their numbers but extents grow evenly. What Python does between two of
 them runs on caches and page tables that hold nothing of it: 2 us of work take 60, up to a microsecond for each page of memory, of
-code too, that it comes to first. So it comes to few, and does in advance what it can.
+code too, that it comes to first. So it comes to few, does in advance what it can, and is told what others change instead of
+looking.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from tensorgraph.dtypes import i32
 from tensorgraph.graph import Node
 
 if TYPE_CHECKING:
-    from tensorgraph.backends.cpu.executor import Team
     from tensorgraph.backends.cpu.program import Program
 
 Prepared = Callable[[int, int], "np.ndarray | None"]
@@ -44,14 +44,16 @@ class Replay:
     """
 
     __slots__ = (
-        *("_program", "_device", "_executor", "_team", "_lock", "_version", "_dims", "_table", "_lines", "_address", "_n_lines"),
-        *("_now", "_changing", "_places", "_written", "_before", "_rows", "_width", "_dtype"),
+        *("_program", "_device", "_executor", "_go", "_team", "_device_lock", "_lock", "_version", "_dims", "_table", "_lines"),
+        *("_address", "_n_lines", "_now", "_changing", "_places", "_written", "_before", "_rows", "_width", "_dtype"),
+        "__weakref__",
     )
 
     def __init__(self, program: Program, runs: Sequence[Given], varying: Node) -> None:
         self._program, self._device = program, program.device
-        self._executor, self._lock = self._device.code.executor, self._device.lock
-        self._team: Team | None = None  # that of the last run, while it is the executor's
+        self._executor, self._device_lock = self._device.code.executor, self._device.lock
+        self._team = 0
+        self.halt()
         self._changing: list[tuple[np.ndarray, np.ndarray]] = []  # where it goes, and a row for each run
         first, second = runs[0], runs[min(1, len(runs) - 1)]
         if program.n_dynamic:
@@ -99,11 +101,12 @@ class Replay:
     def run(self, i: int, x: int) -> np.ndarray | None:
         """Make the i-th, with x as the only element of one input: the row; None where the program has run otherwise since these
         were prepared."""  # a method that is called by name takes no other way through the interpreter, as `__call__` does
-        device_lock, lock = self._lock, self._executor.lock
+        device_lock, lock = self._device_lock, self._lock
         device_lock.acquire()  # on cold caches, `with` takes twice as long
         lock.acquire()
         try:
-            if self._program.owner is not self or self._device.version != self._version:
+            go = self._go
+            if go is None and not self._holds():
                 return None
             for found in self._rows:
                 if getrefcount(found[0]) - len(found[2]) == _FREE:
@@ -112,10 +115,9 @@ class Replay:
                 found = self._another_row()
             views, now = found[2] or _more_views(found), self._now
             now[RUN], now[X], now[ROW] = i, x, found[1]
-            team = self._team
-            if team is None or team is not self._executor.team or self._device.note is not None:
+            if go is None:
                 self._run(i)
-            elif code := team.run(team.address, self._address, self._n_lines):
+            elif code := go(self._team, self._address, self._n_lines):
                 self._device.refuse(self._executor.left(code), MESSAGES)
             return views.pop()
         finally:
@@ -133,12 +135,22 @@ class Replay:
             self._rows.append(new)
         return new
 
+    def halt(self) -> None:
+        """Threads, memory or whether times are taken may have changed since the last run: look before the next."""
+        self._go: Callable[[int, int, int], int] | None = None  # runs programs, by the address of its team
+        self._lock = self._executor.lock
+
+    def _holds(self) -> bool:
+        return self._program.owner is self and self._device.version == self._version
+
     def _run(self, i: int) -> None:
         """The way of other runs, which starts threads where there are none and takes times where that is wanted."""
         device = self._device
         if device.note is None:
             device.run((self._lines, self._address), MESSAGES)
-            self._team = self._executor.team
+            team = self._executor.followed(self)
+            if team is not None:
+                self._go, self._team = team.run, team.address
         else:
             device.run((self._lines[:1], self._address), MESSAGES)
             device.profile(self._table, MESSAGES, self._program.made_calls(self._dims[i]), self._dims[i])
@@ -147,6 +159,7 @@ class Replay:
         """Kernels write where they do in other runs."""
         for (at, _), before in zip(self._written, self._before, strict=True):
             self._program.args[at] = before
+        self.halt()
 
 
 def _more_views(row: Row) -> list[np.ndarray]:

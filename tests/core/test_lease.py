@@ -72,7 +72,7 @@ def test_what_ends_a_lease_finds_the_sequence_as_it_is(name: str, written: int, 
     assert leased.length(a) == 7 + written
     for of, seq in ((leased, a), (plain, b)):
         ENDING[name](of, seq, tmp_path)
-    assert leased.leased is not lease
+    assert leased.leased is not lease and lease.stop == lease.length == 7 + written
     assert (leased.length(a), leased.used_pages, seen(leased, a)) == (plain.length(b), plain.used_pages, seen(plain, b))
 
 
