@@ -103,12 +103,14 @@ class Model:
 
 
 def find_architecture(name: str) -> Architecture:
-    """An architecture by a name that GGUF files give it. A file of this folder that has the name is imported without the others.
+    """An architecture by a name that GGUF files give it. A file of this folder that has the name, `_` for `-`, is imported
+    without the others.
 
     Raises: UnknownNameError: it is not there; the message lists those that are.
     """
-    if name not in registry.architectures and name.isidentifier():
-        own = f"{__package__}.{name}"
+    file = name.replace("-", "_")
+    if name not in registry.architectures and file.isidentifier():
+        own = f"{__package__}.{file}"
         if importlib.util.find_spec(own) is not None:
             importlib.import_module(own)
     found: Architecture = registry.architectures.get(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tensorgraph.dims import Extent
 from tensorgraph.graph import Node
 from tensorgraph.models.builder import Builder
+from tensorgraph.op import Op
 from tensorgraph.ops import get_rows, mul_mat, rms_norm, swiglu
 from tensorgraph.source import hide_source
 
@@ -28,17 +29,18 @@ def norm(g: Builder, name: str, x: Node, eps: float) -> Node:
     return rms_norm(x, g.weight(f"{name}.weight", width), eps=eps)
 
 
-def embed(g: Builder, vocab_size: int, hidden_size: int) -> Node:
-    """The tokens' embeddings. Shapes: -> [T, D]."""
-    return g.tap("embed", get_rows(g.weight("token_embd.weight", vocab_size, hidden_size), g.tokens))
+def embed(g: Builder, vocab_size: int, hidden_size: int, scale: float = 1.0) -> Node:
+    """The tokens' embeddings, times `scale`. Shapes: -> [T, D]."""
+    rows = get_rows(g.weight("token_embd.weight", vocab_size, hidden_size), g.tokens)
+    return g.tap("embed", rows if scale == 1.0 else rows * scale)
 
 
-def feed_forward(g: Builder, x: Node, size: int, suffix: str = "") -> Node:
-    """`down(silu(gate x) * up x)`. Shapes: [T, D] -> [T, D]."""
+def feed_forward(g: Builder, x: Node, size: int, suffix: str = "", *, unit: Op = swiglu) -> Node:
+    """`down(unit(gate x, up x))`, such as `down(silu(gate x) * up x)`. Shapes: [T, D] -> [T, D]."""
     width = x.shape[-1]
     assert isinstance(width, int)
     gate, up = g.linear(f"ffn_gate{suffix}", x, size), g.linear(f"ffn_up{suffix}", x, size)
-    return g.linear(f"ffn_down{suffix}", swiglu(gate, up), width)
+    return g.linear(f"ffn_down{suffix}", unit(gate, up), width)
 
 
 def head(g: Builder, x: Node, vocab_size: int, eps: float) -> Node:

@@ -25,11 +25,16 @@ sys.path.insert(0, str(HERE.parents[1]))
 from tests import reference  # noqa: E402  (it unpacks; packing shares its reader of strings)
 
 PLAIN_BYTES = 8192  # smaller texts stay readable
-ARCHITECTURES = ("llama", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "deepseek_v4")
+ARCHITECTURES = (
+    *("llama", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "deepseek_v4"),
+    *("qwen3", "qwen3moe", "gemma3"),
+)
 QUANTISED = {
     "llama": ("f16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"),
     "deepseek_v3": ("q8_0",),
     "deepseek_v4": ("mxfp4",),
+    "qwen3moe": ("q8_0",),
+    "gemma3": ("q8_0",),
 }
 VOCABULARIES = ("gpt-2", "llama-bpe", "deepseek-llm", "qwen2", "llama-spm")
 OP_FAMILIES = (

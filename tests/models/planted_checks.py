@@ -83,6 +83,25 @@ def llama() -> None:
     follows("llama", 96)
 
 
+def qwen3() -> None:
+    follows("qwen3", 96)
+
+
+def qwen3moe() -> None:
+    follows("qwen3moe", 96)
+
+
+def gemma3() -> None:
+    """Past the window, on six layers that see it and one that sees all."""
+    follows("gemma3", 96)
+
+
+def scale_of_gemma() -> None:
+    """The published configuration's own, which need not be the size of a head."""
+    config = dataclasses.replace(tiny.model("gemma3").config, query_pre_attn_scalar=100)
+    assert config.scale == 0.1
+
+
 def v2() -> None:
     follows("deepseek_v2", 96, layers=3)
 

@@ -10,6 +10,8 @@ from tests.models import tiny
 
 pytestmark = tiny.on_every_backend
 
+SELECTIONS = {"deepseek_v2": 26, "deepseek_v3": 2, "deepseek_v32": 5, "glm_moe_dsa": 4, "deepseek_v4": 6, "qwen3moe": 2}
+"""How many were recorded."""
 SLOW = {("deepseek_v2", 3), ("deepseek_v2", 7), ("deepseek_v4", 3), ("deepseek_v4", 7)}
 """Chunks of many steps on the models with most nodes; their other chunks run always."""
 
@@ -108,13 +110,13 @@ def test_hidden_states_and_selections(backend: str, architecture: str, n: int) -
         assert found <= tiny.bound(architecture), f"{key}: NMSE {found:.1e}"
     for tap, ids, every in chosen:
         assert tiny.same_sets(taps[tap], ids, every), tap
-    assert len(chosen) == {"llama": 0, "deepseek_v2": 26, "deepseek_v3": 2, "deepseek_v32": 5, "glm_moe_dsa": 4}.get(
-        architecture, 6
-    )
+    assert len(chosen) == SELECTIONS.get(architecture, 0)
 
 
+OF_THE_PEER = {"gemma3": 2e-7}
+"""These logits are the peer's, whose GELU goes through a table of 16 bits: on Gemma's F32 file that alone is 1.4e-7."""
 FILES = [("llama", kind) for kind in ("f16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")]
-FILES += [("deepseek_v3", "q8_0"), ("deepseek_v4", "mxfp4")]
+FILES += [("deepseek_v3", "q8_0"), ("deepseek_v4", "mxfp4"), ("qwen3moe", "q8_0"), ("gemma3", "q8_0")]
 
 
 @pytest.mark.parametrize("n", [512, pytest.param(48, marks=pytest.mark.deep)])
@@ -125,4 +127,4 @@ def test_other_weight_types(backend: str, architecture: str, kind: str, n: int) 
     with Session(tiny.engine(architecture, kind, backend=backend), step_tokens=n) as session:
         logits = session.eval(tiny.tokens(architecture), all_logits=True)
     found = tiny.nmse(logits[stored["pos"]], stored[f"{architecture}-{kind}/deq"])
-    assert found <= 1e-9, f"NMSE {found:.1e}"
+    assert found <= OF_THE_PEER.get(architecture, 1e-9), f"NMSE {found:.1e}"

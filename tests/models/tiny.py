@@ -18,7 +18,10 @@ from tests.reference import reference_path
 
 Array = np.ndarray[Any, Any]
 
-ARCHITECTURES = ("llama", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "deepseek_v4")
+ARCHITECTURES = (
+    *("llama", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "deepseek_v4"),
+    *("qwen3", "qwen3moe", "gemma3"),
+)
 BACKENDS = ("reference", "cpu")
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests.models.mistakes.decoders import DECODERS
 from tests.models.mistakes.deepseek import ROUTERS_AND_MLA, SPARSE
 from tests.models.mistakes.deepseek_v4 import COMPRESSION, STREAMS_AND_EXPERTS
 from tests.models.mistakes.llama import LLAMA
@@ -11,6 +12,7 @@ from tests.models.planting import Mistake
 
 GROUPS: dict[str, tuple[Mistake, ...]] = {
     "llama and sessions": LLAMA,
+    "Qwen and Gemma": DECODERS,
     "routers and latent attention": ROUTERS_AND_MLA,
     "sparse attention": SPARSE,
     "V4's attention": COMPRESSION,

@@ -5,21 +5,21 @@ from __future__ import annotations
 from tests.models.planting import Mistake
 
 _SESSIONS = "tests.models.test_sessions:test_"
-_LLAMA, _BLOCKS, _SESSION = "models/llama.py", "models/blocks.py", "tensorgraph/session.py"
+_LLAMA, _DECODER, _BLOCKS, _SESSION = "models/llama.py", "models/decoder.py", "models/blocks.py", "tensorgraph/session.py"
 _EXTENTS, _STEP, _COMPILER = (f"tensorgraph/{name}.py" for name in ("extents", "state_step", "compiler"))
 
 LLAMA = (
-    Mistake("half-split rope", _LLAMA, "n_dims=n_dims, base", 'layout="half_split", n_dims=n_dims, base', "llama"),
-    Mistake("rope's base is fixed", _LLAMA, "base=c.rope_theta, freq_scale", "base=5e5, freq_scale", "llama"),
+    Mistake("half-split rope", _LLAMA, 'layout="interleaved"', 'layout="half_split"', "llama"),
+    Mistake("rope's base is fixed", _LLAMA, "base=c.rope_theta", "base=5e5", "llama"),
     Mistake(
         "keys are not rotated",
         _LLAMA,
-        'k = rotate(g, heads(g.linear("attn_k", x, c.n_head_kv * c.head_size), c.n_head_kv), c)',
-        'k = heads(g.linear("attn_k", x, c.n_head_kv * c.head_size), c.n_head_kv)',
+        "rotate(g, k, c)",
+        "k",
         "llama",
     ),
-    Mistake("scaled by the hidden size", _LLAMA, "scale=c.head_size**-0.5", "scale=c.hidden_size**-0.5", "llama"),
-    Mistake("keys taken for values", _LLAMA, 'g.append("v", v)  # [S', 'g.append("v", k)  # [S', "llama"),
+    Mistake("scaled by the hidden size", _DECODER, "scale = c.head_size**-0.5", "scale = c.hidden_size**-0.5", "llama"),
+    Mistake("keys taken for values", _DECODER, 'g.append("v", v)  # [S', 'g.append("v", k)  # [S', "llama"),
     Mistake(
         "heads share keys in turns",
         "ops/attention/attend.py",
@@ -30,12 +30,12 @@ LLAMA = (
     Mistake(
         "Llama's window is left out",
         _LLAMA,
-        'g.segment("k", k, v, window=c.sliding_window)',
-        'g.segment("k", k, v)',
+        "window=c.sliding_window)",
+        "window=None)",
         "window_of_llama",
     ),
     Mistake("one residual less", _LLAMA, "x + feed_forward(", "feed_forward(", "llama"),
-    Mistake("gate and up swapped", _BLOCKS, "swiglu(gate, up), width", "swiglu(up, gate), width", "llama"),
+    Mistake("gate and up swapped", _BLOCKS, "unit(gate, up), width", "unit(up, gate), width", "llama"),
     Mistake("epsilon is fixed", _BLOCKS, "eps=eps)", "eps=1e-6)", "epsilons"),
     Mistake(
         "no norm before the head",

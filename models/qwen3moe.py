@@ -1,0 +1,52 @@
+"""Qwen3-MoE: Qwen3's attention, and a mixture of experts weighed by a soft-max over all of them.
+
+Source: arXiv:2505.09388.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tensorgraph.errors import UnsupportedError
+from tensorgraph.graph import Graph, Node
+from tensorgraph.models.architecture import Architecture
+from tensorgraph.models.blocks import embed, head, norm
+from tensorgraph.models.builder import Builder
+from tensorgraph.models.config import from_gguf
+from tensorgraph.models.decoder import DecoderConfig, states
+from tensorgraph.models.experts import expert_sum, route, weigh
+from tensorgraph.models.qwen3 import attention
+from tensorgraph.ops import soft_max
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(DecoderConfig):
+    """Fields as published."""
+
+    num_experts: int = from_gguf("expert_count")
+    num_experts_per_tok: int = from_gguf("expert_used_count")
+    moe_intermediate_size: int = from_gguf("expert_feed_forward_length")
+    norm_topk_prob: bool = True  # GGUF files have no key for it
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
+
+
+def build(g: Builder, c: Config) -> Graph:
+    if c.decoder_sparse_step != 1 or c.mlp_only_layers:
+        raise UnsupportedError("[qwen3moe] layers without experts (decoder_sparse_step not 1, or mlp_only_layers) are not there")
+    x = embed(g, c.vocab_size, c.hidden_size)  # [T, D]
+    for i in range(c.num_hidden_layers):
+        b = g.block(i)
+        x = x + attention(b, norm(b, "attn_norm", x, c.rms_norm_eps), c)
+        x = b.tap("out", x + moe(b, norm(b, "ffn_norm", x, c.rms_norm_eps), c))
+    return g.finish(head(g, x, c.vocab_size, c.rms_norm_eps))
+
+
+def moe(g: Builder, x: Node, c: Config) -> Node:
+    scores = soft_max(g.linear("ffn_gate_inp", x, c.num_experts))  # [T, E]
+    ids = g.tap("experts", route(scores, None, c.num_experts_per_tok))
+    w = weigh(scores, ids, normalise=c.norm_topk_prob, scale=1.0)
+    return expert_sum(g, x, ids, w, n_experts=c.num_experts, size=c.moe_intermediate_size)
+
+
+Architecture("qwen3moe", config=Config, states=states, build=build, published=("Qwen3MoeForCausalLM",))

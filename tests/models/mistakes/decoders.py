@@ -1,0 +1,42 @@
+"""Mistakes in the other decoders of Llama's family."""
+
+from __future__ import annotations
+
+from tests.models.planting import Mistake
+
+_DECODER, _QWEN3, _MOE, _GEMMA = (f"models/{name}.py" for name in ("decoder", "qwen3", "qwen3moe", "gemma3"))
+
+DECODERS = (
+    Mistake("Qwen's pairs are neighbours", _DECODER, 'layout: str = "half_split"', 'layout: str = "interleaved"', "qwen3"),
+    Mistake("no norm of queries and keys", _QWEN3, "qk_norm=True", "qk_norm=False", "qwen3"),
+    Mistake(
+        "the norm of keys is that of queries",
+        _DECODER,
+        'norm(g, "attn_k_norm", k, c.rms_norm_eps)',
+        'norm(g, "attn_q_norm", k, c.rms_norm_eps)',
+        "qwen3",
+    ),
+    Mistake("keys are not turned", _QWEN3, "for h in (q, k))", "for h in (q, q))", "qwen3"),
+    Mistake("Qwen's base is Llama's", _QWEN3, "base=c.rope_theta", "base=1e4", "qwen3"),
+    Mistake("a sigmoid router", _MOE, "import soft_max\n", "import sigmoid as soft_max\n", "qwen3moe"),
+    Mistake("weights of experts do not sum to one", _MOE, "normalise=c.norm_topk_prob", "normalise=False", "qwen3moe"),
+    Mistake("one expert less", _MOE, "route(scores, None, c.num_experts_per_tok)", "route(scores, None, 2)", "qwen3moe"),
+    Mistake("no residual around the experts", _MOE, "x + moe(", "moe(", "qwen3moe"),
+    Mistake("embeddings as they are stored", _GEMMA, ", math.sqrt(c.hidden_size))", ")", "gemma3"),
+    Mistake("the first of six layers sees all", _GEMMA, "(layer + 1) %", "layer %", "gemma3"),
+    Mistake("all layers see all", _GEMMA, "c, scale=c.scale, window=window)", "c, scale=c.scale)", "gemma3"),
+    Mistake("one base for all layers", _GEMMA, "(c.rope_local_base_freq, Ro", "(c.rope_theta, Ro", "gemma3"),
+    Mistake(
+        "no norm after attention", _GEMMA, 'x + norm(b, "post_attention_norm", y, c.rms_norm_eps)', "x + y", "gemma3"
+    ),
+    Mistake(
+        "the norm after the feed-forward normalises the sum",
+        _GEMMA,
+        'x + norm(b, "post_ffw_norm", y, c.rms_norm_eps)',
+        'norm(b, "post_ffw_norm", x + y, c.rms_norm_eps)',
+        "gemma3",
+    ),
+    Mistake("SiLU instead of GELU", _GEMMA, ", unit=geglu)", ")", "gemma3"),
+    Mistake("GELU by erf", _GEMMA, "import geglu\n", "import geglu_erf as geglu\n", "gemma3"),
+    Mistake("queries are not scaled as published", _GEMMA, "self.query_pre_attn_scalar or size", "size", "scale_of_gemma"),
+)
