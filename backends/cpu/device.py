@@ -127,9 +127,9 @@ class CpuDevice(Device):
         return f"{self.name}|{self.target.key}"
 
     def set_threads(self, threads: Threads) -> None:
-        with self.lock:
+        with self.lock, self.code.executor.lock:
+            self._before_a_move()
             self.threads = threads
-            self._moved()
             self.require(0, 0)
 
     def supports(self, node: Node) -> bool:
@@ -211,20 +211,25 @@ class CpuDevice(Device):
 
     def require(self, arena_bytes: int, scratch_bytes: int) -> None:
         """Make room in the arena and in each thread's scratch; what is there may move."""
+        with self.lock, self.code.executor.lock:
+            self._require(arena_bytes, scratch_bytes)
+
+    def _require(self, arena_bytes: int, scratch_bytes: int) -> None:
         if arena_bytes > len(self.arena):
+            self._before_a_move()
             self.arena = aligned(arena_bytes)
-            self._moved()
         stride = -(-scratch_bytes // 64) * 64
         n_threads = usable_cores() if self.threads == "auto" else self.threads
         wanted = max(stride, int(self.scratch_stride[0])) * n_threads
         if wanted > len(self.scratch) or stride > self.scratch_stride[0]:
+            self._before_a_move()
             self.scratch_stride[0] = max(stride, int(self.scratch_stride[0]))
             self.scratch = aligned(wanted)
-            self._moved()
 
-    def _moved(self) -> None:
-        self.version += 1
+    def _before_a_move(self) -> None:
+        """Whoever writes to memory looks first whether it is still there: told before it goes, since Ctrl-C may come between."""
         self.code.executor.halt()
+        self.version += 1
 
     def run(self, table: tuple[np.ndarray, int], messages: Mapping[int, str]) -> None:
         """Walk a table of steps, given with its address.
@@ -245,9 +250,10 @@ class CpuDevice(Device):
     @contextmanager
     def profiling(self, note: Note) -> Iterator[None]:
         """Until the block ends, `note` is told how long each call of each run took."""
-        before, self.note = self.note, note
-        self.code.executor.halt()
+        before = self.note
         try:
+            self.note = note
+            self.code.executor.halt()
             yield
         finally:
             self.note = before

@@ -113,10 +113,9 @@ class Executor:
             self.left(team.run(team.address, table_address, n_steps))
             return spent.astype(np.float64) * self._seconds_per_tick()
 
-    def followed(self, by: Follower) -> Team | None:
-        """Who ran the last program; `by` may go on with that, under `lock`, until it is told to halt."""
-        self._followers.add(by)
-        return self.team
+    def tell(self, follower: Follower) -> None:
+        """From now on it may run programs with `team`, under `lock`, until it is told to halt."""
+        self._followers.add(follower)
 
     def halt(self) -> None:
         """Tell all followers to look around before they run anything."""
@@ -135,9 +134,9 @@ class Executor:
     def close(self) -> None:
         """End the workers and wait until they have; a later run starts them again."""
         with self.lock:
+            self.halt()
             finalizers, self._finalizers = self._finalizers, []
             self.team = self._timed = None
-            self.halt()
             for finalizer in finalizers:
                 finalizer()
 
@@ -166,11 +165,11 @@ class Executor:
     def _forget_workers(self) -> None:
         """In a forked child, where only the thread that forked goes on."""
         self.lock = threading.RLock()
+        self.halt()
         for finalizer in self._finalizers:
             finalizer.detach()
         self._finalizers, self.team, self._timed = [], None, None
         self._memory[:] = 0
-        self.halt()
 
 
 class _Code:

@@ -53,6 +53,7 @@ class Replay:
         self._program, self._device = program, program.device
         self._executor, self._device_lock = self._device.code.executor, self._device.lock
         self._team = 0
+        self._executor.tell(self)
         self.halt()
         self._changing: list[tuple[np.ndarray, np.ndarray]] = []  # where it goes, and a row for each run
         first, second = runs[0], runs[min(1, len(runs) - 1)]
@@ -148,7 +149,7 @@ class Replay:
         device = self._device
         if device.note is None:
             device.run((self._lines, self._address), MESSAGES)
-            team = self._executor.followed(self)
+            team = self._executor.team
             if team is not None:
                 self._go, self._team = team.run, team.address
         else:

@@ -115,9 +115,10 @@ class ByteLevelBPE:
         ids: dict[str, int] = {}
         pairs = set[str]()
         for piece in pieces:
-            ends = range(1, len(piece) + 1)
-            found = [part for end in ends for start in range(end) if (part := piece[start:end]) in self._ids]
-            ids.update((part, self._ids[part]) for part in found)
+            known = "".join(filter(self._ids.__contains__, piece))  # the others are left out, and what was beside them merges
+            ends = range(1, len(known) + 1)
+            found = [part for end in ends for start in range(end) if (part := known[start:end]) in self._ids]
+            ids.update((part, self._ids[part]) for part in (*found, *({piece} & self._ids.keys())))
             pairs.update(f"{part[:at]} {part[at:]}" for part in found for at in range(1, len(part)))
         merges = [(left, right) for left, _, right in map(_PARTS, filter(pairs.__contains__, self._merges))]
         return self._encoder_of(ids, [merge for merge in merges if merge[0] in ids and merge[1] in ids])

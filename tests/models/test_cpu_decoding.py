@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -172,6 +175,61 @@ def test_what_comes_in_between_changes_no_bit(
     assert before >= 9 and len(prepared) - before >= 14
     for got, wanted in zip(kept, by_batches(TOKENS[:30]), strict=True):
         np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("move", [lambda d: d.require(2 * len(d.arena), 0), lambda d: d.set_threads(2)])
+def test_an_interrupt_before_memory_moves_moves_nothing(
+    move: Callable[[CpuDevice], None], session: Session, device: CpuDevice, prepared: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    kept = [session.eval([token]) for token in TOKENS[:5]]
+    arena, threads = device.arena, device.threads
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(device.code.executor, "halt", interrupted)
+        move(device)
+    assert device.arena is arena and device.threads == threads
+    kept += [session.eval([token]) for token in TOKENS[5:10]]
+    for got, wanted in zip(kept, by_batches(TOKENS[:10]), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_an_interrupt_as_profiling_begins_ends_it(device: CpuDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = iter([KeyboardInterrupt, None])
+
+    def interrupted() -> None:
+        if (error := next(told)) is not None:
+            raise error
+
+    monkeypatch.setattr(device.code.executor, "halt", interrupted)
+    with pytest.raises(KeyboardInterrupt), device.profiling(lambda *_: None):
+        pass
+    assert device.note is None and next(told, "used up") == "used up"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_step_prepared_before_a_fork(session: Session, device: CpuDevice) -> None:
+    """The lock that another thread held when the process forked is nobody's in the child."""
+    session.eval([TOKENS[0]])
+    holding, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with device.code.executor.lock:
+            holding.set()
+            done.wait()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    holding.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        right = np.array_equal(session.eval([TOKENS[1]]), by_batches(TOKENS[:2])[1])
+        os._exit(0 if right else 1)
+    done.set()
+    holder.join()
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_the_context_is_not_exceeded(device: CpuDevice) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from functools import cache
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tensorgraph.errors import FormatError
 from tensorgraph.models.text.byte_level import LONGEST_PIECE, SHORT
 from tensorgraph.models.text.tokenizer import Tokenizer
-from tests.models.text.test_tokenizer import ANY_TEXT, VOCABULARIES, byte_level, real_texts, vocabulary
+from tests.models.text.test_tokenizer import ANY_TEXT, VOCABULARIES, Metadata, byte_level, real_texts, vocabulary
 
 
 @cache
@@ -30,6 +31,34 @@ def test_short_texts_get_the_ids_that_all_merges_give(name: str, data: st.DataOb
     short = Tokenizer.from_gguf(vocabulary(name))
     for text in texts:
         assert short.encode(text, parse_special=True) == knowing_all_merges(name).encode(text, parse_special=True)
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@cache
+def with_a_gap() -> Metadata:
+    """All letters but q and what two or three of them make, in no particular order."""
+    letters = [letter for letter in LETTERS if letter != "q"]
+    pairs = [(a, b) for a in letters for b in letters]
+    merges = [*pairs, *((a + b, c) for a, b in pairs for c in letters)]
+    random.Random(0).shuffle(merges)
+    tokens = [*letters, "Ġ", *dict.fromkeys(a + b for a, b in merges)]
+    return byte_level(tokens=tokens, token_type=[1] * len(tokens), merges=[f"{a} {b}" for a, b in merges])
+
+
+@cache
+def whole_with_a_gap() -> Tokenizer:
+    whole = Tokenizer.from_gguf(with_a_gap())
+    whole.encode("x" * (SHORT + 1))
+    return whole
+
+
+@settings(max_examples=100)
+@given(text=st.text(st.sampled_from(LETTERS[:4] + "q "), max_size=14))
+@example(text="abqc")
+def test_neighbours_of_a_character_that_is_not_there_merge(text: str) -> None:
+    assert Tokenizer.from_gguf(with_a_gap()).encode(text) == whole_with_a_gap().encode(text)
 
 
 def test_a_bad_one_of_many_merges_is_refused_when_it_is_first_needed() -> None:
