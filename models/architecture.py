@@ -5,24 +5,29 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from tensorgraph import registry
 from tensorgraph.dtypes import DType, as_dtype
 from tensorgraph.engine import LOGITS
-from tensorgraph.errors import FormatError, UnknownNameError
+from tensorgraph.errors import FormatError, UnknownNameError, UnsupportedError
 from tensorgraph.extents import Extents
 from tensorgraph.graph import Graph
 from tensorgraph.models.builder import AssumedWeights, Builder, FileWeights, WeightCatalog
 from tensorgraph.models.config import read_gguf, read_json
 from tensorgraph.models.early_rows import choose_early
+from tensorgraph.models.names import Made
 from tensorgraph.models.text.gguf import GGUF
 from tensorgraph.state import StateSpec
+
+if TYPE_CHECKING:
+    from tensorgraph.models.text.checkpoint import Checkpoint
 
 Metadata = Mapping[str, Any]
 
@@ -37,6 +42,7 @@ class Architecture:
         build: the graph of one step.
         published: names in config.json's `architectures`.
         extra: fields that need more than a key of the metadata: `fn(metadata) -> {field: value}`.
+        names: of which tensors of a published checkpoint the weights are made.
     """
 
     def __init__(
@@ -49,11 +55,26 @@ class Architecture:
         published: tuple[str, ...] = (),
         also: tuple[str, ...] = (),
         extra: Callable[[Metadata], dict[str, Any]] | None = None,
+        names: Callable[[Any], Mapping[str, Made]] | None = None,
     ) -> None:
         self.name, self.config, self.states, self.build = name, config, states, build
-        self.published, self.extra = published, extra
+        self.published, self.extra, self.names = published, extra, names
+        if not sys._getframe(1).f_globals["__name__"].startswith(f"{__package__}."):
+            importlib.import_module(f"{__package__}.all_files")  # one of our names is refused here, not when ours is wanted
         for known in (name, *also):
             registry.architectures.add(known, self)
+
+
+class WeightFile(Protocol):
+    """What weights are read from: an open `GGUF` or `Checkpoint`."""
+
+    @property
+    def tensors(self) -> Mapping[str, Any]:
+        """By name what has a `shape` in NumPy order and a `dtype`."""
+
+    def data(self, name: str) -> np.ndarray: ...
+
+    def close(self) -> None: ...
 
 
 @dataclass
@@ -67,7 +88,7 @@ class Model:
     architecture: Architecture
     config: Any
     catalog: WeightCatalog
-    file: GGUF | None = None
+    file: WeightFile | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -128,8 +149,26 @@ def model_from_gguf(file: GGUF) -> Model:
     metadata = dict_with_vocabulary(file)
     extra = architecture.extra(metadata) if architecture.extra else {}
     config = read_gguf(architecture.config, metadata, file.architecture, extra)
-    tensors = {name: (tuple(info.shape), info.dtype) for name, info in file.tensors.items()}
-    return Model(architecture, config, FileWeights(tensors), file)
+    return Model(architecture, config, _weights_of(file), file)
+
+
+def model_from_checkpoint(file: Checkpoint) -> Model:
+    """The model in an open folder, as published on a model hub.
+
+    Raises:
+        FormatError: config.json is no such configuration, or tensors do not fit. UnknownNameError: its architecture is not there.
+        UnsupportedError: the names of its tensors are not known.
+    """
+    architecture = _published(file.config, file.folder / "config.json")
+    if architecture.names is None:
+        raise UnsupportedError(f"[architecture] {architecture.name} is read from GGUF files only, not from {file.folder}")
+    config = read_json(architecture.config, file.config)
+    file.name(architecture.names(config))
+    return Model(architecture, config, _weights_of(file), file)
+
+
+def _weights_of(file: WeightFile) -> FileWeights:
+    return FileWeights({name: (tuple(info.shape), info.dtype) for name, info in file.tensors.items()})
 
 
 def dict_with_vocabulary(file: GGUF) -> Metadata:
@@ -151,14 +190,21 @@ def model_from_config(path: str | Path, dtype: DType | str = "f16") -> Model:
         given = json.loads(Path(path).read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"[config] {path} is not a config.json: {error}") from error
+    architecture = _published(given, path)
+    head = () if given.get("tie_word_embeddings", False) else ("output.weight",)
+    bias = ("exp_probs_b.bias",) if given.get("topk_method") == "noaux_tc" else ()
+    return Model(architecture, read_json(architecture.config, given), AssumedWeights(as_dtype(dtype), (*head, *bias)))
+
+
+def _published(given: Any, path: str | Path) -> Architecture:
+    """The architecture that a config.json names."""
     names = given.get("architectures") if isinstance(given, dict) else None
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise FormatError(f"[config] {path} must be an object with a list of names as 'architectures'; got {names!r}")
-    known = {p: registry.architectures.get(n) for n in registry.architectures for p in registry.architectures.get(n).published}
+    known: dict[str, Architecture] = {}
+    for name in registry.architectures:
+        known |= dict.fromkeys(registry.architectures.get(name).published, registry.architectures.get(name))
     for name in names:
         if name in known:
-            head = () if given.get("tie_word_embeddings", False) else ("output.weight",)
-            bias = ("exp_probs_b.bias",) if given.get("topk_method") == "noaux_tc" else ()
-            weights = AssumedWeights(as_dtype(dtype), (*head, *bias))
-            return Model(known[name], read_json(known[name].config, given), weights)
+            return known[name]
     raise UnknownNameError(f"[architecture] there is no {', '.join(names)}. Known: {', '.join(sorted(known))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from tensorgraph.graph import Node
 from tensorgraph.models.blocks import flatten, heads, norm
 from tensorgraph.models.builder import Builder
 from tensorgraph.models.config import MOST_LAYERS, RopeScaling, from_gguf
+from tensorgraph.models.names import Made, same
 from tensorgraph.ops import flash_attn, rope
 from tensorgraph.ops.position import llama3_freq_factors
 from tensorgraph.source import hide_source
@@ -32,6 +34,7 @@ class DecoderConfig:
     rms_norm_eps: float = from_gguf("attention.layer_norm_rms_epsilon")
     rope_theta: float = from_gguf("rope.freq_base", 10000.0)
     rope_scaling: RopeScaling = RopeScaling()
+    tie_word_embeddings: bool = False  # of published checkpoints; a GGUF file then has no output weight
 
     @property
     def n_head_kv(self) -> int:
@@ -44,6 +47,34 @@ class DecoderConfig:
     def window(self, layer: int) -> int | None:
         """How many positions back a layer looks; None: to the first."""
         return None
+
+
+LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+"""What published checkpoints call a layer's weights and biases."""
+
+
+def names(c: DecoderConfig, layer: Mapping[str, str] = LAYER) -> dict[str, Made]:
+    """Where a published checkpoint holds what the graph is built with; `layer` by the names here."""
+    found = {"token_embd.weight": same("model.embed_tokens.weight"), "output_norm.weight": same("model.norm.weight")}
+    if not c.tie_word_embeddings:
+        found["output.weight"] = same("lm_head.weight")
+    for i in range(c.num_hidden_layers):
+        for ours, theirs in layer.items():
+            for kind in ("weight", "bias"):
+                found[f"blk.{i}.{ours}.{kind}"] = same(f"model.layers.{i}.{theirs}.{kind}")
+    return found
 
 
 def states(c: DecoderConfig) -> dict[str, StateSpec]:

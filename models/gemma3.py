@@ -9,11 +9,13 @@ import math
 from dataclasses import dataclass
 
 from tensorgraph.graph import Graph, Node
+from tensorgraph.models import decoder
 from tensorgraph.models.architecture import Architecture
 from tensorgraph.models.blocks import embed, feed_forward, head, norm
 from tensorgraph.models.builder import Builder
 from tensorgraph.models.config import RopeScaling, from_gguf
-from tensorgraph.models.decoder import DecoderConfig, attend, queries_keys_values, rotate, states
+from tensorgraph.models.decoder import LAYER, DecoderConfig, attend, queries_keys_values, rotate, states
+from tensorgraph.models.names import Made, plus_one
 from tensorgraph.ops import geglu
 
 LAYERS_OF_27B = 62
@@ -28,6 +30,7 @@ class Config(DecoderConfig):
     layer_types: tuple[str, ...] = ()
     rope_local_base_freq: float = from_gguf("rope.freq_base_swa", 10000.0)
     query_pre_attn_scalar: int = from_gguf("attention.query_pre_attn_scalar", 0)
+    tie_word_embeddings: bool = True
 
     def window(self, layer: int) -> int | None:
         if self.layer_types:
@@ -40,6 +43,17 @@ class Config(DecoderConfig):
         largest = self.num_hidden_layers == LAYERS_OF_27B
         size = self.hidden_size // self.num_attention_heads if largest else self.head_size
         return 1.0 / math.sqrt(self.query_pre_attn_scalar or size)
+
+
+def names(c: Config) -> dict[str, Made]:
+    """Published checkpoints hold what norms multiply by as its distance from 1."""
+    layer = {
+        **LAYER,
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    }
+    return {name: plus_one(made.of[0]) if "norm" in name else made for name, made in decoder.names(c, layer).items()}
 
 
 def build(g: Builder, c: Config) -> Graph:
@@ -60,4 +74,4 @@ def attention(g: Builder, x: Node, c: Config, window: int | None) -> Node:
     return attend(g, q, k, v, c, scale=c.scale, window=window)
 
 
-Architecture("gemma3", config=Config, states=states, build=build, published=("Gemma3ForCausalLM",), also=("gemma3_text",))
+Architecture("gemma3", config=Config, states=states, build=build, published=("Gemma3ForCausalLM",), names=names)

@@ -15,6 +15,7 @@ from tensorgraph.models.blocks import embed, feed_forward, head, norm
 from tensorgraph.models.builder import Builder
 from tensorgraph.models.config import from_gguf
 from tensorgraph.models.decoder import DecoderConfig, attend, queries_keys_values, states
+from tensorgraph.models.names import Made, neighbours
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,15 @@ class Config(DecoderConfig):
 
     def window(self, layer: int) -> int | None:
         return self.sliding_window
+
+
+def names(c: Config) -> dict[str, Made]:
+    """Published checkpoints hold q and k so that the halves of a head are pairs."""
+    found = decoder.names(c)
+    for name, made in found.items():
+        if ".attn_q." in name or ".attn_k." in name:
+            found[name] = neighbours(made.of[0], c.num_attention_heads if ".attn_q." in name else c.n_head_kv)
+    return found
 
 
 def build(g: Builder, c: Config) -> Graph:
@@ -50,4 +60,11 @@ def rotate(g: Builder, x: Node, c: Config) -> Node:
     return decoder.rotate(g, x, c.rope_scaling, base=c.rope_theta, n_dims=c.rope_dim, layout="interleaved")
 
 
-Architecture("llama", config=Config, states=states, build=build, published=("LlamaForCausalLM", "MistralForCausalLM"))
+Architecture(
+    "llama",
+    config=Config,
+    states=states,
+    build=build,
+    published=("LlamaForCausalLM", "MistralForCausalLM"),
+    names=names,
+)

@@ -12,7 +12,7 @@ from tensorgraph.graph import Graph, Node
 from tensorgraph.models.architecture import Architecture
 from tensorgraph.models.blocks import embed, feed_forward, head, norm
 from tensorgraph.models.builder import Builder
-from tensorgraph.models.decoder import DecoderConfig, attend, queries_keys_values, rotate, states
+from tensorgraph.models.decoder import DecoderConfig, attend, names, queries_keys_values, rotate, states
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,4 +39,4 @@ def attention(g: Builder, x: Node, c: Config) -> Node:
     return attend(g, q, k, v, c)
 
 
-Architecture("qwen2", config=Config, states=states, build=build, published=("Qwen2ForCausalLM",))
+Architecture("qwen2", config=Config, states=states, build=build, published=("Qwen2ForCausalLM",), names=names)

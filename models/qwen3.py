@@ -9,7 +9,7 @@ from tensorgraph.graph import Graph, Node
 from tensorgraph.models.architecture import Architecture
 from tensorgraph.models.blocks import embed, feed_forward, head, norm
 from tensorgraph.models.builder import Builder
-from tensorgraph.models.decoder import DecoderConfig, attend, queries_keys_values, rotate, states
+from tensorgraph.models.decoder import DecoderConfig, attend, names, queries_keys_values, rotate, states
 
 
 def build(g: Builder, c: DecoderConfig) -> Graph:
@@ -27,4 +27,4 @@ def attention(g: Builder, x: Node, c: DecoderConfig) -> Node:
     return attend(g, q, k, v, c)
 
 
-Architecture("qwen3", config=DecoderConfig, states=states, build=build, published=("Qwen3ForCausalLM",))
+Architecture("qwen3", config=DecoderConfig, states=states, build=build, published=("Qwen3ForCausalLM",), names=names)

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 
 from tensorgraph.errors import UnsupportedError
 from tensorgraph.graph import Graph, Node
+from tensorgraph.models import decoder
 from tensorgraph.models.architecture import Architecture
 from tensorgraph.models.blocks import embed, head, norm
 from tensorgraph.models.builder import Builder
 from tensorgraph.models.config import from_gguf
-from tensorgraph.models.decoder import DecoderConfig, states
+from tensorgraph.models.decoder import LAYER, DecoderConfig, states
 from tensorgraph.models.experts import expert_sum, route, weigh
+from tensorgraph.models.names import Made, stacked
 from tensorgraph.models.qwen3 import attention
 from tensorgraph.ops import soft_max
 
@@ -29,6 +31,16 @@ class Config(DecoderConfig):
     norm_topk_prob: bool = True  # GGUF files have no key for it
     decoder_sparse_step: int = 1
     mlp_only_layers: tuple[int, ...] = ()
+
+
+def names(c: Config) -> dict[str, Made]:
+    """Published checkpoints hold a matrix for each expert."""
+    found = decoder.names(c, {**LAYER, "ffn_gate_inp": "mlp.gate"})
+    for i in range(c.num_hidden_layers):
+        for which in ("gate", "up", "down"):
+            experts = [f"model.layers.{i}.mlp.experts.{e}.{which}_proj.weight" for e in range(c.num_experts)]
+            found[f"blk.{i}.ffn_{which}_exps.weight"] = stacked(experts)
+    return found
 
 
 def build(g: Builder, c: Config) -> Graph:
@@ -49,4 +61,4 @@ def moe(g: Builder, x: Node, c: Config) -> Node:
     return expert_sum(g, x, ids, w, n_experts=c.num_experts, size=c.moe_intermediate_size)
 
 
-Architecture("qwen3moe", config=Config, states=states, build=build, published=("Qwen3MoeForCausalLM",))
+Architecture("qwen3moe", config=Config, states=states, build=build, published=("Qwen3MoeForCausalLM",), names=names)

@@ -1,17 +1,16 @@
-"""What MODEL may be where no weights are needed: a GGUF file, a config.json, or the name of a published configuration."""
+"""What MODEL may be where no weights are needed: a GGUF file, a folder, a config.json, or the name of a configuration."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.resources import files
 from pathlib import Path
 
 from tensorgraph.errors import InputError
 from tensorgraph.models import Model
-from tensorgraph.models.architecture import model_from_config, model_from_gguf
-from tensorgraph.models.text.gguf import GGUF
-from tensorgraph.models.text.model import SMOLLM2, find_smollm2
+from tensorgraph.models.architecture import model_from_config
+from tensorgraph.models.text.model import SMOLLM2, find_smollm2, open_model
 
 PUBLISHED = Path(str(files("tensorgraph.models"))) / "published"
 
@@ -22,14 +21,14 @@ def published() -> list[str]:
 
 
 def gguf_path(name: str) -> Path | None:
-    """The GGUF file that MODEL means, None where it is a configuration.
+    """The GGUF file that MODEL means, None where it is a configuration or a folder.
 
     Raises:
         InputError: nothing is there under that name.
     """
     if name == SMOLLM2:
         return find_smollm2()
-    if name in published():
+    if name in published() or Path(name).is_dir():
         return None
     if not Path(name).is_file():
         known = ", ".join([SMOLLM2, *published()])
@@ -45,8 +44,10 @@ def described_model(name: str, dtype: str = "f16") -> Iterator[Model]:
         InputError: nothing is there under that name. FormatError, UnknownNameError: it cannot be read.
     """
     path = gguf_path(name)
-    if path is None:
+    if path is None and (name in published() or not Path(name).is_dir()):
         yield model_from_config(PUBLISHED / f"{name}.json" if name in published() else name, dtype)
         return
-    with GGUF.open(path) as file:
-        yield model_from_gguf(file)
+    model = open_model(path or name)
+    assert model.file is not None
+    with closing(model.file):
+        yield model

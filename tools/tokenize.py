@@ -27,13 +27,11 @@ def tokenize(
     tensorgraph tokenize smollm2 --special "<|im_start|>user" --json
     tensorgraph tokenize smollm2 --decode "19556 905"
     """
-    from tensorgraph.models.text.gguf import GGUF
-    from tensorgraph.models.text.model import find_model
-    from tensorgraph.models.text.tokenizer import Tokenizer
+    from tensorgraph.models.text.model import load_tokenizer
 
     given = sys.stdin.read() if text in (None, "-") else text or ""
-    with options.working("reading the vocabulary"), GGUF.open(find_model(model)) as file:
-        tokenizer = Tokenizer.from_gguf(file.metadata)
+    with options.working("reading the vocabulary"):
+        tokenizer = load_tokenizer(model)
     if decode:
         ids = parse_ids(given)
         decoded = tokenizer.decode(ids)

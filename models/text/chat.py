@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
@@ -11,6 +12,7 @@ from jinja2.exceptions import SecurityError
 from tensorgraph.errors import FormatError, InputError, TensorGraphError
 from tensorgraph.models.text.chat_budget import RenderLimits
 from tensorgraph.models.text.chat_sandbox import Sandbox
+from tensorgraph.models.text.json_file import read_object
 from tensorgraph.models.text.vocabulary import strings
 
 CHATML = (
@@ -71,6 +73,28 @@ class ChatTemplate:
         if not isinstance(source, str):
             wanted = 'text in "tokenizer.chat_template", or <|im_start|> in the vocabulary for ChatML'
             raise FormatError(f"[chat template] wanted {wanted}; got {type(source).__name__}")
+        return cls(source, special_tokens=special_tokens, limits=limits)
+
+    @classmethod
+    def from_folder(cls, folder: Path, *, limits: RenderLimits | None = None) -> ChatTemplate:
+        """The template that a published folder carries: chat_template.jinja, or an entry of tokenizer_config.json.
+
+        Raises: InputError where there is no tokenizer_config.json; FormatError where neither has one, or it is no template.
+        """
+        config, own = read_object(folder / "tokenizer_config.json"), folder / "chat_template.jinja"
+        source = own.read_text(encoding="utf-8", errors="replace") if own.is_file() else config.get("chat_template")
+        if isinstance(source, list):  # several, by name
+            named = {each.get("name"): each.get("template") for each in source if isinstance(each, dict)}
+            source = named.get("default")
+        if not isinstance(source, str):
+            wanted = f"chat_template.jinja in {folder}, or text as chat_template in its tokenizer_config.json"
+            raise FormatError(f"[chat template] wanted {wanted}; got {type(source).__name__}")
+        special_tokens = {}
+        for key in (f"{_SHORT.get(name, name)}_token" for name in _SPECIAL):
+            token = config.get(key)
+            text = token.get("content") if isinstance(token, dict) else token
+            if isinstance(text, str):
+                special_tokens[key] = text
         return cls(source, special_tokens=special_tokens, limits=limits)
 
     def render(

