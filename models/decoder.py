@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ from tensorgraph.graph import Node
 from tensorgraph.models.blocks import flatten, heads, norm
 from tensorgraph.models.builder import Builder
 from tensorgraph.models.config import MOST_LAYERS, RopeScaling, from_gguf
-from tensorgraph.models.names import Made, same
+from tensorgraph.models.names import Made, made_of_layers
 from tensorgraph.ops import flash_attn, rope
 from tensorgraph.ops.position import llama3_freq_factors
 from tensorgraph.source import hide_source
@@ -49,32 +48,9 @@ class DecoderConfig:
         return None
 
 
-LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-"""What published checkpoints call a layer's weights and biases."""
-
-
-def names(c: DecoderConfig, layer: Mapping[str, str] = LAYER) -> dict[str, Made]:
-    """Where a published checkpoint holds what the graph is built with; `layer` by the names here."""
-    found = {"token_embd.weight": same("model.embed_tokens.weight"), "output_norm.weight": same("model.norm.weight")}
-    if not c.tie_word_embeddings:
-        found["output.weight"] = same("lm_head.weight")
-    for i in range(c.num_hidden_layers):
-        for ours, theirs in layer.items():
-            for kind in ("weight", "bias"):
-                found[f"blk.{i}.{ours}.{kind}"] = same(f"model.layers.{i}.{theirs}.{kind}")
-    return found
+def names(c: DecoderConfig) -> dict[str, Made]:
+    """Where a published checkpoint holds what the graph is built with."""
+    return made_of_layers(c.num_hidden_layers, tied=c.tie_word_embeddings)
 
 
 def states(c: DecoderConfig) -> dict[str, StateSpec]:

@@ -17,6 +17,7 @@ from tensorgraph.models.blocks import embed, feed_forward, flatten, head, heads,
 from tensorgraph.models.builder import Builder
 from tensorgraph.models.config import MOST_LAYERS, RopeScaling, from_gguf, whole_number
 from tensorgraph.models.experts import expert_sum, route, weigh
+from tensorgraph.models.names import LAYER, Made, keys_of_latents, made_of_experts, made_of_layers, same, values_of_latents
 from tensorgraph.ops import concat, cont, flash_attn, mul_mat, rope, sigmoid, soft_max
 from tensorgraph.state import StateSpec
 
@@ -55,6 +56,30 @@ class Config:
     rms_norm_eps: float = from_gguf("attention.layer_norm_rms_epsilon")
     rope_theta: float = from_gguf("rope.freq_base", 10000.0)
     rope_scaling: RopeScaling = RopeScaling()
+    tie_word_embeddings: bool = False  # of published checkpoints; a GGUF file then has no output weight
+
+
+PUBLISHED = LAYER | {
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
+}
+"""What published checkpoints call a layer's weights."""
+
+
+def names(c: Config, layer: Mapping[str, str] = PUBLISHED) -> dict[str, Made]:
+    found = made_of_layers(c.num_hidden_layers, layer, tied=c.tie_word_embeddings)
+    for i in range(c.num_hidden_layers):
+        both = f"model.layers.{i}.self_attn.kv_b_proj.weight", c.num_attention_heads, c.qk_nope_head_dim
+        found[f"blk.{i}.attn_k_b.weight"], found[f"blk.{i}.attn_v_b.weight"] = keys_of_latents(*both), values_of_latents(*both)
+        found[f"blk.{i}.exp_probs_b.bias"] = same(f"model.layers.{i}.mlp.gate.e_score_correction_bias")
+    return found | made_of_experts(range(c.num_hidden_layers), c.n_routed_experts)
 
 
 def from_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -213,4 +238,5 @@ Architecture(
     build=build,
     published=("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"),
     extra=from_metadata,
+    names=names,
 )

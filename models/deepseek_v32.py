@@ -13,6 +13,7 @@ from tensorgraph.models.architecture import Architecture
 from tensorgraph.models.blocks import heads
 from tensorgraph.models.builder import Builder
 from tensorgraph.models.config import from_gguf
+from tensorgraph.models.names import Made
 from tensorgraph.ops import attn_mask, fwht, mul_mat, norm, relu, rope, sum_rows, top_k
 from tensorgraph.state import StateSpec
 
@@ -26,6 +27,16 @@ class Config(deepseek_v2.Config):
     index_n_heads: int = from_gguf("attention.indexer.head_count")
     index_head_dim: int = from_gguf("attention.indexer.key_length")
     index_topk: int = from_gguf("attention.indexer.top_k")
+
+
+def names(c: Config) -> dict[str, Made]:
+    indexer = {
+        "indexer.attn_q_b": "self_attn.indexer.wq_b",
+        "indexer.attn_k": "self_attn.indexer.wk",
+        "indexer.k_norm": "self_attn.indexer.k_norm",
+        "indexer.proj": "self_attn.indexer.weights_proj",
+    }
+    return deepseek_v2.names(c, deepseek_v2.PUBLISHED | indexer)
 
 
 def states(c: Config) -> dict[str, StateSpec]:
@@ -72,4 +83,5 @@ Architecture(
     build=build,
     published=("DeepseekV32ForCausalLM",),
     extra=deepseek_v2.from_metadata,
+    names=names,
 )

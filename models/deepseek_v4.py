@@ -17,6 +17,7 @@ from tensorgraph.models.architecture import Architecture
 from tensorgraph.models.blocks import embed, flatten, heads, logits, norm
 from tensorgraph.models.builder import Builder
 from tensorgraph.models.config import MOST_LAYERS, RopeScaling, from_gguf
+from tensorgraph.models.deepseek_v4_names import names
 from tensorgraph.models.deepseek_v32 import best_rows
 from tensorgraph.models.experts import expert_sum, route, weigh
 from tensorgraph.ops import (
@@ -284,4 +285,4 @@ def moe(g: Builder, i: int, x: Node, c: Config) -> Node:
     return routed + g.linear("ffn_down_shexp", hidden, c.hidden_size)
 
 
-Architecture("deepseek4", config=Config, states=states, build=build, published=("DeepseekV4ForCausalLM",))
+Architecture("deepseek4", config=Config, states=states, build=build, published=("DeepseekV4ForCausalLM",), names=names)

@@ -9,13 +9,12 @@ import math
 from dataclasses import dataclass
 
 from tensorgraph.graph import Graph, Node
-from tensorgraph.models import decoder
 from tensorgraph.models.architecture import Architecture
 from tensorgraph.models.blocks import embed, feed_forward, head, norm
 from tensorgraph.models.builder import Builder
 from tensorgraph.models.config import RopeScaling, from_gguf
-from tensorgraph.models.decoder import LAYER, DecoderConfig, attend, queries_keys_values, rotate, states
-from tensorgraph.models.names import Made, plus_one
+from tensorgraph.models.decoder import DecoderConfig, attend, queries_keys_values, rotate, states
+from tensorgraph.models.names import LAYER, Made, made_of_layers, plus_one
 from tensorgraph.ops import geglu
 
 LAYERS_OF_27B = 62
@@ -53,7 +52,8 @@ def names(c: Config) -> dict[str, Made]:
         "ffn_norm": "pre_feedforward_layernorm",
         "post_ffw_norm": "post_feedforward_layernorm",
     }
-    return {name: plus_one(made.of[0]) if "norm" in name else made for name, made in decoder.names(c, layer).items()}
+    found = made_of_layers(c.num_hidden_layers, layer, tied=c.tie_word_embeddings)
+    return {name: plus_one(made.of[0]) if "norm" in name else made for name, made in found.items()}
 
 
 def build(g: Builder, c: Config) -> Graph:

@@ -52,4 +52,12 @@ def build(g: Builder, c: Config) -> Graph:
     return deepseek_v2.build(g, c, select)
 
 
-Architecture("glm-dsa", config=Config, states=states, build=build, published=("GlmMoeDsaForCausalLM",), extra=from_metadata)
+Architecture(
+    "glm-dsa",
+    config=Config,
+    states=states,
+    build=build,
+    published=("GlmMoeDsaForCausalLM",),
+    extra=from_metadata,
+    names=deepseek_v32.names,
+)

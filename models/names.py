@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +23,55 @@ class Made:
         make: the weight, from their values; vectors are given in f32.
         shape: its shape, from theirs.
         dtype: its type where that is not the first tensor's.
+        kinds: into how many runs of equal tensors `of` falls.
+        otherwise: how it is made where a tensor is missing.
     """
 
     of: tuple[str, ...]
     make: Callable[[Sequence[Array]], Array]
     shape: Callable[[Sequence[Shape]], Shape]
     dtype: DType | None = None
+    kinds: int = 1
+    otherwise: Made | None = None
+
+
+LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+"""What most published checkpoints call a layer's weights and biases."""
+
+
+def made_of_layers(n_layers: int, layer: Mapping[str, str] = LAYER, *, tied: bool = False) -> dict[str, Made]:
+    """All weights of a decoder: `layer` by the names here; without an output of its own where that is `tied`."""
+    found = {"token_embd.weight": same("model.embed_tokens.weight"), "output_norm.weight": same("model.norm.weight")}
+    if not tied:
+        found["output.weight"] = same("lm_head.weight")
+    for i in range(n_layers):
+        for ours, theirs in layer.items():
+            for kind in ("weight", "bias"):
+                found[f"blk.{i}.{ours}.{kind}"] = same(f"model.layers.{i}.{theirs}.{kind}")
+    return found
+
+
+def made_of_experts(layers: Iterable[int], n_experts: int) -> dict[str, Made]:
+    """The weights of all experts of some layers, of a matrix for each."""
+    return {
+        f"blk.{i}.ffn_{which}_exps.weight": stacked(
+            [f"model.layers.{i}.mlp.experts.{e}.{which}_proj.weight" for e in range(n_experts)]
+        )
+        for i in layers
+        for which in ("gate", "up", "down")
+    }
 
 
 def same(name: str) -> Made:
@@ -50,6 +93,24 @@ def neighbours(name: str, n_head: int) -> Made:
         return halves.reshape(n_head, 2, -1, *rest).swapaxes(1, 2).reshape(halves.shape)
 
     return Made((name,), make, lambda shapes: shapes[0])
+
+
+def keys_of_latents(name: str, n_head: int, width: int) -> Made:
+    """From rows [key | value] for each head, the keys, whose width is given. Shapes: [H * (K + V), R] -> [H, R, K]."""
+    return Made(
+        (name,),
+        lambda given: given[0].reshape(n_head, -1, given[0].shape[1])[:, :width].swapaxes(1, 2),
+        lambda shapes: (n_head, shapes[0][1], width),
+    )
+
+
+def values_of_latents(name: str, n_head: int, width: int) -> Made:
+    """From the same rows, the values; `width` is the keys'. Shapes: [H * (K + V), R] -> [H, V, R]."""
+    return Made(
+        (name,),
+        lambda given: given[0].reshape(n_head, -1, given[0].shape[1])[:, width:],
+        lambda shapes: (n_head, shapes[0][0] // n_head - width, shapes[0][1]),
+    )
 
 
 def stacked(names: Sequence[str]) -> Made:

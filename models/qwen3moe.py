@@ -9,14 +9,13 @@ from dataclasses import dataclass
 
 from tensorgraph.errors import UnsupportedError
 from tensorgraph.graph import Graph, Node
-from tensorgraph.models import decoder
 from tensorgraph.models.architecture import Architecture
 from tensorgraph.models.blocks import embed, head, norm
 from tensorgraph.models.builder import Builder
 from tensorgraph.models.config import from_gguf
-from tensorgraph.models.decoder import LAYER, DecoderConfig, states
+from tensorgraph.models.decoder import DecoderConfig, states
 from tensorgraph.models.experts import expert_sum, route, weigh
-from tensorgraph.models.names import Made, stacked
+from tensorgraph.models.names import LAYER, Made, made_of_experts, made_of_layers
 from tensorgraph.models.qwen3 import attention
 from tensorgraph.ops import soft_max
 
@@ -35,12 +34,8 @@ class Config(DecoderConfig):
 
 def names(c: Config) -> dict[str, Made]:
     """Published checkpoints hold a matrix for each expert."""
-    found = decoder.names(c, {**LAYER, "ffn_gate_inp": "mlp.gate"})
-    for i in range(c.num_hidden_layers):
-        for which in ("gate", "up", "down"):
-            experts = [f"model.layers.{i}.mlp.experts.{e}.{which}_proj.weight" for e in range(c.num_experts)]
-            found[f"blk.{i}.ffn_{which}_exps.weight"] = stacked(experts)
-    return found
+    layers = made_of_layers(c.num_hidden_layers, {**LAYER, "ffn_gate_inp": "mlp.gate"}, tied=c.tie_word_embeddings)
+    return layers | made_of_experts(range(c.num_hidden_layers), c.num_experts)
 
 
 def build(g: Builder, c: Config) -> Graph:

@@ -29,7 +29,7 @@ def manifest() -> dict[str, dict[str, Any]]:
 
 
 @cache
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     digest = hashlib.sha256((DATA / "manifest.json").read_bytes()).hexdigest()
     return CACHE / digest[:16]  # another manifest, another folder: nothing stale is ever read
 
@@ -45,7 +45,7 @@ def reference_path(relative: str) -> Path:
     entry = manifest().get(relative)
     if entry is None:
         raise FileNotFoundError(f"tests/data has no {relative!r}; see tests/data/manifest.json for what there is")
-    target = _cache_folder() / relative
+    target = cache_folder() / relative
     if not target.exists():
         content = unpack(DATA / entry["packed"])
         found = hashlib.sha256(content).hexdigest()
@@ -67,7 +67,7 @@ def unpack(packed: Path) -> bytes:
         return raw
     with np.load(io.BytesIO(raw)) as stored:
         arrays = dict(stored)
-    return _with_merges(arrays) if "splits" in arrays else _requantised(arrays)
+    return _with_merges(arrays) if "splits" in arrays else _in_rows(arrays) if "starts" in arrays else _requantised(arrays)
 
 
 def _requantised(recipe: Arrays) -> bytes:
@@ -88,6 +88,25 @@ def _requantised(recipe: Arrays) -> bytes:
             values = quantize(weights, GGMLQuantizationType(kind)).reshape(-1).view(np.uint8)
         content[offset : offset + values.size] = values
     return content.tobytes()
+
+
+def _in_rows(recipe: Arrays) -> bytes:
+    """A safetensors file whose rows are rows, or columns, of the tensors of a GGUF file in F32; others are kept as they are.
+
+    Of each row: where it starts in that file, how far it is to the next element, how many there are (all in elements of 4
+    bytes; starts from 0 on), or -1 and the number of bytes that are kept; and the bytes of an element, 2 (BF16) or 4.
+    """
+    source = np.memmap(reference_path(str(recipe["source"])), np.uint8, "r")
+    floats = source[: len(source) // 4 * 4].view("<u4")
+    parts, kept, at = [recipe["head"].tobytes()], recipe["kept"].tobytes(), 0
+    for start, step, count, size in zip(*(recipe[name].tolist() for name in ("starts", "steps", "counts", "sizes")), strict=True):
+        if start < 0:
+            parts.append(kept[at : at + count])
+            at += count
+            continue
+        row = floats[start : start + step * (count - 1) + 1 : step]
+        parts.append((row if size == 4 else (row >> 16).astype("<u2")).tobytes())
+    return b"".join(parts)
 
 
 def _with_merges(recipe: Arrays) -> bytes:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import mmap
 import os
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,23 +15,26 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from tensorgraph.dtypes import DType, as_dtype, bf16, f16, f32, f64
+from tensorgraph.dtypes import DType, bf16, f16, f32, f64, i8, i16, i32, i64, u8
 from tensorgraph.errors import FormatError, InputError, UnknownNameError
 from tensorgraph.models.names import Made
 from tensorgraph.models.text.json_file import read_object
 
 CONFIG, WHOLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-_TYPES = {"F64": f64, "F32": f32, "F16": f16, "BF16": bf16} | {f"{k}{n}": as_dtype(f"{k.lower()}{n}") for k, n in
-          (("I", 64), ("I", 32), ("I", 16), ("I", 8), ("U", 8))}  # fmt: skip
+_TYPES = {
+    **{"F64": f64, "F32": f32, "F16": f16, "BF16": bf16, "I64": i64, "I32": i32, "I16": i16, "I8": i8, "U8": u8},
+    "F8_E8M0": u8,  # exponents, which weights are made of
+}
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a part: its file, its shape, and its type by safetensors' name."""
+    """A tensor of a part: its file, its shape, its type by safetensors' name, and where it starts, in bytes."""
 
     file: Path
     shape: tuple[int, ...]
     kind: str
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class WeightInfo:
 
 
 class Checkpoint:
-    """An open folder. Tensors are read, and copied, when they are asked for.
+    """An open folder; its parts are memory-mapped.
 
     Attributes:
         folder: where it lies.
@@ -53,8 +59,7 @@ class Checkpoint:
         self.folder, self.config, self.stored = folder, config, stored
         self.tensors: Mapping[str, WeightInfo] = {}
         self._made: dict[str, Made] = {}
-        self._files: dict[Path, Any] = {}
-        self._open = True
+        self._files: dict[Path, mmap.mmap] | None = {}
 
     @classmethod
     def open(cls, folder: str | Path) -> Checkpoint:
@@ -68,12 +73,15 @@ class Checkpoint:
             listed = read_object(folder / INDEX).get("weight_map")
             if not isinstance(listed, dict) or not all(isinstance(part, str) for part in listed.values()):
                 raise FormatError(f"[checkpoint] wanted a weight_map of file names in {folder / INDEX}; got {listed!r:.60}")
-            parts = {name: _beside(folder, part) for name, part in listed.items()}
+            parts: dict[str, Path] | None = {name: _beside(folder, part) for name, part in listed.items()}
         else:
-            parts = dict.fromkeys(_names(folder / WHOLE), folder / WHOLE)
-        checkpoint = cls(folder, config, {})
-        checkpoint.stored = MappingProxyType({name: checkpoint._stored(name, part) for name, part in parts.items()})
-        return checkpoint
+            parts = None
+        held = {part: _contents(part) for part in sorted({*parts.values()} if parts is not None else {folder / WHOLE})}
+        stored = {name: tensor for tensors in held.values() for name, tensor in tensors.items() if _listed(name, tensor, parts)}
+        for name, part in (parts or {}).items():
+            if name not in held[part]:
+                raise FormatError(f"[checkpoint] {part} has no tensor {name!r}, which {folder / INDEX} says it has")
+        return cls(folder, config, MappingProxyType(stored))
 
     @property
     def unused(self) -> list[str]:
@@ -85,7 +93,13 @@ class Checkpoint:
 
         Raises: FormatError where tensors of a weight do not fit together, or are of a type that is not read.
         """
-        self._made = {name: how for name, how in made.items() if all(source in self.stored for source in how.of)}
+        self._made = {}
+        for name, first in made.items():
+            how: Made | None = first
+            while how is not None and not self.stored.keys() >= set(how.of):
+                how = how.otherwise
+            if how is not None:
+                self._made[name] = how
         self.tensors = MappingProxyType({name: self._info(name, how) for name, how in self._made.items()})
 
     def data(self, name: str) -> np.ndarray[Any, Any]:
@@ -101,48 +115,46 @@ class Checkpoint:
 
     def close(self) -> None:
         """Let go of the files; arrays that were handed out stay valid."""
-        self._files.clear()
-        self._open = False
+        self._files = None
 
     def _info(self, name: str, made: Made) -> WeightInfo:
         tensors = [self.stored[source] for source in made.of]
-        if len({(t.shape, t.kind) for t in tensors}) > 1:
+        if len({(t.shape, t.kind) for t in tensors}) > made.kinds:
             raise FormatError(f"[checkpoint] {self.folder}: {made.of[0]}, ... differ in shape or type; {name} is made of them")
-        if tensors[0].kind not in _TYPES:
-            raise FormatError(f"[checkpoint] {tensors[0].file}: {made.of[0]} is of type {tensors[0].kind}, which is not read")
+        for source, tensor in zip(made.of, tensors, strict=True):
+            if tensor.kind not in _TYPES:
+                raise FormatError(f"[checkpoint] {tensor.file}: {source} is of type {tensor.kind}, which is not read")
         shape, dtype = made.shape([t.shape for t in tensors]), made.dtype or _TYPES[tensors[0].kind]
         return WeightInfo(shape, f32 if len(shape) == 1 and dtype.is_float else dtype)
 
-    def _stored(self, name: str, part: Path) -> StoredTensor:
-        try:
-            found = self._file(part).get_slice(name)
-            return StoredTensor(part, tuple(found.get_shape()), str(found.get_dtype()))
-        except SafetensorError as error:
-            raise FormatError(f"[checkpoint] {part}: the tensor {name!r} that is listed is not there: {error}") from None
-
     def _read(self, name: str) -> np.ndarray[Any, Any]:
-        if not self._open:
+        if self._files is None:
             raise InputError(f"[checkpoint] {self.folder} is closed")
-        array: np.ndarray[Any, Any] = self._file(self.stored[name].file).get_tensor(name)
-        return array
-
-    def _file(self, part: Path) -> Any:
-        if part not in self._files:
-            self._files[part] = _opened(part)
-        return self._files[part]
+        tensor = self.stored[name]
+        if tensor.file not in self._files:
+            with tensor.file.open("rb") as stream:
+                self._files[tensor.file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.ndarray(tensor.shape, _TYPES[tensor.kind].numpy, self._files[tensor.file], tensor.offset)
 
 
-def _opened(part: Path) -> Any:
+def _contents(part: Path) -> dict[str, StoredTensor]:
+    """What a part holds. The library checks all of its header; it gives no places, which are read here."""
     if not part.is_file():
         raise InputError(f"[checkpoint] there is no file {part}")
     try:
-        return safe_open(part, framework="numpy")
+        with safe_open(part, framework="numpy"), part.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
     except (SafetensorError, OSError) as error:
         raise FormatError(f"[checkpoint] {part} is no whole safetensors file: {error}") from None
+    header.pop("__metadata__", None)
+    return {
+        name: StoredTensor(part, tuple(t["shape"]), t["dtype"], 8 + length + t["data_offsets"][0]) for name, t in header.items()
+    }
 
 
-def _names(part: Path) -> list[str]:
-    return list(_opened(part).keys())
+def _listed(name: str, tensor: StoredTensor, parts: dict[str, Path] | None) -> bool:
+    return parts is None or parts.get(name) == tensor.file
 
 
 def _beside(folder: Path, part: str) -> Path:

@@ -29,6 +29,10 @@ ARCHITECTURES = (
     *("llama", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "deepseek_v4"),
     *("qwen3", "qwen3moe", "gemma3"),
 )
+AS_UPSTREAM = "deepseek_v4/upstream_mxfp4"
+OWN = ("qwen2",)
+"""Models that `from_transformers.py` makes."""
+PUBLISHED_TOKENIZERS = ("llama", "qwen3")
 QUANTISED = {
     "llama": ("f16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"),
     "deepseek_v3": ("q8_0",),
@@ -51,8 +55,11 @@ def plain_names(root: Path) -> Iterator[str]:
         for name in (f"{arch}-f32.gguf", "reference.npz", "config.json", "config.transformers.json",
                      "tokenizer_ref.json", "report.json"):  # fmt: skip
             yield f"{arch}/{name}"
+        if arch in PUBLISHED_TOKENIZERS:
+            yield from (f"{arch}/{name}" for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"))
         if arch in QUANTISED:
             yield f"{arch}/quant_refs.npz"
+    yield f"{AS_UPSTREAM}/config.json"
     for folder in ("real_smollm2", "templates"):
         yield from sorted(path.relative_to(root).as_posix() for path in (root / folder).iterdir())
     for name in VOCABULARIES:
@@ -122,6 +129,54 @@ def merges_recipe(path: Path) -> reference.Arrays:
     }
 
 
+def rows_recipe(root: Path, source: str, name: str) -> reference.Arrays:
+    """How to make safetensors file `name` from the rows and columns of GGUF `source`, which holds the same numbers in F32."""
+    from gguf import GGMLQuantizationType, GGUFReader
+
+    content = (root / source).read_bytes()
+    floats = np.frombuffer(content[: len(content) // 4 * 4], "<u4")
+    places: dict[bytes, tuple[int, int]] = {}
+    for tensor in GGUFReader(root / source).tensors:
+        if tensor.tensor_type in (GGMLQuantizationType.F32, GGMLQuantizationType.I32):
+            begin, columns = int(tensor.data_offset) // 4, int(tensor.shape[0])
+            rows = int(tensor.shape[1]) if len(tensor.shape) > 1 else 1
+            for at in range(begin, begin + int(tensor.n_elements), rows * columns):
+                for row in range(rows):
+                    start = at + row * columns
+                    places.setdefault(floats[start : start + columns].tobytes(), (start, 1))
+                for column in range(columns if rows > 1 else 0):
+                    places.setdefault(floats[at + column : at + rows * columns : columns].tobytes(), (at + column, columns))
+    published = (root / name).read_bytes()
+    (length,) = struct.unpack_from("<Q", published)
+    described = json.loads(published[8 : 8 + length])
+    described.pop("__metadata__", None)
+    starts, steps, counts, sizes, kept = [], [], [], [], []
+    for tensor in sorted(described.values(), key=lambda tensor: tensor["data_offsets"][0]):
+        begin, end = (8 + length + offset for offset in tensor["data_offsets"])
+        size = {"BF16": 2, "F32": 4}.get(tensor["dtype"], 0)
+        columns = tensor["shape"][-1] if tensor["shape"] and size else 0
+        width = columns * size or max(end - begin, 1)
+        for at in range(begin, end, width):
+            row = published[at : at + width]
+            wide = (np.frombuffer(row, "<u2").astype("<u4") << 16).tobytes() if size == 2 else row
+            start, step = places.get(wide, (-1, 0))
+            starts.append(start)
+            steps.append(step)
+            counts.append(columns if start >= 0 else width)
+            sizes.append(size)
+            if start < 0:
+                kept.append(row)
+    return {
+        "head": np.frombuffer(published[: 8 + length], np.uint8),
+        "kept": np.frombuffer(b"".join(kept), np.uint8),
+        "source": np.array(source),
+        "starts": np.array(starts, np.int64),
+        "steps": np.array(steps, np.int32),
+        "counts": np.array(counts, np.int32),
+        "sizes": np.array(sizes, np.uint8),
+    }
+
+
 def op_cases(root: Path) -> dict[str, bytes]:
     """`ops/` without the families and element types that nothing here computes."""
     index: dict[str, Any] = json.loads((root / "ops/index.json").read_text())
@@ -141,25 +196,34 @@ def op_cases(root: Path) -> dict[str, bytes]:
     return files
 
 
-def main(root: Path) -> None:
-    """Packs everything, writes `manifest.json`, unpacks everything again."""
+def main(root: Path, own: Path) -> None:
+    """Packs what is not packed already, writes `manifest.json`, unpacks everything again.
+
+    Args:
+        root: the reference data. own: a folder for each of `OWN`, as `from_transformers.py` made it.
+    """
     entries: dict[str, dict[str, Any]] = {}
+    before = reference.manifest() if (HERE / "manifest.json").is_file() else {}
+    wanted: set[Path] = set()
 
     def keep(name: str, content: bytes, recipe: reference.Arrays | None = None) -> None:
-        target = HERE / name
+        target, digest = HERE / name, hashlib.sha256(content).hexdigest()
         target.parent.mkdir(parents=True, exist_ok=True)
         if recipe is None and len(content) < PLAIN_BYTES and not name.endswith((".npz", ".gguf")):
             target.write_bytes(content)
+            wanted.add(target)
+            return
+        old = before.get(name)
+        if old is not None and old["sha256"] == digest and (HERE / old["packed"]).is_file():  # packing takes long
+            entries[name] = old
+            wanted.add(HERE / old["packed"])
             return
         suffix, packed = smallest(content if recipe is None else stored_npz(recipe))
         holder = f"{name}{'' if recipe is None else '.recipe'}{suffix}"
         (HERE / holder).write_bytes(packed)
-        digest = hashlib.sha256(content).hexdigest()
+        wanted.add(HERE / holder)
         entries[name] = {"packed": holder, "size_bytes": len(content), "sha256": digest}
 
-    for old in HERE.rglob("*"):
-        if old.is_file() and old.parent != HERE:
-            old.unlink()
     for name in plain_names(root):
         content = (root / name).read_bytes()
         if name.endswith(".npz"):
@@ -172,11 +236,26 @@ def main(root: Path) -> None:
         for kind in kinds:
             name = f"{arch}/{arch}-{kind}.gguf"
             keep(name, (root / name).read_bytes(), quantised_recipe(root, f"{arch}/{arch}-f32.gguf", name))
+    for folder in (*ARCHITECTURES, AS_UPSTREAM):
+        name, arch = f"{folder}/model.safetensors", folder.partition("/")[0]
+        keep(name, (root / name).read_bytes(), rows_recipe(root, f"{arch}/{arch}-f32.gguf", name))
     for vocabulary in VOCABULARIES[:-1]:
         name = f"vocab/ggml-vocab-{vocabulary}.gguf"
         keep(name, (root / name).read_bytes(), merges_recipe(root / name))
 
+    for name in OWN:
+        for file in ("config.json", "report.json", "model.safetensors", "reference.npz"):
+            content = (own / name / file).read_bytes()
+            if file.endswith(".npz"):
+                with np.load(own / name / file) as stored:
+                    content = stored_npz(dict(stored))
+            keep(f"{name}/{file}", content)
+    for left in HERE.rglob("*"):
+        if left.is_file() and left.parent != HERE and left not in wanted:
+            left.unlink()
     (HERE / "manifest.json").write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n")
+    reference.manifest.cache_clear()
+    reference.cache_folder.cache_clear()
     for name in entries:
         reference.reference_path(name)
     total = sum(path.stat().st_size for path in HERE.rglob("*") if path.is_file())
@@ -184,6 +263,6 @@ def main(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python tests/data/make.py REFERENCE_FOLDER")
-    main(Path(sys.argv[1]))
+    if len(sys.argv) != 3:
+        sys.exit("usage: python tests/data/make.py REFERENCE_FOLDER OWN_FOLDER")
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 
 from tensorgraph.compiler import CompileOptions
 from tensorgraph.engine import Engine
-from tensorgraph.models.architecture import Model, model_from_gguf
+from tensorgraph.models.architecture import Model, model_from_checkpoint, model_from_gguf
+from tensorgraph.models.text.checkpoint import Checkpoint
 from tensorgraph.models.text.gguf import GGUF
 from tensorgraph.session import Session
 from tests.reference import reference_path
@@ -20,8 +22,10 @@ Array = np.ndarray[Any, Any]
 
 ARCHITECTURES = (
     *("llama", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "deepseek_v4"),
-    *("qwen3", "qwen3moe", "gemma3"),
+    *("qwen2", "qwen3", "qwen3moe", "gemma3"),
 )
+FOLDERS = ("qwen2",)
+"""Of which there is no GGUF file."""
 BACKENDS = ("reference", "cpu")
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -46,8 +50,21 @@ def reference(architecture: str, name: str = "reference") -> Mapping[str, Array]
         return dict(stored)
 
 
+def folder(name: str, *more: str) -> Path:
+    """A published folder of the reference data: its configuration, its weights and `more` of its files."""
+    weights = reference_path(f"{name}/model.safetensors")
+    target = weights.parent / "folder"
+    target.mkdir(exist_ok=True)
+    for file in ("config.json", "model.safetensors", *more):
+        if not (target / file).exists():
+            (target / file).symlink_to(reference_path(f"{name}/{file}"))
+    return target
+
+
 @cache
 def model(architecture: str, kind: str = "f32") -> Model:
+    if architecture in FOLDERS:
+        return model_from_checkpoint(Checkpoint.open(folder(architecture)))
     return model_from_gguf(GGUF.open(reference_path(f"{architecture}/{architecture}-{kind}.gguf")))
 
 

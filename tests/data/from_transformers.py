@@ -1,0 +1,80 @@
+"""Makes a tiny model with random weights and its logits by transformers: `python from_transformers.py NAME FOLDER`.
+
+Runs in an environment of its own that has torch and transformers; the results are packed by `make.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+N_TOKENS, N_PREFILL, N_GREEDY = 96, 64, 16
+COMMON: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 96,
+    "intermediate_size": 224,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+}
+MODELS = {"qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, COMMON)}
+
+
+def main(name: str, folder: Path) -> None:
+    """Weights exact in BF16, norms and biases away from what they begin with; logits and greedy tokens in float64."""
+    config_class, model_class, given = MODELS[name]
+    torch.manual_seed(sum(map(ord, name)))
+    model = model_class(config_class(**given))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            spread = 0.3 if parameter.ndim == 1 else 2.0 / parameter.shape[-1] ** 0.5
+            centre = 1.0 if parameter.ndim == 1 and parameter.mean() > 0.5 else 0.0
+            parameter.copy_((centre + spread * torch.randn_like(parameter)).to(torch.bfloat16))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    model = model_class.from_pretrained(folder, dtype=torch.float64).eval()  # rotary angles would be BF16's in the one above
+    ids = torch.randint(3, given["vocab_size"], (1, N_TOKENS), generator=torch.Generator().manual_seed(1))
+    states: list[torch.Tensor] = []
+    watched = [model.model.embed_tokens, *model.model.layers, model.model.norm]
+    hooks = [m.register_forward_hook(lambda _, __, y: states.append(y[0] if isinstance(y, tuple) else y)) for m in watched]
+    with torch.no_grad():
+        out = model(ids)
+        for hook in hooks:
+            hook.remove()
+        greedy, greedy_logits, so_far = [], [], ids
+        for _ in range(N_GREEDY):
+            last = model(so_far).logits[0, -1]
+            greedy_logits.append(last.numpy())
+            greedy.append(int(last.argmax()))
+            so_far = torch.cat([so_far, torch.tensor([[greedy[-1]]])], 1)
+    positions = np.arange(0, N_TOKENS, 5)
+    hidden = [state[0].numpy()[positions] for state in states]
+    logits = out.logits[0].numpy().astype(np.float32)
+    arrays = {
+        "input_ids": ids[0].numpy(),
+        "n_prefill": np.array(N_PREFILL),
+        "logits": logits,
+        "decode_logits": logits[N_PREFILL:],
+        "greedy_tokens": np.array(greedy),
+        "greedy_logits": np.stack(greedy_logits).astype(np.float32),
+        "hidden_pos": positions,
+        "hidden_embed": hidden[0].astype(np.float32),
+        **{f"hidden_layer{i}": hidden[i + 1].astype(np.float32) for i in range(len(hidden) - 2)},
+        "hidden_norm": hidden[-1].astype(np.float32),
+    }
+    np.savez(folder / "reference.npz", **arrays)
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+    (folder / "report.json").write_text(json.dumps({"name": name, **versions}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
