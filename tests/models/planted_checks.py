@@ -83,6 +83,10 @@ def llama() -> None:
     follows("llama", 96)
 
 
+def qwen2() -> None:
+    follows("qwen2", 96)
+
+
 def qwen3() -> None:
     follows("qwen3", 96)
 

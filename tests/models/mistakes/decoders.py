@@ -6,7 +6,26 @@ from tests.models.planting import Mistake
 
 _DECODER, _QWEN3, _MOE, _GEMMA = (f"models/{name}.py" for name in ("decoder", "qwen3", "qwen3moe", "gemma3"))
 
+_WEIGHTS = "tests.models.text.test_checkpoint:test_weights_are_those_of_the_gguf_file:"
+
 DECODERS = (
+    Mistake("no biases", "models/builder.py", "return y if bias is None else y + bias", "return y", "qwen2"),
+    Mistake(
+        "Qwen2's pairs are neighbours",
+        "models/qwen2.py",
+        "base=c.rope_theta)",
+        'base=c.rope_theta, layout="interleaved")',
+        "qwen2",
+    ),
+    Mistake("norms as they are published", "models/names.py", " + np.float32(1.0)", "", f"{_WEIGHTS}gemma3"),
+    Mistake("pairs as they are published", "models/names.py", ".swapaxes(1, 2).reshape(halves.shape)", "", f"{_WEIGHTS}llama"),
+    Mistake(
+        "keys of latents as they are published",
+        "models/names.py",
+        "[:, :width].swapaxes(1, 2)",
+        "[:, :width]",
+        f"{_WEIGHTS}deepseek_v3",
+    ),
     Mistake("Qwen's pairs are neighbours", _DECODER, 'layout: str = "half_split"', 'layout: str = "interleaved"', "qwen3"),
     Mistake("no norm of queries and keys", _QWEN3, "qk_norm=True", "qk_norm=False", "qwen3"),
     Mistake(
