@@ -34,6 +34,7 @@ class RopeScaling:
 
     Attributes:
         mscale, mscale_all_dim: YaRN's magnitudes (DeepSeek), as published.
+        truncate: whether YaRN's ramp begins and ends at whole pairs of channels.
         attention_factor: what YaRN multiplies cos and sin by; None is `0.1 ln factor + 1`.
     Raises: FormatError.
     """
@@ -48,6 +49,7 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     attention_factor: float | None = None
+    truncate: bool = True
 
     def __post_init__(self) -> None:
         if self.factor <= 0:

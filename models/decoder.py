@@ -11,7 +11,7 @@ from tensorgraph.models.builder import Builder
 from tensorgraph.models.config import MOST_LAYERS, RopeScaling, from_gguf
 from tensorgraph.models.names import Made, made_of_layers
 from tensorgraph.ops import flash_attn, rope
-from tensorgraph.ops.position import llama3_freq_factors
+from tensorgraph.ops.position import llama3_freq_factors, yarn_freq_factors
 from tensorgraph.source import hide_source
 from tensorgraph.state import StateSpec
 
@@ -70,16 +70,24 @@ def queries_keys_values(g: Builder, x: Node, c: DecoderConfig, *, qk_norm: bool 
 
 
 def attend(
-    g: Builder, q: Node, k: Node, v: Node, c: DecoderConfig, *, scale: float | None = None, window: int | None = None
+    g: Builder,
+    q: Node,
+    k: Node,
+    v: Node,
+    c: DecoderConfig,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    sinks: Node | None = None,
 ) -> Node:
     """Attention to the rows so far and these, and the projection of what it gives; `scale` is `Dh**-0.5` where not given.
 
-    Shapes: q [T, H, Dh], k, v [T, Hkv, Dh] -> [T, D].
+    Shapes: q [T, H, Dh], k, v [T, Hkv, Dh], sinks [H] -> [T, D].
     """
     k, v = g.append("k", k), g.append("v", v)  # [S, Hkv, Dh]
     seen = g.segment("k", k, v, window=window)
     scale = c.head_size**-0.5 if scale is None else scale
-    o = flash_attn(q, seen, scale=scale, pos=g.positions, seq=g.seqs)  # [T, H, Dh]
+    o = flash_attn(q, seen, scale=scale, sinks=sinks, pos=g.positions, seq=g.seqs)  # [T, H, Dh]
     return g.linear("attn_output", g.tap("attn_out", flatten(o)), c.hidden_size)
 
 
@@ -99,9 +107,14 @@ def rotate(
         original = scaling.original_max_position_embeddings
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         factors = g.literal("rope_freqs", llama3_freq_factors(n_dims, base, scaling.factor, low, high, original))
+    magnitude = scaling.magnitude if scaling.rope_type == "yarn" else 1.0
+    if scaling.rope_type == "yarn" and not scaling.truncate:
+        fast, slow, original = scaling.beta_fast, scaling.beta_slow, scaling.original_max_position_embeddings
+        factors = g.literal("rope_freqs", yarn_freq_factors(n_dims, base, scaling.factor, fast, slow, original))
+        return rope(x, g.positions, factors, n_dims=n_dims, base=base, layout=layout, magnitude=magnitude)
     stretch = 1.0 / scaling.factor if scaling.rope_type in ("linear", "yarn") else 1.0
     yarn: dict[str, Any] = {}
     if scaling.rope_type == "yarn":
         yarn = {"ext_factor": 1.0, "beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
-        yarn |= {"magnitude": scaling.magnitude, "original_context": scaling.original_max_position_embeddings}
+        yarn |= {"magnitude": magnitude, "original_context": scaling.original_max_position_embeddings}
     return rope(x, g.positions, factors, n_dims=n_dims, base=base, layout=layout, freq_scale=stretch, **yarn)

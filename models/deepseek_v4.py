@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tensorgraph.dtypes import f32
@@ -278,10 +279,10 @@ def moe(g: Builder, i: int, x: Node, c: Config) -> Node:
         ids = route(scores, g.weight("exp_probs_b.bias", c.n_routed_experts), c.num_experts_per_tok)
     ids = g.tap("experts", ids)
     w = weigh(scores, ids, normalise=c.norm_topk_prob, scale=c.routed_scaling_factor)
-    size, limit = c.moe_intermediate_size, c.swiglu_limit
-    routed = expert_sum(g, x, ids, w, n_experts=c.n_routed_experts, size=size, limit=limit)
+    size, unit = c.moe_intermediate_size, partial(swiglu_clamp, limit=c.swiglu_limit)
+    routed = expert_sum(g, x, ids, w, n_experts=c.n_routed_experts, size=size, unit=unit)
     wide = c.n_shared_experts * size
-    hidden = swiglu_clamp(g.linear("ffn_gate_shexp", x, wide), g.linear("ffn_up_shexp", x, wide), limit=limit)
+    hidden = unit(g.linear("ffn_gate_shexp", x, wide), g.linear("ffn_up_shexp", x, wide))
     return routed + g.linear("ffn_down_shexp", hidden, c.hidden_size)
 
 

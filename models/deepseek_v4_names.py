@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tensorgraph.dtypes import as_dtype, i32
-from tensorgraph.models.names import Array, Made, same, stacked
+from tensorgraph.models.names import Made, mxfp4_blocks, same, stacked
 
 TOP = {
     "token_embd.weight": "embed.weight",
@@ -59,20 +59,8 @@ def mxfp4(experts: Sequence[str]) -> Made:
     n = len(experts)
     return Made(
         (*(f"{name}.weight" for name in experts), *(f"{name}.scale" for name in experts)),
-        lambda given: np.stack([blocks(codes, scales) for codes, scales in zip(given[:n], given[n:], strict=True)]),
+        lambda given: np.stack([mxfp4_blocks(codes, scales) for codes, scales in zip(given[:n], given[n:], strict=True)]),
         lambda shapes: (n, shapes[0][0], 2 * shapes[0][1]),
         as_dtype("mxfp4"),
         kinds=2,
     )
-
-
-def blocks(codes: Array, scales: Array) -> Array:
-    """Published: byte j of a row holds elements 2j, in its low half, and 2j + 1. A block: its scale, then 16 bytes, of which
-    byte j holds elements j, in its low half, and j + 16.
-
-    Shapes: codes [M, N / 2], scales [M, N / 32] -> uint8 [M, N / 32 * 17].
-    """
-    pairs = codes.view(np.uint8).reshape(*scales.shape, 16)  # [M, B, 16]
-    elements = np.stack([pairs & 15, pairs >> 4], -1).reshape(*scales.shape, 32)
-    packed = elements[..., :16] | elements[..., 16:] << 4
-    return np.concatenate([scales.view(np.uint8)[..., None], packed], -1).reshape(len(codes), -1)

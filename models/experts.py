@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from tensorgraph.errors import ShapeError
 from tensorgraph.graph import Node
 from tensorgraph.models.builder import Builder
-from tensorgraph.ops import fill, gather, mul_mat_id, scatter, sum_rows, swiglu, swiglu_clamp, top_k
+from tensorgraph.ops import add_id, fill, gather, mul_mat_id, scatter, sum_rows, swiglu, top_k
 from tensorgraph.source import hide_source, source_line
 
 hide_source(__file__)
@@ -53,19 +54,29 @@ def weigh(scores: Node, ids: Node, *, normalise: bool, scale: float) -> Node:
 
 
 def expert_sum(
-    g: Builder, x: Node, ids: Node, w: Node, *, n_experts: int, size: int, limit: float | None = None
+    g: Builder,
+    x: Node,
+    ids: Node,
+    w: Node,
+    *,
+    n_experts: int,
+    size: int,
+    unit: Callable[[Node, Node], Node] = swiglu,
 ) -> Node:
-    """`Σ_k w_k · down_k(act(gate_k x, up_k x))`; with `limit` the gate and up are clamped first.
+    """`Σ_k w_k · down_k(unit(gate_k x, up_k x))`, with the biases that there are.
 
     Shapes: x [T, D], ids, w [T, K] -> [T, D].
     """
     n_tokens, width = x.shape
     assert isinstance(width, int)
-    shape = (n_experts, size, width)
+
+    def product(name: str, of: Node, n_out: int, n_in: int) -> Node:
+        y = mul_mat_id(g.weight(f"{name}.weight", n_experts, n_out, n_in), of, ids)  # [T, K, n_out]
+        bias = g.optional(f"{name}.bias", n_experts, n_out)
+        return y if bias is None else add_id(y, bias, ids)
+
     rows = x.reshape(n_tokens, 1, width)
-    gate = mul_mat_id(g.weight("ffn_gate_exps.weight", *shape), rows, ids)  # [T, K, F]
-    up = mul_mat_id(g.weight("ffn_up_exps.weight", *shape), rows, ids)
-    hidden = swiglu(gate, up) if limit is None else swiglu_clamp(gate, up, limit=limit)
-    down = mul_mat_id(g.weight("ffn_down_exps.weight", n_experts, width, size), hidden, ids)  # [T, K, D]
+    gate, up = product("ffn_gate_exps", rows, size, width), product("ffn_up_exps", rows, size, width)
+    down = product("ffn_down_exps", unit(gate, up), width, size)  # [T, K, D]
     weighed = down * w.reshape(n_tokens, -1, 1)
     return sum_rows(weighed.permute(0, 2, 1)).reshape(n_tokens, width)

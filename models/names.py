@@ -116,3 +116,17 @@ def values_of_latents(name: str, n_head: int, width: int) -> Made:
 def stacked(names: Sequence[str]) -> Made:
     """One matrix for each expert: all of them. Shapes: E x [M, N] -> [E, M, N]."""
     return Made(tuple(names), np.stack, lambda shapes: (len(shapes), *shapes[0]))
+
+
+def mxfp4_blocks(codes: Array, scales: Array) -> Array:
+    """Rows of 4-bit numbers with a scale for 32 of them, as blocks.
+
+    Published: byte j of a row holds elements 2j, in its low half, and 2j + 1. A block: its scale, then 16 bytes, of which
+    byte j holds elements j, in its low half, and j + 16.
+
+    Shapes: codes [..., M, N / 2] or [..., M, N / 32, 16], scales [..., M, N / 32] -> uint8 [..., M, N / 32 * 17].
+    """
+    pairs = codes.view(np.uint8).reshape(*scales.shape, 16)
+    elements = np.stack([pairs & 15, pairs >> 4], -1).reshape(*scales.shape, 32)
+    packed = elements[..., :16] | elements[..., 16:] << 4
+    return np.concatenate([scales.view(np.uint8)[..., None], packed], -1).reshape(*scales.shape[:-1], -1)

@@ -153,13 +153,33 @@ def turn_per_position(
         return frequency * scale
 
     def pair_turning(turns: float) -> float:
-        """Which pair makes so many turns within the original context."""
-        return n_dims * math.log(original / (2 * math.pi * turns)) / (2 * math.log(base))
+        return _pair_turning(turns, n_dims, base, original)
 
-    low = max(0, math.floor(pair_turning(fast)))
-    high = min(n_dims - 1, math.ceil(pair_turning(slow)))
-    extrapolated = (1 - np.clip((i - low) / max(0.001, high - low), 0, 1)) * ext_factor
+    low, high = math.floor(pair_turning(fast)), math.ceil(pair_turning(slow))
+    extrapolated = _unstretched(n_dims, low, high) * ext_factor
     return frequency * (scale * (1 - extrapolated) + extrapolated)
+
+
+def _unstretched(n_dims: int, low: float, high: float) -> Array:
+    """How far each pair keeps its own angle: 1 up to pair `low`, 0 from `high` on."""
+    low, high = max(0, low), min(n_dims - 1, high)
+    stretched: Array = np.clip((np.arange(n_dims // 2) - low) / max(0.001, high - low), 0, 1)
+    return 1 - stretched
+
+
+def _pair_turning(turns: float, n_dims: int, base: float, original: int) -> float:
+    """Which pair makes so many turns within the original context."""
+    return n_dims * math.log(original / (2 * math.pi * turns)) / (2 * math.log(base))
+
+
+def yarn_freq_factors(n_dims: int, base: float, factor: float, fast: float, slow: float, original: int) -> Array:
+    """Divisors of the angles by which YaRN stretches a context where its ramp is not rounded to whole pairs.
+
+    Shapes: -> f32 [n_dims / 2], for `rope`'s freq_factors.
+    Source: gpt-oss's published configuration, rope_type "yarn" with truncate false.
+    """
+    own = _unstretched(n_dims, *(_pair_turning(turns, n_dims, base, original) for turns in (fast, slow)))
+    return (1 / ((1 - own) / factor + own)).astype(np.float32)
 
 
 def llama3_freq_factors(

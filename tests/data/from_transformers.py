@@ -27,7 +27,24 @@ COMMON: dict[str, Any] = {
     "rope_theta": 1e6,
     "tie_word_embeddings": False,
 }
-MODELS = {"qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, COMMON)}
+YARN = {"rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+GPT_OSS = {
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "head_dim": 32,
+    "sliding_window": 20,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "rope_parameters": YARN | {"original_max_position_embeddings": 64},
+}
+MODELS = {
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, COMMON),
+    "gpt_oss": (
+        transformers.GptOssConfig,
+        transformers.GptOssForCausalLM,
+        {k: v for k, v in (COMMON | GPT_OSS).items() if k != "rope_theta"},
+    ),
+}
 
 
 def main(name: str, folder: Path) -> None:
@@ -41,7 +58,8 @@ def main(name: str, folder: Path) -> None:
             centre = 1.0 if parameter.ndim == 1 and parameter.mean() > 0.5 else 0.0
             parameter.copy_((centre + spread * torch.randn_like(parameter)).to(torch.bfloat16))
     model.to(torch.bfloat16).save_pretrained(folder)
-    model = model_class.from_pretrained(folder, dtype=torch.float64).eval()  # rotary angles would be BF16's in the one above
+    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = model_class.from_pretrained(folder, dtype=torch.float64, **plain).eval()  # above, rotary angles are BF16's
     ids = torch.randint(3, given["vocab_size"], (1, N_TOKENS), generator=torch.Generator().manual_seed(1))
     states: list[torch.Tensor] = []
     watched = [model.model.embed_tokens, *model.model.layers, model.model.norm]

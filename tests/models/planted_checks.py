@@ -87,6 +87,10 @@ def qwen2() -> None:
     follows("qwen2", 96)
 
 
+def gpt_oss() -> None:
+    follows("gpt_oss", 96)
+
+
 def qwen3() -> None:
     follows("qwen3", 96)
 

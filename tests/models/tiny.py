@@ -22,9 +22,9 @@ Array = np.ndarray[Any, Any]
 
 ARCHITECTURES = (
     *("llama", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "deepseek_v4"),
-    *("qwen2", "qwen3", "qwen3moe", "gemma3"),
+    *("qwen2", "qwen3", "qwen3moe", "gemma3", "gpt_oss"),
 )
-FOLDERS = ("qwen2",)
+FOLDERS = ("qwen2", "gpt_oss")
 """Of which there is no GGUF file."""
 BACKENDS = ("reference", "cpu")
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)

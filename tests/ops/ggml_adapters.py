@@ -59,6 +59,12 @@ def binary(case: Case, x: Operands) -> Node:
     return registry.ops.get(case["op"])(a, x["b"])
 
 
+@adapter("add_id")
+def add_id(case: Case, x: Operands) -> Node:
+    ids = x["ids"]
+    return ops.add_id(x["a"], x["b"].reshape(*x["b"].shape[-2:]), ids.reshape(*x["a"].shape[:-1]))
+
+
 @adapter("reglu", "geglu", "swiglu", "geglu_erf", "geglu_quick", "swiglu_oai", "swiglu_clamp")
 def gated(case: Case, x: Operands) -> Node:
     swapped = bool(case["params"]["swapped"])

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from tests.models.planting import Mistake
 
-_DECODER, _QWEN3, _MOE, _GEMMA = (f"models/{name}.py" for name in ("decoder", "qwen3", "qwen3moe", "gemma3"))
+_DECODER, _QWEN3, _MOE, _GEMMA, _GPT_OSS = (
+    f"models/{name}.py" for name in ("decoder", "qwen3", "qwen3moe", "gemma3", "gpt_oss")
+)
+_CLAMPED = "import gather, soft_max, swiglu_clamp\nswiglu_oai = lambda a, b, alpha, limit: swiglu_clamp(a, b, limit=limit)\n"
 
 _WEIGHTS = "tests.models.text.test_checkpoint:test_weights_are_those_of_the_gguf_file:"
 
@@ -41,10 +44,18 @@ DECODERS = (
     Mistake("weights of experts do not sum to one", _MOE, "normalise=c.norm_topk_prob", "normalise=False", "qwen3moe"),
     Mistake("one expert less", _MOE, "route(scores, None, c.num_experts_per_tok)", "route(scores, None, 2)", "qwen3moe"),
     Mistake("no residual around the experts", _MOE, "x + moe(", "moe(", "qwen3moe"),
+    Mistake("layers see all first", _GPT_OSS, '== "sliding_attention"', '!= "sliding_attention"', "gpt_oss"),
+    Mistake("gpt-oss has no sinks", _GPT_OSS, "window=window, sinks=sinks)", "window=window)", "gpt_oss"),
+    Mistake("a ramp of whole pairs", _GPT_OSS, "truncate=False", "truncate=True", "gpt_oss"),
+    Mistake("no magnitude", _DECODER, "layout=layout, magnitude=magnitude)", "layout=layout)", "gpt_oss"),
+    Mistake("weighed among all experts", _GPT_OSS, "soft_max(gather(logits, ids))", "gather(soft_max(logits), ids)", "gpt_oss"),
+    Mistake("experts without biases", "models/experts.py", "y if bias is None else add_id(y, bias, ids)", "y", "gpt_oss"),
+    Mistake("SwiGLU without the added one", _GPT_OSS, "import gather, soft_max, swiglu_oai\n", _CLAMPED, "gpt_oss"),
+    Mistake("gates are the odd rows", _GPT_OSS, "slice(0, None, 2)), \"up\"", "slice(1, None, 2)), \"up\"", "gpt_oss"),
     Mistake("embeddings as they are stored", _GEMMA, ", math.sqrt(c.hidden_size))", ")", "gemma3"),
     Mistake("the first of six layers sees all", _GEMMA, "(layer + 1) %", "layer %", "gemma3"),
     Mistake("all layers see all", _GEMMA, "c, scale=c.scale, window=window)", "c, scale=c.scale)", "gemma3"),
-    Mistake("one base for all layers", _GEMMA, "(c.rope_local_base_freq, Ro", "(c.rope_theta, Ro", "gemma3"),
+    Mistake("one base for all of Gemma's layers", _GEMMA, "(c.rope_local_base_freq, Ro", "(c.rope_theta, Ro", "gemma3"),
     Mistake(
         "no norm after attention", _GEMMA, 'x + norm(b, "post_attention_norm", y, c.rms_norm_eps)', "x + y", "gemma3"
     ),

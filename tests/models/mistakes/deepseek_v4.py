@@ -238,11 +238,11 @@ STREAMS_AND_EXPERTS = (
     Mistake(
         "the shared expert is not clamped",
         _V4,
-        'g.linear("ffn_up_shexp", x, wide), limit=limit)',
-        'g.linear("ffn_up_shexp", x, wide), limit=1e9)',
+        "hidden = unit(",
+        "hidden = partial(swiglu_clamp, limit=1e9)(",
         "v4",
     ),
-    Mistake("routed experts are not clamped", _EXPERTS, "swiglu(gate, up) if limit is None", "swiglu(gate, up) if True", "v4"),
+    Mistake("routed experts are not clamped", _V4, "unit=unit)", "unit=partial(swiglu_clamp, limit=1e9))", "v4"),
     Mistake(
         "clamped after silu", _GLU, _CLAMPED, "return np.minimum(gate * _sigmoid(gate), limit) * np.clip(up, -limit, limit)", "v4"
     ),

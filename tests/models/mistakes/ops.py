@@ -109,7 +109,7 @@ OPS = (
         "[:, None] * every + np.arange(every) // 2",
         f"{_ROWS}block_pool",
     ),
-    Mistake("YaRN's ramp runs the other way", _ROPE, "(1 - np.clip((i - low)", "(np.clip((i - low)", _ROPES),
+    Mistake("YaRN's ramp runs the other way", _ROPE, "return 1 - stretched", "return stretched", _ROPES),
     Mistake("YaRN's ramp starts one pair late", _ROPE, "math.floor(pair_turning(fast))", "math.ceil(pair_turning(fast))", _ROPES),
     Mistake(
         "frequency factors multiply",

@@ -13,12 +13,14 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from tensorgraph import registry
 from tensorgraph.compiler import CompileOptions
+from tensorgraph.dtypes import as_dtype
 from tensorgraph.engine import Engine
 from tensorgraph.errors import FormatError, InputError, TensorGraphError, UnknownNameError
 from tensorgraph.models import load
 from tensorgraph.models.architecture import model_from_checkpoint
-from tensorgraph.models.text.checkpoint import INDEX, WHOLE, Checkpoint
+from tensorgraph.models.text.checkpoint import INDEX, WHOLE, Checkpoint, WeightInfo
 from tensorgraph.models.text.gguf import GGUF
 from tests.models import tiny
 from tests.reference import reference_path
@@ -82,6 +84,29 @@ def test_parts(tmp_path: Path) -> None:
     assert whole.tensors == parts.tensors
     for name in whole.tensors:
         np.testing.assert_array_equal(whole.data(name), parts.data(name))
+
+
+def test_experts_in_mxfp4_as_gpt_oss_publishes_them(tmp_path: Path) -> None:
+    """A byte holds elements 2j (its low half) and 2j + 1; 2**(scale - 127) times one of sixteen numbers."""
+    rng, folder, name = np.random.default_rng(5), folder_of("gpt_oss", tmp_path), "model.layers.1.mlp.experts.gate_up_proj"
+    numbers = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+    blocks = rng.integers(0, 256, (6, 128, 3, 16), dtype=np.uint8)  # [E, 2 F, D / 32, 16]
+    scales = rng.integers(120, 130, (6, 128, 3), dtype=np.uint8)
+    want = np.stack([numbers[blocks & 15], numbers[blocks >> 4]], -1).reshape(6, 128, 3, 32) * np.exp2(scales - 127.0)[..., None]
+
+    def packed(held: dict[str, Any]) -> None:
+        del held[name]
+        held[f"{name}_blocks"], held[f"{name}_scales"] = blocks, scales
+
+    tensors(packed)(folder)
+    checkpoint = Checkpoint.open(folder)
+    model_from_checkpoint(checkpoint)
+    for which, first in (("gate", 0), ("up", 1)):
+        weight = f"blk.1.ffn_{which}_exps.weight"
+        assert checkpoint.tensors[weight] == WeightInfo((6, 64, 96), as_dtype("mxfp4"))
+        got = registry.decoders.get("mxfp4")(checkpoint.data(weight))
+        np.testing.assert_array_equal(got, want.reshape(6, 128, 96)[:, first::2])
+    assert checkpoint.tensors["blk.0.ffn_gate_exps.weight"].dtype.name == "bf16" and checkpoint.unused == []
 
 
 def test_text_of_a_folder(tmp_path: Path) -> None:
