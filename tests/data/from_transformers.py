@@ -39,6 +39,11 @@ GPT_OSS = {
 }
 MODELS = {
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, COMMON),
+    "smollm3": (
+        transformers.SmolLM3Config,
+        transformers.SmolLM3ForCausalLM,
+        COMMON | {"num_hidden_layers": 5, "tie_word_embeddings": True, "pad_token_id": 0},
+    ),
     "gpt_oss": (
         transformers.GptOssConfig,
         transformers.GptOssForCausalLM,

@@ -30,7 +30,7 @@ ARCHITECTURES = (
     *("qwen3", "qwen3moe", "gemma3"),
 )
 AS_UPSTREAM = "deepseek_v4/upstream_mxfp4"
-OWN = ("qwen2", "gpt_oss")
+OWN = ("qwen2", "gpt_oss", "smollm3")
 """Models that `from_transformers.py` makes."""
 PUBLISHED_TOKENIZERS = ("llama", "qwen3")
 QUANTISED = {
