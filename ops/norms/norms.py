@@ -35,6 +35,16 @@ norm = Op(
 """`(x - mean(x)) / sqrt(var(x) + eps) * weight + bias`, with the biased variance."""
 
 
+l2_norm = Op(
+    "l2_norm",
+    "x[..., D]: real -> y[..., D]: x",
+    attrs={"eps": Attr(float, low=0.0)},
+    inplace={"y": "x"},
+    source="ggml_l2_norm",
+)
+"""`x / max(sqrt(sum(x^2)), eps)`; a row of zeros with eps = 0 gives NaN."""
+
+
 def _mean(x: Array) -> Array:
     total: Array = np.sum(x, axis=-1, keepdims=True)
     return total / np.float64(x.shape[-1])
@@ -56,7 +66,15 @@ def standard(x: Array, weight: Array | None, bias: Array | None, *, eps: float) 
     return y if bias is None else y + bias
 
 
+@l2_norm.reference
+def unit_length(x: Array, *, eps: float) -> Array:
+    x = np.ascontiguousarray(x)
+    y: Array = x / np.maximum(np.sqrt(np.sum(x * x, axis=-1, keepdims=True)), eps)
+    return y
+
+
 @rms_norm.flops
+@l2_norm.flops
 def four_an_element(node: Node) -> Extent:
     return 4 * node.size
 
@@ -71,6 +89,13 @@ def unit_root_mean_square(run: Run, x: Array, *_: Array | None, eps: float) -> N
     y = run(x, eps=eps).astype(np.float64)
     unit = float(ml_dtypes.finfo(x.dtype).eps)  # type: ignore[no-untyped-call]
     assert not np.any(np.sum(y * y, -1) > y.shape[-1] * (1 + 4 * unit))
+
+
+@l2_norm.law
+def no_longer_than_one(run: Run, x: Array, *, eps: float) -> None:
+    y = run(x, eps=eps).astype(np.float64)
+    unit = float(ml_dtypes.finfo(x.dtype).eps)  # type: ignore[no-untyped-call]
+    assert not np.any(np.sum(y * y, -1) > 1 + 4 * unit)
 
 
 @norm.law

@@ -41,7 +41,7 @@ def _over(x: Node, axis: int) -> Node:
 @adapter(
     *("abs", "neg", "sgn", "step", "sqr", "sqrt", "exp", "expm1", "log", "sin", "cos", "tanh", "floor", "ceil", "trunc"),
     *("round", "relu", "leaky_relu", "elu", "sigmoid", "silu", "gelu", "gelu_quick", "gelu_erf", "hardsigmoid"),
-    *("hardswish", "softplus", "clamp", "scale", "cumsum", "mean", "sum_rows", "rms_norm", "norm"),
+    *("hardswish", "softplus", "clamp", "scale", "cumsum", "mean", "sum_rows", "rms_norm", "norm", "l2_norm"),
 )
 def same_name(case: Case, x: Operands) -> Node:
     attrs = _attrs(case, "negative_slope", "min", "max", "scale", "bias", "eps")
