@@ -1,12 +1,13 @@
-"""What decoders of the Llama family share: the fields of their configurations, their state, grouped-query attention."""
+"""What decoders of the Llama family share: fields of configurations, state, layers, grouped-query attention."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tensorgraph.graph import Node
-from tensorgraph.models.blocks import flatten, heads, norm
+from tensorgraph.graph import Graph, Node
+from tensorgraph.models.blocks import embed, feed_forward, flatten, head, heads, norm
 from tensorgraph.models.builder import Builder
 from tensorgraph.models.config import MOST_LAYERS, RopeScaling, from_gguf
 from tensorgraph.models.names import Made, made_of_layers
@@ -57,6 +58,27 @@ def states(c: DecoderConfig) -> dict[str, StateSpec]:
     """Keys and values of every layer, as long as its window sees them."""
     shape = c.n_head_kv, c.head_size
     return {f"blk.{i}.{name}": StateSpec(shape, keep=c.window(i)) for i in range(c.num_hidden_layers) for name in ("k", "v")}
+
+
+def decode(
+    g: Builder,
+    c: DecoderConfig,
+    attention: Callable[[Builder, Node, int], Node],
+    mix: Callable[[Builder, Node], Node] | None = None,
+) -> Graph:
+    """Layers of attention and a feed-forward, each after a norm and added to what it reads, between embeddings and head.
+
+    Args:
+        attention: `(scope, normed x [T, D], layer) -> [T, D]`.
+        mix: what stands in place of the gated feed-forward.
+    """
+    x = embed(g, c.vocab_size, c.hidden_size)  # [T, D]
+    for i in range(c.num_hidden_layers):
+        b = g.block(i)
+        x = x + attention(b, norm(b, "attn_norm", x, c.rms_norm_eps), i)
+        y = norm(b, "ffn_norm", x, c.rms_norm_eps)
+        x = b.tap("out", x + (feed_forward(b, y, c.intermediate_size) if mix is None else mix(b, y)))
+    return g.finish(head(g, x, c.vocab_size, c.rms_norm_eps))
 
 
 def queries_keys_values(g: Builder, x: Node, c: DecoderConfig, *, qk_norm: bool = False) -> tuple[Node, Node, Node]:

@@ -11,10 +11,9 @@ from tensorgraph.errors import UnsupportedError
 from tensorgraph.graph import Graph, Node
 from tensorgraph.models import decoder
 from tensorgraph.models.architecture import Architecture
-from tensorgraph.models.blocks import embed, feed_forward, head, norm
 from tensorgraph.models.builder import Builder
 from tensorgraph.models.config import from_gguf
-from tensorgraph.models.decoder import DecoderConfig, attend, queries_keys_values, states
+from tensorgraph.models.decoder import DecoderConfig, attend, decode, queries_keys_values, states
 from tensorgraph.models.names import Made, neighbours
 
 
@@ -42,12 +41,7 @@ def names(c: Config) -> dict[str, Made]:
 def build(g: Builder, c: Config) -> Graph:
     if c.num_local_experts:
         raise UnsupportedError(f"[llama] this file is a mixture of {c.num_local_experts} experts (Mixtral), which is not there")
-    x = embed(g, c.vocab_size, c.hidden_size)  # [T, D]
-    for i in range(c.num_hidden_layers):
-        b = g.block(i)
-        x = x + attention(b, norm(b, "attn_norm", x, c.rms_norm_eps), c)
-        x = b.tap("out", x + feed_forward(b, norm(b, "ffn_norm", x, c.rms_norm_eps), c.intermediate_size))
-    return g.finish(head(g, x, c.vocab_size, c.rms_norm_eps))
+    return decode(g, c, lambda b, x, _: attention(b, x, c))
 
 
 def attention(g: Builder, x: Node, c: Config) -> Node:

@@ -7,18 +7,12 @@ from __future__ import annotations
 
 from tensorgraph.graph import Graph, Node
 from tensorgraph.models.architecture import Architecture
-from tensorgraph.models.blocks import embed, feed_forward, head, norm
 from tensorgraph.models.builder import Builder
-from tensorgraph.models.decoder import DecoderConfig, attend, names, queries_keys_values, rotate, states
+from tensorgraph.models.decoder import DecoderConfig, attend, decode, names, queries_keys_values, rotate, states
 
 
 def build(g: Builder, c: DecoderConfig) -> Graph:
-    x = embed(g, c.vocab_size, c.hidden_size)  # [T, D]
-    for i in range(c.num_hidden_layers):
-        b = g.block(i)
-        x = x + attention(b, norm(b, "attn_norm", x, c.rms_norm_eps), c)
-        x = b.tap("out", x + feed_forward(b, norm(b, "ffn_norm", x, c.rms_norm_eps), c.intermediate_size))
-    return g.finish(head(g, x, c.vocab_size, c.rms_norm_eps))
+    return decode(g, c, lambda b, x, _: attention(b, x, c))
 
 
 def attention(g: Builder, x: Node, c: DecoderConfig) -> Node:

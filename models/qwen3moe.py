@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from tensorgraph.errors import UnsupportedError
 from tensorgraph.graph import Graph, Node
 from tensorgraph.models.architecture import Architecture
-from tensorgraph.models.blocks import embed, head, norm
 from tensorgraph.models.builder import Builder
 from tensorgraph.models.config import from_gguf
-from tensorgraph.models.decoder import DecoderConfig, states
+from tensorgraph.models.decoder import DecoderConfig, decode, states
 from tensorgraph.models.experts import expert_sum, route, weigh
 from tensorgraph.models.names import LAYER, Made, made_of_experts, made_of_layers
 from tensorgraph.models.qwen3 import attention
@@ -41,12 +40,7 @@ def names(c: Config) -> dict[str, Made]:
 def build(g: Builder, c: Config) -> Graph:
     if c.decoder_sparse_step != 1 or c.mlp_only_layers:
         raise UnsupportedError("[qwen3moe] layers without experts (decoder_sparse_step not 1, or mlp_only_layers) are not there")
-    x = embed(g, c.vocab_size, c.hidden_size)  # [T, D]
-    for i in range(c.num_hidden_layers):
-        b = g.block(i)
-        x = x + attention(b, norm(b, "attn_norm", x, c.rms_norm_eps), c)
-        x = b.tap("out", x + moe(b, norm(b, "ffn_norm", x, c.rms_norm_eps), c))
-    return g.finish(head(g, x, c.vocab_size, c.rms_norm_eps))
+    return decode(g, c, lambda b, x, _: attention(b, x, c), lambda b, x: moe(b, x, c))
 
 
 def moe(g: Builder, x: Node, c: Config) -> Node:

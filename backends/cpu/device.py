@@ -212,19 +212,16 @@ class CpuDevice(Device):
     def require(self, arena_bytes: int, scratch_bytes: int) -> None:
         """Make room in the arena and in each thread's scratch; what is there may move."""
         with self.lock, self.code.executor.lock:
-            self._require(arena_bytes, scratch_bytes)
-
-    def _require(self, arena_bytes: int, scratch_bytes: int) -> None:
-        if arena_bytes > len(self.arena):
-            self._before_a_move()
-            self.arena = aligned(arena_bytes)
-        stride = -(-scratch_bytes // 64) * 64
-        n_threads = usable_cores() if self.threads == "auto" else self.threads
-        wanted = max(stride, int(self.scratch_stride[0])) * n_threads
-        if wanted > len(self.scratch) or stride > self.scratch_stride[0]:
-            self._before_a_move()
-            self.scratch_stride[0] = max(stride, int(self.scratch_stride[0]))
-            self.scratch = aligned(wanted)
+            if arena_bytes > len(self.arena):
+                self._before_a_move()
+                self.arena = aligned(arena_bytes)
+            stride = -(-scratch_bytes // 64) * 64
+            n_threads = usable_cores() if self.threads == "auto" else self.threads
+            wanted = max(stride, int(self.scratch_stride[0])) * n_threads
+            if wanted > len(self.scratch) or stride > self.scratch_stride[0]:
+                self._before_a_move()
+                self.scratch_stride[0] = max(stride, int(self.scratch_stride[0]))
+                self.scratch = aligned(wanted)
 
     def _before_a_move(self) -> None:
         """Whoever writes to memory looks first whether it is still there: told before it goes, since Ctrl-C may come between."""

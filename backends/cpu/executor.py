@@ -197,10 +197,10 @@ class Team:
         self.memory = _lines(loop.THREADS // loop.LINE_BYTES + threads)
         self.address, self.words = int(self.memory.ctypes.data), self.memory.data  # as quick to read as a list
         self.put(loop.STATUS, status_address)
-        self.choice = choice if threads > 1 else None
+        self.choice = choice
         self.run: Callable[[int, int, int], int] = code.alone if threads == 1 else code.chooser if choice else code.caller
-        if self.choice is not None:
-            self.put(loop.SIZES, int(self.choice.lines.ctypes.data))
+        if choice is not None:
+            self.put(loop.SIZES, int(choice.lines.ctypes.data))
         arguments = [(code, self.memory, thread) for thread in range(1, threads)]
         self.workers = [threading.Thread(target=_work, args=a, name=f"tensorgraph-{a[-1]}", daemon=True) for a in arguments]
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from itertools import repeat
+from operator import contains
 from typing import Any
 
 import tokenizers
@@ -27,7 +27,6 @@ def _byte_of_character() -> dict[str, int]:
 BYTE_OF_CHARACTER = _byte_of_character()
 FEW_MERGES = 10_000
 SHORT, LONGEST_PIECE = 2_000, 64  # characters
-_PARTS = operator.methodcaller("partition", " ")
 
 
 def bytes_of_token(token: str) -> bytes:
@@ -46,7 +45,7 @@ def _merges(
     """
     parts = " ".join(texts).split(" ")  # all at once: a vocabulary has 10^5
     made = "\n".join(texts).replace(" ", "").split("\n")
-    if len(parts) == 2 * len(texts) and len(made) == len(texts) and all(map(operator.contains, texts, repeat(" "))):
+    if len(parts) == 2 * len(texts) and len(made) == len(texts) and all(map(contains, texts, repeat(" "))):
         if "" not in ids and all(map(ids.__contains__, parts)) and all(map(ids.__contains__, made)):
             return list(zip(parts[::2], parts[1::2], strict=True))  # as nearly always
     found = []
@@ -93,7 +92,7 @@ class ByteLevelBPE:
         """
         self._characters_left -= sum(map(len, stretches))
         some = self._some(stretches) if self._all is None and self._characters_left >= 0 else None
-        encoder = some or self._encoder()
+        encoder = self._encoder() if some is None else some
         return [encoder.encode(text, add_special_tokens=False).ids for text in stretches]
 
     def bytes_of(self, token_id: int) -> bytes:
@@ -113,15 +112,15 @@ class ByteLevelBPE:
         if max(map(len, pieces), default=0) > LONGEST_PIECE:
             return None
         ids: dict[str, int] = {}
-        pairs = set[str]()
+        pairs: dict[str, tuple[str, str]] = {}
         for piece in pieces:
             known = "".join(filter(self._ids.__contains__, piece))  # the others are left out, and what was beside them merges
             ends = range(1, len(known) + 1)
             found = [part for end in ends for start in range(end) if (part := known[start:end]) in self._ids]
             ids.update((part, self._ids[part]) for part in (*found, *({piece} & self._ids.keys())))
-            pairs.update(f"{part[:at]} {part[at:]}" for part in found for at in range(1, len(part)))
-        merges = [(left, right) for left, _, right in map(_PARTS, filter(pairs.__contains__, self._merges))]
-        return self._encoder_of(ids, [merge for merge in merges if merge[0] in ids and merge[1] in ids])
+            halves = ((part[:at], part[at:]) for part in found for at in range(1, len(part)))
+            pairs.update((f"{left} {right}", (left, right)) for left, right in halves if left in ids and right in ids)
+        return self._encoder_of(ids, [pairs[merge] for merge in self._merges if merge in pairs])
 
     def _encoder_of(self, ids: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
         encoder = tokenizers.Tokenizer(models.BPE(ids, merges, ignore_merges=self._pre_tokenizer.ignore_merges))

@@ -69,19 +69,17 @@ class Checkpoint:
         """
         folder = Path(folder)
         config = read_object(folder / CONFIG)
-        if (folder / INDEX).is_file():
-            listed = read_object(folder / INDEX).get("weight_map")
-            if not isinstance(listed, dict) or not all(isinstance(part, str) for part in listed.values()):
-                raise FormatError(f"[checkpoint] wanted a weight_map of file names in {folder / INDEX}; got {listed!r:.60}")
-            parts: dict[str, Path] | None = {name: _beside(folder, part) for name, part in listed.items()}
-        else:
-            parts = None
-        held = {part: _contents(part) for part in sorted({*parts.values()} if parts is not None else {folder / WHOLE})}
-        stored = {name: tensor for tensors in held.values() for name, tensor in tensors.items() if _listed(name, tensor, parts)}
-        for name, part in (parts or {}).items():
+        if not (folder / INDEX).is_file():
+            return cls(folder, config, MappingProxyType(_contents(folder / WHOLE)))
+        listed = read_object(folder / INDEX).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(part, str) for part in listed.values()):
+            raise FormatError(f"[checkpoint] wanted a weight_map of file names in {folder / INDEX}; got {listed!r:.60}")
+        parts = {name: _beside(folder, part) for name, part in listed.items()}
+        held = {part: _contents(part) for part in sorted({*parts.values()})}
+        for name, part in parts.items():
             if name not in held[part]:
                 raise FormatError(f"[checkpoint] {part} has no tensor {name!r}, which {folder / INDEX} says it has")
-        return cls(folder, config, MappingProxyType(stored))
+        return cls(folder, config, MappingProxyType({name: held[part][name] for name, part in parts.items()}))
 
     @property
     def unused(self) -> list[str]:
@@ -151,10 +149,6 @@ def _contents(part: Path) -> dict[str, StoredTensor]:
     return {
         name: StoredTensor(part, tuple(t["shape"]), t["dtype"], 8 + length + t["data_offsets"][0]) for name, t in header.items()
     }
-
-
-def _listed(name: str, tensor: StoredTensor, parts: dict[str, Path] | None) -> bool:
-    return parts is None or parts.get(name) == tensor.file
 
 
 def _beside(folder: Path, part: str) -> Path:

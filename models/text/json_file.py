@@ -16,10 +16,18 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise InputError(f"[checkpoint] there is no file {path}")
+    return parse_object(path.read_text(encoding="utf-8", errors="replace"), path, "checkpoint")
+
+
+def parse_object(content: str, path: Path, what: str) -> dict[str, Any]:
+    """The JSON object that is the content of a file.
+
+    Raises: FormatError where it is something else.
+    """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise FormatError(f"[checkpoint] {path} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise FormatError(f"[checkpoint] wanted a JSON object in {path}; got {type(found).__name__}")
-    return found
+        parsed = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"[{what}] {path} is not JSON: {error}") from None
+    if not isinstance(parsed, dict):
+        raise FormatError(f"[{what}] wanted a JSON object in {path}; got {type(parsed).__name__}")
+    return parsed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import tokenizers
 
 from tensorgraph.errors import FormatError, InputError, UnsupportedError
 from tensorgraph.models.text.byte_level import bytes_of_token
+from tensorgraph.models.text.json_file import parse_object
 from tensorgraph.models.text.sentencepiece import SPACE, byte_of_token
 from tensorgraph.models.text.vocabulary import Kind, Vocabulary, end_ids
 
@@ -49,7 +49,7 @@ def read_tokenizer_json(path: Path) -> tuple[_JSONCodec, Vocabulary, list[int], 
     if not path.is_file():
         raise InputError(f"[tokenizer] wanted a tokenizer.json; there is no file {path}")
     content = path.read_text(encoding="utf-8", errors="replace")
-    described = _parsed(content, path)
+    described = parse_object(content, path, "tokenizer")
     kind = described["model"].get("type") if isinstance(described.get("model"), dict) else None
     if kind != "BPE":
         raise UnsupportedError(f"[tokenizer] the kinds that are there: BPE; {path} holds {kind!r}")
@@ -75,7 +75,7 @@ def _vocabulary(tokenizer: tokenizers.Tokenizer, path: Path) -> tuple[Vocabulary
         kinds[i] = (Kind.CONTROL if token.special else Kind.USER_DEFINED).value
 
     config, generation = (
-        _parsed(beside.read_text(encoding="utf-8", errors="replace"), beside) if beside.exists() else {}
+        parse_object(beside.read_text(encoding="utf-8", errors="replace"), beside, "tokenizer") if beside.exists() else {}
         for beside in (path.with_name("tokenizer_config.json"), path.with_name("generation_config.json"))
     )
     bos_id, eos_id = (_named_id(tokenizer, config.get(key)) for key in ("bos_token", "eos_token"))
@@ -107,13 +107,3 @@ def _steps(described: Any) -> Iterator[dict[str, Any]]:
         for key in ("pretokenizers", "decoders"):
             for step in described.get(key) or ():
                 yield from _steps(step)
-
-
-def _parsed(content: str, path: Path) -> dict[str, Any]:
-    try:
-        parsed = json.loads(content)
-    except ValueError as error:
-        raise FormatError(f"[tokenizer] wanted JSON in {path}; {error}") from None
-    if not isinstance(parsed, dict):
-        raise FormatError(f"[tokenizer] wanted a JSON object in {path}; got {type(parsed).__name__}")
-    return parsed

@@ -208,7 +208,6 @@ def test_an_interrupt_as_profiling_begins_ends_it(device: CpuDevice, monkeypatch
     assert device.note is None and next(told, "used up") == "used up"
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_step_prepared_before_a_fork(session: Session, device: CpuDevice) -> None:
     """The lock that another thread held when the process forked is nobody's in the child."""
     session.eval([TOKENS[0]])

@@ -34,7 +34,7 @@ LLAMA = (
         "window=None)",
         "window_of_llama",
     ),
-    Mistake("one residual less", _LLAMA, "x + feed_forward(", "feed_forward(", "llama"),
+    Mistake("one residual less", _DECODER, "x + (feed_forward(", "(feed_forward(", "llama"),
     Mistake("gate and up swapped", _BLOCKS, "unit(gate, up), width", "unit(up, gate), width", "llama"),
     Mistake("epsilon is fixed", _BLOCKS, "eps=eps)", "eps=1e-6)", "epsilons"),
     Mistake(

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 from tensorgraph.graph import Graph, Node
 from tensorgraph.models.architecture import Architecture
-from tensorgraph.models.blocks import embed, feed_forward, head, norm
 from tensorgraph.models.builder import Builder
-from tensorgraph.models.decoder import DecoderConfig, attend, names, queries_keys_values, rotate, states
+from tensorgraph.models.decoder import DecoderConfig, attend, decode, names, queries_keys_values, rotate, states
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +25,7 @@ class Config(DecoderConfig):
 
 
 def build(g: Builder, c: Config) -> Graph:
-    x = embed(g, c.vocab_size, c.hidden_size)  # [T, D]
-    for i in range(c.num_hidden_layers):
-        b = g.block(i)
-        x = x + attention(b, norm(b, "attn_norm", x, c.rms_norm_eps), c, c.turns(i))
-        x = b.tap("out", x + feed_forward(b, norm(b, "ffn_norm", x, c.rms_norm_eps), c.intermediate_size))
-    return g.finish(head(g, x, c.vocab_size, c.rms_norm_eps))
+    return decode(g, c, lambda b, x, i: attention(b, x, c, c.turns(i)))
 
 
 def attention(g: Builder, x: Node, c: Config, turns: bool) -> Node:
