@@ -11,7 +11,7 @@ import numpy as np
 from tensorgraph import registry
 from tensorgraph.dims import Dim, Extent, Shape, shape_text
 from tensorgraph.dtypes import DType, f32, i32
-from tensorgraph.errors import ShapeError, UnknownNameError
+from tensorgraph.errors import GraphError, ShapeError, UnknownNameError
 from tensorgraph.extents import Extents
 from tensorgraph.graph import Graph, Node, append, constant, input
 from tensorgraph.ops.attention import Segment
@@ -161,7 +161,10 @@ class Builder:
 
     def literal(self, name: str, value: np.ndarray) -> Node:
         """A constant that the model computes from its configuration; one of a name in a graph."""
-        return self._shared.weights.setdefault(f"literal:{name}", constant(f"literal:{name}", value))
+        node = self._shared.weights.setdefault(f"literal:{name}", constant(f"literal:{name}", value))
+        if not np.array_equal(np.asarray(node.data), value):
+            raise GraphError(f"[literal] {name!r} stands for other numbers already ({source_line()})")
+        return node
 
     def linear(self, name: str, x: Node, n_out: int) -> Node:
         """`x @ weight.T`, plus the bias if there is one. Shapes: x [..., n_in] -> [..., n_out]."""

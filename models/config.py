@@ -17,6 +17,7 @@ C = TypeVar("C")
 
 LARGEST = 2**31 - 1
 MOST_LAYERS = 1024
+MOST_EXPERTS = 4096
 
 
 def from_gguf(key: str, default: Any = dataclasses.MISSING, convert: Any = None, most: int = LARGEST) -> Any:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from tensorgraph.errors import FormatError
 from tensorgraph.graph import Graph, Node
 from tensorgraph.models.blocks import embed, feed_forward, flatten, head, heads, norm
 from tensorgraph.models.builder import Builder
@@ -47,6 +48,26 @@ class DecoderConfig:
     def window(self, layer: int) -> int | None:
         """How many positions back a layer looks; None: to the first."""
         return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowedConfig(DecoderConfig):
+    """Some layers see a window alone: those that `layer_types` names, or `slides` says where it is empty, as in GGUF files."""
+
+    sliding_window: int = from_gguf("attention.sliding_window")
+    layer_types: tuple[Literal["sliding_attention", "full_attention"], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.layer_types and len(self.layer_types) < self.num_hidden_layers:
+            given = f"{len(self.layer_types)} for {self.num_hidden_layers} layers"
+            raise FormatError(f"[config] layer_types must have one for each layer; got {given}")
+
+    def slides(self, layer: int) -> bool:
+        raise NotImplementedError
+
+    def window(self, layer: int) -> int | None:
+        slides = self.layer_types[layer] == "sliding_attention" if self.layer_types else self.slides(layer)
+        return self.sliding_window if slides else None
 
 
 def names(c: DecoderConfig) -> dict[str, Made]:
@@ -124,16 +145,16 @@ def rotate(
     width = x.shape[-1]
     assert isinstance(width, int)
     n_dims = n_dims or width
+    magnitude = scaling.magnitude if scaling.rope_type == "yarn" else 1.0
+    if scaling.rope_type == "yarn" and not scaling.truncate:
+        fast, slow, original = scaling.beta_fast, scaling.beta_slow, scaling.original_max_position_embeddings
+        ramp = g.literal("rope_freqs", yarn_freq_factors(n_dims, base, scaling.factor, fast, slow, original))
+        return rope(x, g.positions, ramp, n_dims=n_dims, base=base, layout=layout, magnitude=magnitude)
     factors = g.root.optional("rope_freqs.weight", n_dims // 2)
     if factors is None and scaling.rope_type == "llama3":
         original = scaling.original_max_position_embeddings
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         factors = g.literal("rope_freqs", llama3_freq_factors(n_dims, base, scaling.factor, low, high, original))
-    magnitude = scaling.magnitude if scaling.rope_type == "yarn" else 1.0
-    if scaling.rope_type == "yarn" and not scaling.truncate:
-        fast, slow, original = scaling.beta_fast, scaling.beta_slow, scaling.original_max_position_embeddings
-        factors = g.literal("rope_freqs", yarn_freq_factors(n_dims, base, scaling.factor, fast, slow, original))
-        return rope(x, g.positions, factors, n_dims=n_dims, base=base, layout=layout, magnitude=magnitude)
     stretch = 1.0 / scaling.factor if scaling.rope_type in ("linear", "yarn") else 1.0
     yarn: dict[str, Any] = {}
     if scaling.rope_type == "yarn":

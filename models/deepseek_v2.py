@@ -15,7 +15,7 @@ from tensorgraph.graph import Graph, Node, choose
 from tensorgraph.models.architecture import Architecture
 from tensorgraph.models.blocks import embed, feed_forward, flatten, head, heads, norm
 from tensorgraph.models.builder import Builder
-from tensorgraph.models.config import MOST_LAYERS, RopeScaling, from_gguf, whole_number
+from tensorgraph.models.config import MOST_EXPERTS, MOST_LAYERS, RopeScaling, from_gguf, whole_number
 from tensorgraph.models.experts import expert_sum, route, weigh
 from tensorgraph.models.names import LAYER, Made, keys_of_latents, made_of_experts, made_of_layers, same, values_of_latents
 from tensorgraph.ops import concat, cont, flash_attn, mul_mat, rope, sigmoid, soft_max
@@ -43,7 +43,7 @@ class Config:
     qk_nope_head_dim: int
     qk_rope_head_dim: int = from_gguf("rope.dimension_count")
     v_head_dim: int
-    n_routed_experts: int = from_gguf("expert_count")
+    n_routed_experts: int = from_gguf("expert_count", most=MOST_EXPERTS)
     n_shared_experts: int = from_gguf("expert_shared_count")
     num_experts_per_tok: int = from_gguf("expert_used_count")
     first_k_dense_replace: int = from_gguf("leading_dense_block_count", 0)

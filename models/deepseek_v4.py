@@ -17,7 +17,7 @@ from tensorgraph.graph import Graph, Node
 from tensorgraph.models.architecture import Architecture
 from tensorgraph.models.blocks import embed, flatten, heads, logits, norm
 from tensorgraph.models.builder import Builder
-from tensorgraph.models.config import MOST_LAYERS, RopeScaling, from_gguf
+from tensorgraph.models.config import MOST_EXPERTS, MOST_LAYERS, RopeScaling, from_gguf
 from tensorgraph.models.deepseek_v4_names import names
 from tensorgraph.models.deepseek_v32 import best_rows
 from tensorgraph.models.experts import expert_sum, route, weigh
@@ -57,7 +57,7 @@ class Config:
     q_lora_rank: int = from_gguf("attention.q_lora_rank")
     o_lora_rank: int = from_gguf("attention.output_lora_rank")
     o_groups: int = from_gguf("attention.output_group_count")
-    n_routed_experts: int = from_gguf("expert_count")
+    n_routed_experts: int = from_gguf("expert_count", most=MOST_EXPERTS)
     n_shared_experts: int = from_gguf("expert_shared_count")
     num_experts_per_tok: int = from_gguf("expert_used_count")
     norm_topk_prob: bool = from_gguf("expert_weights_norm", True)

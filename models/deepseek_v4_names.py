@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tensorgraph.dtypes import as_dtype, i32
-from tensorgraph.models.names import Made, mxfp4_blocks, same, stacked
+from tensorgraph.models.names import Made, mxfp4_blocks, mxfp4_width, same, stacked
 
 TOP = {
     "token_embd.weight": "embed.weight",
@@ -60,7 +60,7 @@ def mxfp4(experts: Sequence[str]) -> Made:
     return Made(
         (*(f"{name}.weight" for name in experts), *(f"{name}.scale" for name in experts)),
         lambda given: np.stack([mxfp4_blocks(codes, scales) for codes, scales in zip(given[:n], given[n:], strict=True)]),
-        lambda shapes: (n, shapes[0][0], 2 * shapes[0][1]),
+        lambda shapes: (n, shapes[0][0], mxfp4_width(shapes[0], shapes[n])),
         as_dtype("mxfp4"),
         kinds=2,
     )

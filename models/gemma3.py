@@ -13,7 +13,7 @@ from tensorgraph.models.architecture import Architecture
 from tensorgraph.models.blocks import embed, feed_forward, head, norm
 from tensorgraph.models.builder import Builder
 from tensorgraph.models.config import RopeScaling, from_gguf
-from tensorgraph.models.decoder import DecoderConfig, attend, queries_keys_values, rotate, states
+from tensorgraph.models.decoder import WindowedConfig, attend, queries_keys_values, rotate, states
 from tensorgraph.models.names import LAYER, Made, made_of_layers, plus_one
 from tensorgraph.ops import geglu
 
@@ -21,20 +21,16 @@ LAYERS_OF_27B = 62
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(DecoderConfig):
+class Config(WindowedConfig):
     """Fields as published."""
 
-    sliding_window: int = from_gguf("attention.sliding_window")
     sliding_window_pattern: int = 6
-    layer_types: tuple[str, ...] = ()
     rope_local_base_freq: float = from_gguf("rope.freq_base_swa", 10000.0)
     query_pre_attn_scalar: int = from_gguf("attention.query_pre_attn_scalar", 0)
     tie_word_embeddings: bool = True
 
-    def window(self, layer: int) -> int | None:
-        if self.layer_types:
-            return self.sliding_window if self.layer_types[layer] == "sliding_attention" else None
-        return self.sliding_window if (layer + 1) % self.sliding_window_pattern else None
+    def slides(self, layer: int) -> bool:
+        return (layer + 1) % self.sliding_window_pattern != 0
 
     @property
     def scale(self) -> float:

@@ -13,28 +13,25 @@ from tensorgraph.graph import Graph, Node
 from tensorgraph.models.architecture import Architecture
 from tensorgraph.models.blocks import embed, head, norm
 from tensorgraph.models.builder import Builder
-from tensorgraph.models.config import from_gguf
-from tensorgraph.models.decoder import DecoderConfig, attend, queries_keys_values, rotate, states
+from tensorgraph.models.config import MOST_EXPERTS, from_gguf
+from tensorgraph.models.decoder import WindowedConfig, attend, queries_keys_values, rotate, states
 from tensorgraph.models.experts import expert_sum, route
-from tensorgraph.models.names import LAYER, Array, Made, made_of_layers, mxfp4_blocks, same
+from tensorgraph.models.names import LAYER, Array, Made, made_of_layers, mxfp4_blocks, mxfp4_width, same
 from tensorgraph.ops import gather, soft_max, swiglu_oai
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(DecoderConfig):
+class Config(WindowedConfig):
     """Fields as published."""
 
     intermediate_size: int = from_gguf("expert_feed_forward_length")
-    num_local_experts: int = from_gguf("expert_count")
+    num_local_experts: int = from_gguf("expert_count", most=MOST_EXPERTS)
     num_experts_per_tok: int = from_gguf("expert_used_count")
-    sliding_window: int = from_gguf("attention.sliding_window")
-    layer_types: tuple[str, ...] = ()
     swiglu_alpha: float = 1.702
     swiglu_limit: float = 7.0
 
-    def window(self, layer: int) -> int | None:
-        sliding = self.layer_types[layer] == "sliding_attention" if self.layer_types else layer % 2 == 0
-        return self.sliding_window if sliding else None
+    def slides(self, layer: int) -> bool:
+        return layer % 2 == 0
 
 
 def build(g: Builder, c: Config) -> Graph:
@@ -95,7 +92,7 @@ def matrices(name: str, rows: slice) -> Made:
     return Made(
         (f"{name}_blocks", f"{name}_scales"),
         blocks,
-        lambda s: (s[0][0], n_rows(s[0][1]), 32 * s[0][2]),
+        lambda s: (s[0][0], n_rows(s[0][1]), mxfp4_width((*s[0][1:-2], s[0][-2] * s[0][-1]), s[1][1:])),
         as_dtype("mxfp4"),
         kinds=2,
         otherwise=plain,

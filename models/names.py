@@ -21,7 +21,7 @@ class Made:
     Attributes:
         of: the tensors' names.
         make: the weight, from their values; vectors are given in f32.
-        shape: its shape, from theirs.
+        shape: its shape, from theirs; IndexError or ValueError where they do not fit.
         dtype: its type where that is not the first tensor's.
         kinds: into how many runs of equal tensors `of` falls.
         otherwise: how it is made where a tensor is missing.
@@ -100,7 +100,7 @@ def keys_of_latents(name: str, n_head: int, width: int) -> Made:
     return Made(
         (name,),
         lambda given: given[0].reshape(n_head, -1, given[0].shape[1])[:, :width].swapaxes(1, 2),
-        lambda shapes: (n_head, shapes[0][1], width),
+        lambda shapes: (n_head, shapes[0][1], min(width, _each(n_head, shapes[0]))),
     )
 
 
@@ -109,13 +109,28 @@ def values_of_latents(name: str, n_head: int, width: int) -> Made:
     return Made(
         (name,),
         lambda given: given[0].reshape(n_head, -1, given[0].shape[1])[:, width:],
-        lambda shapes: (n_head, shapes[0][0] // n_head - width, shapes[0][1]),
+        lambda shapes: (n_head, _each(n_head, shapes[0]) - width, shapes[0][1]),
     )
+
+
+def _each(n_head: int, shape: Shape) -> int:
+    """Rows of each head of a matrix."""
+    rows, _ = shape
+    if rows % n_head:
+        raise ValueError
+    return rows // n_head
 
 
 def stacked(names: Sequence[str]) -> Made:
     """One matrix for each expert: all of them. Shapes: E x [M, N] -> [E, M, N]."""
     return Made(tuple(names), np.stack, lambda shapes: (len(shapes), *shapes[0]))
+
+
+def mxfp4_width(codes: Shape, scales: Shape) -> int:
+    """Elements of a row, from the shapes of its codes [..., N / 2] and scales [..., N / 32]."""
+    if codes != (*scales[:-1], 16 * scales[-1]):
+        raise ValueError
+    return 32 * scales[-1]
 
 
 def mxfp4_blocks(codes: Array, scales: Array) -> Array:

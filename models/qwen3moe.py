@@ -11,7 +11,7 @@ from tensorgraph.errors import UnsupportedError
 from tensorgraph.graph import Graph, Node
 from tensorgraph.models.architecture import Architecture
 from tensorgraph.models.builder import Builder
-from tensorgraph.models.config import from_gguf
+from tensorgraph.models.config import MOST_EXPERTS, from_gguf
 from tensorgraph.models.decoder import DecoderConfig, decode, states
 from tensorgraph.models.experts import expert_sum, route, weigh
 from tensorgraph.models.names import LAYER, Made, made_of_experts, made_of_layers
@@ -23,7 +23,7 @@ from tensorgraph.ops import soft_max
 class Config(DecoderConfig):
     """Fields as published."""
 
-    num_experts: int = from_gguf("expert_count")
+    num_experts: int = from_gguf("expert_count", most=MOST_EXPERTS)
     num_experts_per_tok: int = from_gguf("expert_used_count")
     moe_intermediate_size: int = from_gguf("expert_feed_forward_length")
     norm_topk_prob: bool = True  # GGUF files have no key for it

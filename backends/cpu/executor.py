@@ -115,7 +115,8 @@ class Executor:
 
     def tell(self, follower: Follower) -> None:
         """From now on it may run programs with `team`, under `lock`, until it is told to halt."""
-        self._followers.add(follower)
+        with self.lock:
+            self._followers.add(follower)
 
     def halt(self) -> None:
         """Tell all followers to look around before they run anything."""

@@ -109,6 +109,10 @@ class Checkpoint:
             raise UnknownNameError(f"[checkpoint] {self.folder} has no weight {name!r}")
         made, info = self._made[name], self.tensors[name]
         value = made.make([self._read(source) for source in made.of])
+        last = info.shape[-1:] if not info.dtype.is_block else (info.dtype.size_bytes(info.shape[-1]),)
+        if value.shape != (*info.shape[:-1], *last):
+            given = list(self.stored[made.of[0]].shape)
+            raise FormatError(f"[checkpoint] {self.folder}: {name} cannot be made of {made.of[0]}, ..., {given}")
         return np.ascontiguousarray(value, info.dtype.numpy)
 
     def close(self) -> None:
@@ -122,7 +126,12 @@ class Checkpoint:
         for source, tensor in zip(made.of, tensors, strict=True):
             if tensor.kind not in _TYPES:
                 raise FormatError(f"[checkpoint] {tensor.file}: {source} is of type {tensor.kind}, which is not read")
-        shape, dtype = made.shape([t.shape for t in tensors]), made.dtype or _TYPES[tensors[0].kind]
+        dtype = made.dtype or _TYPES[tensors[0].kind]
+        try:
+            shape = made.shape([t.shape for t in tensors])
+        except (IndexError, ValueError):
+            given = ", ".join(str(list(shape)) for shape in dict.fromkeys(t.shape for t in tensors))
+            raise FormatError(f"[checkpoint] {self.folder}: {name} cannot be made of {made.of[0]}, ..., {given}") from None
         return WeightInfo(shape, f32 if len(shape) == 1 and dtype.is_float else dtype)
 
     def _read(self, name: str) -> np.ndarray[Any, Any]:

@@ -44,7 +44,7 @@ DECODERS = (
     Mistake("weights of experts do not sum to one", _MOE, "normalise=c.norm_topk_prob", "normalise=False", "qwen3moe"),
     Mistake("one expert less", _MOE, "route(scores, None, c.num_experts_per_tok)", "route(scores, None, 2)", "qwen3moe"),
     Mistake("no norm before the experts", _DECODER, "else mix(b, y)", "else mix(b, x)", "qwen3moe"),
-    Mistake("layers see all first", _GPT_OSS, '== "sliding_attention"', '!= "sliding_attention"', "gpt_oss"),
+    Mistake("layers see all first", _DECODER, '== "sliding_attention"', '!= "sliding_attention"', "gpt_oss"),
     Mistake("gpt-oss has no sinks", _GPT_OSS, "window=window, sinks=sinks)", "window=window)", "gpt_oss"),
     Mistake("a ramp of whole pairs", _GPT_OSS, "truncate=False", "truncate=True", "gpt_oss"),
     Mistake("no magnitude", _DECODER, "layout=layout, magnitude=magnitude)", "layout=layout)", "gpt_oss"),

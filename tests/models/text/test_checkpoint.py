@@ -17,7 +17,7 @@ from tensorgraph import registry
 from tensorgraph.compiler import CompileOptions
 from tensorgraph.dtypes import as_dtype
 from tensorgraph.engine import Engine
-from tensorgraph.errors import FormatError, InputError, TensorGraphError, UnknownNameError
+from tensorgraph.errors import FormatError, InputError, ShapeError, TensorGraphError, UnknownNameError
 from tensorgraph.models import load
 from tensorgraph.models.architecture import model_from_checkpoint
 from tensorgraph.models.text.checkpoint import INDEX, WHOLE, Checkpoint, WeightInfo
@@ -153,6 +153,14 @@ def without(key: str) -> Damage:
     return damage
 
 
+def says(key: str, value: Any) -> Damage:
+    def damage(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, key: value}))
+
+    return damage
+
+
 def cut(folder: Path) -> None:
     content = (folder / WHOLE).read_bytes()
     (folder / WHOLE).write_bytes(content[:-10])
@@ -187,10 +195,42 @@ DAMAGED: dict[str, tuple[Damage, type[TensorGraphError], str]] = {
     "an expert is larger": (
         tensors(lambda t: t.update({EXPERT: np.zeros((2, 2), np.float32)})), FormatError, "differ in shape or type",
     ),
+    "a number of experts without end": (says("num_experts", 2**31 - 1), FormatError, "num_experts must be from 1 to 4096"),
+    "experts that are vectors": (
+        tensors(lambda t: t.update({n: np.zeros(4, np.float32) for n in t if ".experts." in n})), ShapeError, "ffn_gate_exps",
+    ),
     "weights of bools": (
         tensors(lambda t: t.update({"model.norm.weight": np.zeros(96, np.bool_)})), FormatError, "norm.weight is of type BOOL",
     ),
 }  # fmt: skip
+
+
+def changed(end: str, change: Callable[[Any], Any]) -> Damage:
+    """Tensors whose names end so."""
+    return tensors(lambda held: held.update({n: np.ascontiguousarray(change(a)) for n, a in held.items() if n.endswith(end)}))
+
+
+def few_scales(held: dict[str, Any]) -> None:
+    held[f"{EXPERTS}_blocks"], held[f"{EXPERTS}_scales"] = np.zeros((6, 128, 3, 16), np.uint8), np.zeros((6, 128, 2), np.uint8)
+
+
+EXPERTS = "model.layers.1.mlp.experts.gate_up_proj"
+MISFITS: dict[str, tuple[str, Damage, str]] = {
+    "rows of no whole heads": ("deepseek_v3", changed("kv_b_proj.weight", lambda a: a[:-1]), "attn_k_b"),
+    "latents of one axis": ("deepseek_v3", changed("kv_b_proj.weight", lambda a: a[0]), "attn_k_b"),
+    "experts of two axes": ("gpt_oss", changed("gate_up_proj", lambda a: a[0]), "ffn_gate_exps"),
+    "fewer scales than codes": ("gpt_oss", tensors(few_scales), "ffn_gate_exps"),
+    "layers of too few types": ("gpt_oss", says("layer_types", ["full_attention"]), "layer_types must have one for each layer"),
+    "a layer of another type": ("gpt_oss", says("layer_types", ["chunked_attention"] * 4), "layer_types"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_tensors_that_do_not_fit_are_refused_with_a_sentence(name: str, tmp_path: Path) -> None:
+    folder, damage, message = MISFITS[name]
+    damage(folder_of(folder, tmp_path))
+    with pytest.raises(FormatError, match=message):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("name", DAMAGED)
