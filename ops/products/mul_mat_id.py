@@ -91,7 +91,7 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
 
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     n_experts, n_used, n_tokens = draw(st.integers(1, 9)), draw(st.integers(1, 4)), draw(st.integers(0, 6))
-    m, k = draw(st.sampled_from((1, 7, 16, 33))), draw(st.sampled_from((1, 8, 31)))
+    m, k = draw(st.sampled_from((1, 7, 16, 33))), draw(st.sampled_from((1, 8, 31, 32, 64, 256)))
     ids = rng.integers(draw(st.sampled_from((-1, 0))), n_experts, (n_tokens, n_used)).astype(np.int32)
     a = rng.standard_normal((n_experts, m, k)).astype(np.float32)
     b = rng.standard_normal((n_tokens, draw(st.sampled_from((1, n_used))), k)).astype(np.float32)

@@ -75,6 +75,6 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
 
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     batch = draw(st.sampled_from(((), (1,), (2,), (2, 3))))
-    m, n, r = draw(st.integers(1, 40)), draw(st.sampled_from((0, 1, 3, 8, 33))), draw(st.integers(0, 9))
+    m, n, r = draw(st.integers(1, 40)), draw(st.sampled_from((0, 1, 3, 8, 33, 64, 256))), draw(st.integers(0, 9))
     a = rng.standard_normal((*batch, m, n)).astype(draw(st.sampled_from((np.float32, np.float16))))
     return {"a": a, "ids": rng.integers(-1, m, (*batch, r)).astype(draw(st.sampled_from((np.int32, np.int64))))}, {}
