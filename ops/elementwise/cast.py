@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -56,3 +56,16 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
     blocks = ("q8_0", "q4_0") if not whole and shape and shape[-1] % 32 == 0 else ()
     dtype = draw(st.sampled_from(("f32", "f16", "bf16", "i32", "i64", *blocks)))
     return {"x": draw(arrays.arrays(source, shape, elements=values))}, {"dtype": dtype}
+
+
+@cast.law
+def nothing_stays_nothing(run: Callable[..., Array], x: Array, *, dtype: DType) -> None:
+    assert not run(np.zeros_like(x), dtype=dtype).any()
+
+
+@cast.law
+def what_fits_stays(run: Callable[..., Array], x: Array, *, dtype: DType) -> None:
+    """A value of the type casts to itself."""
+    if not dtype.is_block:
+        y = run(x, dtype=dtype)
+        np.testing.assert_array_equal(run(y, dtype=dtype), y)

@@ -93,4 +93,14 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
     batch = draw(st.sampled_from(((), (2,)))) + tuple(batch)
     size = draw(st.sampled_from((1e-12, 1.0, 1e12)))
     a = (rng.standard_normal((*mine, m, k)) * size).astype(np.float32)
-    return {"a": a.astype(np.float16) if size == 1 and draw(st.booleans()) else a, "b": rng.standard_normal((*batch, n, k)).astype(np.float32)}, {}
+    return {
+        "a": a.astype(np.float16) if size == 1 and draw(st.booleans()) else a,
+        "b": rng.standard_normal((*batch, n, k)).astype(np.float32),
+    }, {}
+
+
+@mul_mat.typical
+def typical(rng: np.random.Generator) -> list[tuple[dict[str, Array], dict[str, Any]]]:
+    """One new token, and many."""
+    a = np.zeros((4096, 4096), np.float32)
+    return [({"a": a, "b": np.zeros((n, 4096), np.float32)}, {}) for n in (1, 512)]

@@ -96,3 +96,14 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
     a = rng.standard_normal((n_experts, m, k)).astype(np.float32)
     b = rng.standard_normal((n_tokens, draw(st.sampled_from((1, n_used))), k)).astype(np.float32)
     return {"a": a, "b": b, "ids": ids}, {}
+
+
+@mul_mat_id.typical
+def typical(rng: np.random.Generator) -> list[tuple[dict[str, Array], dict[str, Any]]]:
+    """Eight of 32 experts, of one new token and of many."""
+    a = np.zeros((32, 768, 2048), np.float32)
+
+    def chosen(n_tokens: int) -> Array:
+        return np.argsort(rng.random((n_tokens, 32)), axis=1)[:, :8].astype(np.int32)
+
+    return [({"a": a, "b": np.zeros((n, 1, 2048), np.float32), "ids": chosen(n)}, {}) for n in (1, 256)]

@@ -78,3 +78,9 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
     m, n, r = draw(st.integers(1, 40)), draw(st.sampled_from((0, 1, 3, 8, 33, 64, 256))), draw(st.integers(0, 9))
     a = rng.standard_normal((*batch, m, n)).astype(draw(st.sampled_from((np.float32, np.float16))))
     return {"a": a, "ids": rng.integers(-1, m, (*batch, r)).astype(draw(st.sampled_from((np.int32, np.int64))))}, {}
+
+
+@get_rows.typical
+def typical(rng: np.random.Generator) -> list[tuple[dict[str, Array], dict[str, Any]]]:
+    table = np.zeros((16384, 2048), np.float32)
+    return [({"a": table, "ids": rng.integers(0, len(table), 2048).astype(np.int32)}, {})]

@@ -94,3 +94,9 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
     ids = np.argsort(rng.random((*mine, m)), -1)[..., :r].astype(draw(st.sampled_from((np.int32, np.int64))))
     a = rng.standard_normal((*batch, m, n)).astype(draw(st.sampled_from((np.float32, np.float16))))
     return {"a": a, "b": rng.standard_normal((*batch, r, n)).astype(np.float32), "ids": ids}, {}
+
+
+@set_rows.typical
+def typical(rng: np.random.Generator) -> list[tuple[dict[str, Array], dict[str, Any]]]:
+    table, rows = np.zeros((8192, 2048), np.float32), np.zeros((2048, 2048), np.float32)
+    return [({"a": table, "b": rows, "ids": rng.permutation(len(table))[: len(rows)].astype(np.int32)}, {})]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -71,3 +71,17 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
     lengths = draw(st.lists(st.sampled_from((0, 1, 3, 7)), min_size=1, max_size=4))
     shapes = [(*shape[:axis], n, *shape[axis + 1 :]) for n in lengths]
     return {f"x{i}": draw(arrays.arrays(dtype, s, elements=values)) for i, s in enumerate(shapes)}, {"axis": axis}
+
+
+@concat.typical
+def typical(rng: np.random.Generator) -> list[tuple[dict[str, Array], dict[str, Any]]]:
+    return [({f"x{i}": np.zeros((2048, 2048), np.float32) for i in range(2)}, {"axis": -1})]
+
+
+@concat.law
+def slices_are_the_inputs(run: Callable[..., Array], slots: dict[str, Array], *, axis: int) -> None:
+    """Each in its place."""
+    y, start = run(slots, axis=axis), 0
+    for x in slots.values():
+        np.testing.assert_array_equal(y.take(range(start, start + x.shape[axis]), axis), x)
+        start += x.shape[axis]

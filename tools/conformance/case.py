@@ -91,13 +91,13 @@ def _possible(op: Op, slot: str, x: Array, shape: Shape, kind: str) -> bool:
         return static
     if kind == "blocks":
         whole = x.dtype == np.float32 and x.ndim > 1 and x.shape[-1] % 32 == 0 and x.size > 0
-        return static and whole and _takes_blocks(op, slot)
+        return static and whole and takes_blocks(op, slot)
     if kind == "broadcast":
         return as_dtype(x.dtype).is_float and any(n > 1 for n in x.shape)
     return kind == "dense" or (x.ndim > 1 if kind in ("permuted", "scattered") else x.ndim > 0)
 
 
-def _takes_blocks(op: Op, slot: str) -> bool:
+def takes_blocks(op: Op, slot: str) -> bool:
     """Whether an input may be of a block type by the signature, and nothing else is then to be of it."""
     if op.signature is None:
         return False

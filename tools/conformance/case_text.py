@@ -19,8 +19,7 @@ from tensorgraph.errors import InputError
 from tensorgraph.tools.conformance.draw import Draw
 
 SCALARS: Mapping[str, type] = {
-    name: getattr(np, name)
-    for name in ("float64", "float32", "float16", "int8", "uint8", "int16", "int32", "int64", "bool_")
+    name: getattr(np, name) for name in ("float64", "float32", "float16", "int8", "uint8", "int16", "int32", "int64", "bool_")
 } | {"bfloat16": ml_dtypes.bfloat16}
 NUMBERS: Mapping[str, float] = {"nan": math.nan, "inf": math.inf}
 NAMES: Mapping[str, Any] = {"none": None, "true": True, "false": False, **NUMBERS, **SCALARS}

@@ -221,6 +221,8 @@ def _conform(case: Case, drawn: Slots, device: Device) -> float:
     both = op.reference_fn is not None and op.expansion is not None
     parts = ("reference", "expansion") if both else ("reference",)
     worst = max(_judged(part, got, case, replace(meaning, expanded=part == "expansion")) for part in parts)
+    if watched.wrong:
+        raise NotConforming("memory", watched.wrong)
     if again.tobytes() != got.tobytes():
         raise NotConforming("second run", "the same plan gives other bits when it is run again")
     for threads, result in on_other_threads(watched):
@@ -234,8 +236,6 @@ def _conform(case: Case, drawn: Slots, device: Device) -> float:
         options = replace(OPTIONS, lowerings=(form.name,))
         lowered = Watched(watched.graph, case.stored, device, case.dims, options).run()
         worst = max(worst, _judged(f"lowering {form.name}", lowered, case, meaning))
-    if watched.wrong:
-        raise NotConforming("memory", watched.wrong)
     if not _rows_stand_alone(meaning, values):
         raise NotConforming("rows", f"some rows of {', '.join(op.row_inputs)} alone do not give those rows of the result")
     for part, error in _broken_laws(op, drawn, case.attrs, device) if is_finite(drawn) else ():

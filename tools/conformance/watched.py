@@ -53,12 +53,13 @@ class Watched:
     def run(self) -> Array:
         """The result; once more memory is filled before, and looked through after it."""
         memory = self.plan.memory.get(self.device.name, MemoryPlan())
-        arena = getattr(self.device, "arena", None)
-        whole = arena is not None and len(arena) >= memory.peak_bytes
-        if whole:
+        arena: Array | None = getattr(self.device, "arena", None)
+        if arena is not None and len(arena) < memory.peak_bytes:
+            arena = None  # it grows when the first run begins
+        if arena is not None:
             arena[: memory.peak_bytes] = PATTERN
         result = np.array(self.bound.run(self._inputs, dims=self.dims)["y"])
-        if whole and arena is getattr(self.device, "arena", None):
+        if arena is not None and arena is getattr(self.device, "arena", None):
             self._look(arena[: memory.peak_bytes], memory)
         for name, (now, before) in self._memory.items():
             if not np.array_equal(now, before):
