@@ -53,14 +53,11 @@ class Watched:
     def run(self) -> Array:
         """The result; once more memory is filled before, and looked through after it."""
         memory = self.plan.memory.get(self.device.name, MemoryPlan())
-        arena: Array | None = getattr(self.device, "arena", None)
-        if arena is not None and len(arena) < memory.peak_bytes:
-            arena = None  # it grows when the first run begins
-        if arena is not None:
-            arena[: memory.peak_bytes] = PATTERN
+        arena: Array = getattr(self.device, "arena", np.zeros(0, np.uint8))[: memory.peak_bytes]
+        arena[...] = PATTERN
         result = np.array(self.bound.run(self._inputs, dims=self.dims)["y"])
-        if arena is not None and arena is getattr(self.device, "arena", None):
-            self._look(arena[: memory.peak_bytes], memory)
+        if len(arena) == memory.peak_bytes:  # else it was too short before the run, and is another one now
+            self._look(arena, memory)
         for name, (now, before) in self._memory.items():
             if not np.array_equal(now, before):
                 where = np.flatnonzero(now != before) - GUARD_BYTES - as_dtype(self.arrays[name].dtype).block_bytes
