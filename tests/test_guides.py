@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from tests.models import tiny
+from tests.reference import reference_path
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = "from tensorgraph.tools.start import main; main()"
@@ -38,9 +42,18 @@ class Guide:
         file.write_text(content)
 
     def run(self, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PYTHONPATH": f"{self.folder / 'range'}:{ROOT}"}
-        command = [sys.executable, "-c", PROGRAM, *arguments]
+        return self._run(["-c", PROGRAM, *arguments])
+
+    def _run(self, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONPATH": f"{self.folder}:{self.folder / 'range'}:{ROOT}"}
+        command = [sys.executable, *arguments]
         return subprocess.run(command, capture_output=True, text=True, cwd=self.folder, env=environment, timeout=300)
+
+    def python(self, path: str) -> str:
+        """What a file prints that must succeed."""
+        result = self._run([path])
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
 
     def ok(self, arguments: list[str]) -> str:
         result = self.run(arguments)
@@ -87,3 +100,20 @@ def test_adding_an_op(tmp_path: Path) -> None:
     assert "row_range  cpu" in perf and "x f32[2048, 4096]" in perf
     assert [line.split() for line in support.splitlines()][1] == ["row_range", "x", "real", "all", "all"]
     assert coverage.splitlines()[-1] == "1 ops, 0 without a kernel, a law or strided cases"
+
+
+def test_adding_a_model(tmp_path: Path) -> None:
+    guide = Guide("adding-a-model.md", tmp_path)
+    (path, content), compare = guide.blocks()
+    assert content == (ROOT / "tests/models/outside/smollm3.py").read_text()  # which its own test holds, layer by layer
+    guide.write(path, content)
+    guide.write(*compare)
+    shutil.copytree(tiny.folder("smollm3"), tmp_path / "checkpoint")
+    shutil.copy(reference_path("smollm3/reference.npz"), tmp_path)
+    printed = guide.python(compare[0])
+    errors = [float(error) for error in re.findall(r"^(?:reference|cpu), \d+ tokens a step: NMSE (\S+)$", printed, re.MULTILINE)]
+    assert len(errors) == 6 and max(errors) <= 1e-9
+    (tmp_path / "pyproject.toml").write_text('[project.entry-points."tensorgraph.plugins"]\nsmollm3 = "smollm3"\n')
+    installed(tmp_path, "smollm3")
+    planned, inspected = map(guide.ok, guide.commands())
+    assert "smollm3" in inspected and "arena" in planned
