@@ -89,11 +89,11 @@ def open_model(path: str | Path) -> Model:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer alone, of a file, or of a folder whether or not it holds weights.
 
-    Raises: InputError, FormatError, UnsupportedError, UnknownNameError as `Tokenizer.from_gguf` and `from_file` do.
+    Raises: InputError, FormatError, UnsupportedError, UnknownNameError as `Tokenizer.from_gguf` and `from_folder` do.
     """
     place = find_model(path)
     if place.is_dir():
-        return Tokenizer.from_file(place / "tokenizer.json")
+        return Tokenizer.from_folder(place)
     with GGUF.open(place) as file:
         return Tokenizer.from_gguf(file.metadata)
 
@@ -111,11 +111,11 @@ class TextModel:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Raises: InputError, FormatError, UnsupportedError, UnknownNameError as `Tokenizer.from_gguf` and `from_file` do."""
+        """Raises: InputError, FormatError, UnsupportedError, UnknownNameError as `Tokenizer.from_gguf` and `from_folder` do."""
         file = self._file
         if isinstance(file, GGUF):
             return Tokenizer.from_gguf(file.metadata)
-        return Tokenizer.from_file(file.folder / "tokenizer.json")
+        return Tokenizer.from_folder(file.folder)
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
