@@ -14,7 +14,7 @@ from tensorgraph.compiler import CompileOptions
 from tensorgraph.device import Device, get_devices
 from tensorgraph.dtypes import DType
 from tensorgraph.engine import Engine
-from tensorgraph.errors import CannotTrim, InputError
+from tensorgraph.errors import CannotTrim, InputError, UnsupportedError
 from tensorgraph.extents import Extents
 from tensorgraph.models.architecture import Model, model_from_checkpoint, model_from_gguf
 from tensorgraph.models.text.generation import Generation
@@ -29,6 +29,7 @@ from tensorgraph.state_store import StateStore
 if TYPE_CHECKING:
     from tensorgraph.models.text.chat import ChatTemplate
     from tensorgraph.models.text.checkpoint import Checkpoint
+    from tensorgraph.models.text.embedding import Pooling, Text
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | np.ndarray | Sequence[Message]
@@ -130,9 +131,61 @@ class TextModel:
         assert self.model.file is not None
         return self.model.file  # type: ignore[return-value]  # weights of other kinds have no text around them
 
+    @cached_property
+    def pooling(self) -> Pooling:
+        """How its files say that the vectors of texts are made of those of tokens; the mean where they do not say it."""
+        from tensorgraph.models.text.embedding import declared_pooling
+
+        return declared_pooling(self._file)
+
     def session(self, *, context: int | None = None, step_tokens: int = 512) -> TextSession:
-        """A new sequence of at most `context` tokens, the model's own limit where None; see `Session`."""
+        """A new sequence of at most `context` tokens, the model's own limit where None; see `Session`.
+
+        Raises: UnsupportedError: the model is an encoder.
+        """
+        if self.model.encodes:
+            encoder = f"{self.model.architecture.name} is an encoder"
+            raise UnsupportedError(f"[session] {encoder}: it generates no text and gives no logits; it is there for `embed`")
         return TextSession(self, context=context, step_tokens=step_tokens)
+
+    def embed(
+        self,
+        texts: Sequence[Text],
+        *,
+        pooling: Pooling | None = None,
+        normalize: bool = True,
+        batch: int = 512,
+        truncate: bool = False,
+    ) -> np.ndarray:
+        """A vector for each text, made of the hidden states of its tokens after the last norm.
+
+        Args:
+            texts: texts, or the ids of their tokens.
+            pooling: the `mean` of a text's tokens, the first (`cls`) or the `last`; as the model's files say where None.
+            normalize: to length 1.
+            batch: tokens of several texts that are evaluated in one step; no text sees another.
+            truncate: cut texts that are longer than the model's positions.
+
+        Shapes: -> f32 [N, D].
+        Raises: InputError: a text is empty or too long, or pooling is `none`. UnsupportedError: the files ask for more.
+        """
+        from tensorgraph.models.text.embedding import as_pooling, embed, encode, hidden_states
+
+        chosen = self.pooling if pooling is None else as_pooling(pooling)
+        if chosen == "none":
+            raise InputError("[embed] wanted pooling mean, cls or last; with none, `embed_tokens` gives a vector for each token")
+        rows = hidden_states(self, encode(self, texts, truncate=truncate), batch=batch)
+        vectors = list(embed(rows, chosen, normalize=normalize))
+        return np.stack(vectors) if vectors else np.empty((0, self.model.config.hidden_size), np.float32)
+
+    def embed_tokens(
+        self, texts: Sequence[Text], *, normalize: bool = False, batch: int = 512, truncate: bool = False
+    ) -> list[np.ndarray]:
+        """A vector for each token of each text; see `embed`. Shapes: -> N x f32 [n, D]."""
+        from tensorgraph.models.text.embedding import embed, encode, hidden_states
+
+        rows = hidden_states(self, encode(self, texts, truncate=truncate), batch=batch)
+        return list(embed(rows, "none", normalize=normalize))
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """The ids of a conversation, up to where the model's answer begins."""

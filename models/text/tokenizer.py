@@ -38,11 +38,12 @@ class Tokenizer:
         vocab_size: number of tokens.
         bos_id, eos_id: the ids that begin and end a sequence, or None.
         eog_ids: every id that ends a generation.
+        suffix: what `add_special` puts after a text.
     """
 
     def __init__(self, codec: Codec, vocabulary: Vocabulary, prefix: list[int], suffix: list[int]) -> None:
         """Join a codec and its vocabulary; `prefix` and `suffix` are what `add_special` puts around a text."""
-        self._codec, self._vocabulary, self._prefix, self._suffix = codec, vocabulary, prefix, suffix
+        self._codec, self._vocabulary, self._prefix, self.suffix = codec, vocabulary, prefix, suffix
         self.vocab_size = len(vocabulary.tokens)
         self.bos_id, self.eos_id, self.eog_ids = vocabulary.bos_id, vocabulary.eos_id, vocabulary.eog_ids
 
@@ -110,7 +111,7 @@ class Tokenizer:
             message = f"[encode] wanted Unicode text; got half a surrogate pair, {text[error.start]!r} at {error.start}"
             raise InputError(message) from None
         ids = self._codec.encode(text, parse_special)
-        return [*self._prefix, *ids, *self._suffix] if add_special else ids
+        return [*self._prefix, *ids, *self.suffix] if add_special else ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """The text of ids; bytes that are no UTF-8 become U+FFFD.
