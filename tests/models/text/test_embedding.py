@@ -139,7 +139,7 @@ def test_what_a_gguf_file_says_of_pooling(number: Any, pooling: str | None, tmp_
         assert model.embed([ids(1)], pooling="cls").shape == (1, 32)
 
 
-MODULES = [{"idx": i, "type": f"sentence_transformers.models.{kind}"} for i, kind in enumerate(("Transformer", "Pooling", "Normalize"))]
+MODULES = [{"type": f"sentence_transformers.models.{kind}"} for kind in ("Transformer", "Pooling", "Normalize")]
 
 
 @pytest.mark.parametrize(
