@@ -33,6 +33,7 @@ Metadata = Mapping[str, Any]
 HIDDEN = "norm"
 """The node of hidden states after the last norm, [O, D], in every architecture."""
 TYPES = "tokenizer.ggml.token_type_count"
+"""Among the vocabulary's metadata, but the size of a weight."""
 
 
 class Architecture:

@@ -112,18 +112,33 @@ def test_long_texts(worded: TextModel) -> None:
     np.testing.assert_array_equal(cut, worded.embed([held, held]))
 
 
-def test_a_decoder_gives_its_last_norm() -> None:
-    """In chunks, and beside others: later tokens change nothing before them."""
+def decoder(architecture: str) -> Path:
+    folder = architecture in tiny.FOLDERS
+    return tiny.folder(architecture) if folder else reference_path(f"{architecture}/{architecture}-f32.gguf")
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_decoders_give_their_last_norm(architecture: str) -> None:
+    """Beside others, of one token and of a few: later tokens change nothing before them."""
+    stored = tiny.reference(architecture)
+    tokens, at = stored["input_ids"].tolist(), stored["hidden_pos"]
+    with load(decoder(architecture), kv_type="f32") as model:
+        one, few, whole = model.embed_tokens([tokens[:1], tokens[:3], tokens])
+    assert tiny.nmse(whole[at], stored["hidden_norm"]) <= tiny.bound(architecture)
+    assert tiny.nmse(few, whole[:3]) <= 1e-9 and tiny.nmse(one, whole[:1]) <= 1e-9
+
+
+@tiny.on_every_backend
+def test_a_decoder_is_pooled_over_all_of_its_chunks(backend: str) -> None:
     stored = tiny.reference("llama")
     tokens, at = stored["input_ids"].tolist(), stored["hidden_pos"]
-    for backend in tiny.BACKENDS:
-        with load(reference_path("llama/llama-f32.gguf"), backend=backend, kv_type="f32") as model:
-            long, short = model.embed_tokens([tokens, tokens[:9]], batch=50)
-            assert tiny.nmse(long[at], stored["hidden_norm"]) <= 1e-9 and tiny.nmse(short, long[:9]) <= 1e-9
-            means = model.embed([tokens[:9], tokens[:5], tokens[:7]], normalize=False)
-            for mean, n in zip(means, (9, 5, 7), strict=True):
-                assert tiny.nmse(mean, long[:n].mean(0)) <= 1e-9
-            assert tiny.nmse(model.embed([tokens], pooling="last", normalize=False)[0], long[-1]) <= 1e-9
+    with load(decoder("llama"), backend=backend, kv_type="f32") as model:
+        long, short = model.embed_tokens([tokens, tokens[:9]], batch=50)
+        assert tiny.nmse(long[at], stored["hidden_norm"]) <= 1e-9 and tiny.nmse(short, long[:9]) <= 1e-9
+        means = model.embed([tokens[:9], tokens[:5], tokens], normalize=False, batch=50)
+        for mean, n in zip(means, (9, 5, len(tokens)), strict=True):
+            assert tiny.nmse(mean, long[:n].mean(0)) <= 1e-9
+        assert tiny.nmse(model.embed([tokens], pooling="last", normalize=False)[0], long[-1]) <= 1e-9
 
 
 @pytest.mark.parametrize(
