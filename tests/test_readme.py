@@ -34,12 +34,17 @@ values = np.linspace(-3, 3, 37, dtype=np.float32)
 native, meant = (run_op("snake", values, a=2.0, backend=name) for name in ("cpu", "reference"))
 print("off by", np.abs(native - meant).max())
 """
-    off = re.search(r"off by (\S+)", run(EXAMPLES[0] + EXAMPLES[2] + check))
+    off = re.search(r"off by (\S+)", run(EXAMPLES[0] + EXAMPLES[3] + check))
     assert off is not None and 0 <= float(off[1]) < 1e-6
 
 
 def test_the_model_example_generates_text() -> None:
     assert "Paris" in run(EXAMPLES[1])
+
+
+def test_the_encoder_example_says_which_texts_are_alike() -> None:
+    (a, b, c), (_, d, e), _ = [[float(x) for x in re.findall(r"-?\d[\d.e-]*", row)] for row in run(EXAMPLES[2]).splitlines()]
+    assert a == pytest.approx(1, abs=1e-5) and d == pytest.approx(1, abs=1e-5) and b > 0.3 > max(c, e)
 
 
 @pytest.mark.parametrize("folder", ["tensorgraph", "ops", "backends", "models", "tools", "tests"])

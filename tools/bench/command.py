@@ -144,7 +144,7 @@ class Settings:
 
     def _open_peer(self, name: str, model: TextModel, threads: int, context: int) -> Peer | None:
         """The peer with its file; None, and a sentence on stderr, where it cannot be had."""
-        from tensorgraph.models.text.model import find_model
+        from tensorgraph.models.text.packaged import find_model
         from tensorgraph.tools.bench.peer_process import Peer, PeerError
 
         if self.python is None:

@@ -299,8 +299,8 @@ def test_pre_tokenizers_cut_where_their_families_do(name: str, text: str, parts:
 
 
 DAMAGED: dict[str, tuple[Metadata, type[Exception], str]] = {
-    "no kind": ({}, UnsupportedError, "the kinds that are there: gpt2.*, llama.* is None"),
-    "wordpiece": ({"tokenizer.ggml.model": "bert"}, UnsupportedError, "are there: gpt2.*, llama.* is 'bert'"),
+    "no kind": ({}, UnsupportedError, "the kinds that are there: gpt2.*, llama.*, bert.* is None"),
+    "unigram": ({"tokenizer.ggml.model": "t5"}, UnsupportedError, "are there: gpt2.*, llama.*, bert.* is 't5'"),
     "kind is a list": ({"tokenizer.ggml.model": ["gpt2"]}, UnsupportedError, "kinds that are there"),
     "no tokens": ({"tokenizer.ggml.model": "gpt2"}, FormatError, 'wanted "tokenizer.ggml.tokens"'),
     "tokens are text": (byte_level(tokens="abc"), FormatError, 'an array in "tokenizer.ggml.tokens"; got str'),
@@ -357,7 +357,7 @@ def test_tokenizer_json_special_tokens_and_damage(tmp_path: Path) -> None:
         (content[: len(content) // 2], FormatError),
         ("[1]", FormatError),
         ("{}", UnsupportedError),
-        (re.sub('"type": ?"BPE"', '"type":"WordPiece"', content), UnsupportedError),
+        (re.sub('"type": ?"BPE"', '"type":"Unigram"', content), UnsupportedError),
         ('{"model": {"type": "BPE", "vocab": 1}}', FormatError),
         ('{"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]]}}', FormatError),
     ):
