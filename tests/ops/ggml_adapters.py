@@ -41,10 +41,10 @@ def _over(x: Node, axis: int) -> Node:
 @adapter(
     *("abs", "neg", "sgn", "step", "sqr", "sqrt", "exp", "expm1", "log", "sin", "cos", "tanh", "floor", "ceil", "trunc"),
     *("round", "relu", "leaky_relu", "elu", "sigmoid", "silu", "gelu", "gelu_quick", "gelu_erf", "hardsigmoid"),
-    *("hardswish", "softplus", "clamp", "scale", "cumsum", "mean", "sum_rows", "rms_norm", "norm", "l2_norm"),
+    *("hardswish", "softplus", "clamp", "scale", "cumsum", "mean", "sum_rows", "rms_norm", "norm", "l2_norm", "group_norm"),
 )
 def same_name(case: Case, x: Operands) -> Node:
-    attrs = _attrs(case, "negative_slope", "min", "max", "scale", "bias", "eps")
+    attrs = _attrs(case, "negative_slope", "min", "max", "scale", "bias", "eps", "n_groups")
     return registry.ops.get(case["op"])(x["x"], **attrs)
 
 
@@ -69,6 +69,11 @@ def add_id(case: Case, x: Operands) -> Node:
 def gated(case: Case, x: Operands) -> Node:
     swapped = bool(case["params"]["swapped"])
     return registry.ops.get(case["op"])(x["a"], x.get("b"), swapped=swapped, **_attrs(case, "alpha", "limit"))
+
+
+@adapter("argmax")
+def argmax(case: Case, x: Operands) -> Node:
+    return ops.argmax(x["x"]).reshape(*case["out"]["numpy_shape"])
 
 
 @adapter("argsort")
@@ -127,6 +132,17 @@ def concat(case: Case, x: Operands) -> Node:
 @adapter("repeat")
 def repeat(case: Case, x: Operands) -> Node:
     return ops.repeat(x["x"], shape=case["out"]["numpy_shape"])
+
+
+@adapter("pad")
+def pad(case: Case, x: Operands) -> Node:
+    before, after = ([case["params"][f"{side}{d}"] for d in (3, 2, 1, 0)] for side in ("lp", "rp"))
+    return ops.pad(x["x"], before=before, after=after, circular=bool(case["params"]["circular"]))
+
+
+@adapter("arange")
+def arange(case: Case, x: Operands) -> Node:
+    return ops.arange(**_attrs(case, "start", "stop", "step")).reshape(*case["out"]["numpy_shape"])
 
 
 @adapter("fill")

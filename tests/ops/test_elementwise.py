@@ -196,6 +196,19 @@ def test_fill() -> None:
         ops.fill(shape=(32,), value=0.0, dtype="q8_0")
 
 
+def test_arange() -> None:
+    assert run_op("arange", stop=4.0).tolist() == [0, 1, 2, 3]
+    assert run_op("arange", start=5.0, stop=2.5, step=-1.0, dtype="i32").tolist() == [5, 4, 3]
+    assert run_op("arange", stop=-1.0).shape == (0,)
+    tenths = run_op("arange", start=1.0, stop=2.0, step=0.1, dtype="f64")
+    np.testing.assert_array_equal(tenths, [1.0 + 0.1 * i for i in range(10)])
+    for wrong in ({"stop": math.inf}, {"stop": 1.0, "step": 0.0}, {"stop": math.nan}):
+        with pytest.raises(AttributeValueError, match=r"\[arange\] start, stop and step must be finite, and step not 0; got"):
+            ops.arange(**wrong)
+    with pytest.raises(DTypeError, match=r"\[arange\] dtype must be a real or int type; got bool"):
+        ops.arange(stop=1.0, dtype="bool")
+
+
 def test_cast() -> None:
     x = np.array([-2.75, -0.5, 0.5, 1.5, 2049.0, 3.9], np.float32)
     assert run_op("cast", x, dtype="i32").tolist() == [-2, 0, 0, 1, 2049, 3]

@@ -8,7 +8,7 @@ import pytest
 from tensorgraph import ops
 from tensorgraph.compiler import run_op
 from tensorgraph.dims import Dim
-from tensorgraph.errors import DTypeError, GraphError, ShapeError
+from tensorgraph.errors import AttributeValueError, DTypeError, GraphError, ShapeError
 from tensorgraph.graph import input
 
 
@@ -65,6 +65,36 @@ def test_repeat_refusals_and_runtime_extents() -> None:
             ops.repeat(input("x", [2, 3]), shape=shape)
     with pytest.raises(ShapeError, match=r"\[repeat\]"):
         ops.repeat(input("x", [0, 3]), shape=(2, 3))
+
+
+@pytest.mark.parametrize("circular", [False, True])
+@pytest.mark.parametrize(("before", "after"), [((0, 0, 0), (0, 0, 0)), ((1, 0, 2), (0, 3, 4)), ((2, 3, 4), (2, 3, 4))])
+def test_pad(before: tuple[int, ...], after: tuple[int, ...], circular: bool) -> None:
+    x = np.arange(1, 25, dtype=np.int32).reshape(2, 3, 4)
+    got = run_op("pad", x, before=before, after=after, circular=circular)
+    assert got.shape == tuple(n + low + high for n, low, high in zip(x.shape, before, after, strict=True))
+    for i in np.ndindex(got.shape):
+        at = [j - low for j, low in zip(i, before, strict=True)]
+        inside = all(0 <= j < n for j, n in zip(at, x.shape, strict=True))
+        want = x[tuple(j % n for j, n in zip(at, x.shape, strict=True))] if circular or inside else 0
+        assert got[i] == want
+
+
+def test_pad_of_the_last_axes_and_its_refusals() -> None:
+    t = Dim("T", 8)
+    x = input("x", [t, 4])
+    assert ops.pad(x, before=(1,), after=(2,)).shape == (t, 7)
+    assert ops.pad(x, after=(2, 0)).shape == (t + 2, 4)
+    assert ops.pad(x, before=(4,), circular=True).attrs["before"] == (0, 4)
+    for wrong in ((-1,), (1, 1, 1), (1.5,), (True,)):
+        with pytest.raises(AttributeValueError, match=r"\[pad\] before must be numbers that are not negative"):
+            ops.pad(x, before=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match=r"\[pad\] circular padding must be at most as long as its axis, for x \[T, 4\]; got"):
+        ops.pad(x, before=(5,), circular=True)
+    with pytest.raises(ShapeError, match=r"\[pad\] circular"):
+        ops.pad(x, before=(1, 0), circular=True)
+    with pytest.raises(DTypeError, match=r"\[pad\] x must not be of a block type; got q8_0"):
+        ops.pad(input("x", [32], "q8_0"), before=(1,))
 
 
 def test_cont_is_dense_and_its_own() -> None:
