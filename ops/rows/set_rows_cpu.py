@@ -10,7 +10,7 @@ from tensorgraph.backends.cpu.operands import Operand, stored_type
 from tensorgraph.dims import product
 from tensorgraph.dtypes import DType
 from tensorgraph.graph import Node
-from tensorgraph.ops.elementwise.cast_cpu import BLOCK, ROUNDINGS
+from tensorgraph.ops.formats.rounding_cpu import ROUNDINGS, round_block
 from tensorgraph.ops.rows.index_cpu import checked
 from tensorgraph.ops.rows.set_rows import set_rows
 from tensorgraph.ops.shape.cont_cpu import copy_call, copy_row
@@ -38,8 +38,8 @@ def emit_set_rows(k: Kernel, operands: dict[str, Operand], *, block: DType | Non
         with k.when(named):
             row, out = b.row([*batch, r]), y.row([*batch, number])
             if block is not None:
-                with k.loop(0, k.i64(y.shape[-1]), BLOCK) as loop:
-                    out.store(loop.i, ROUNDINGS[block.name](k, row.load(loop.i, BLOCK)))
+                with k.loop(0, k.i64(y.shape[-1]), block.block_size) as loop:
+                    round_block(k, block.name, row, out, loop.i)
                     loop.next()
             elif b.dtype == y.dtype:
                 copy_row(k, stored_type(y.dtype), out.address, 1, row.address, row.stride, y.shape[-1])
