@@ -36,6 +36,7 @@ from tensorgraph.ops.elementwise.unary import (
     step,
     tanh,
     trunc,
+    xielu,
 )
 
 __all__ = [
@@ -82,4 +83,5 @@ __all__ = [
     "swiglu_oai",
     "tanh",
     "trunc",
+    "xielu",
 ]

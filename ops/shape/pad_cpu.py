@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from tensorgraph.backends.cpu.kernel import CHUNK, Call, Context, Kernel, NodeKernel, Ref
-from tensorgraph.backends.cpu.lines import join_axes
-from tensorgraph.backends.cpu.operands import Operand, stored_type
-from tensorgraph.dims import maximum, product
+from tensorgraph.backends.cpu.kernel import Call, Context, NodeKernel
+from tensorgraph.dims import Extent
 from tensorgraph.graph import Node
-from tensorgraph.ops.shape.cont_cpu import copy_call, zero_bytes
+from tensorgraph.ops.shape.cont_cpu import copy_call, zero_call
 from tensorgraph.ops.shape.pad import pad
 from tensorgraph.views import IndexMap
 
 
 def calls(node: Node, context: Context) -> Sequence[Call]:
-    (x,), before, after = node.inputs, node.attrs["before"], node.attrs["after"]
+    (x,), before, after, mode = node.inputs, node.attrs["before"], node.attrs["after"], node.attrs["mode"]
     middle = node.index_map
     for axis, (low, n) in enumerate(zip(before, x.shape, strict=True)):
         middle = middle.slice(axis, low, low + n)
@@ -24,37 +22,25 @@ def calls(node: Node, context: Context) -> Sequence[Call]:
         whole = node.index_map
         for other in range(axis + 1, node.ndim):
             whole = whole.slice(other, before[other], before[other] + x.shape[other])
-        for start, stop, there in ((0, low, n), (low + n, low + n + high, low)):
+        ends = ((0, low, n, 2 * low), (low + n, low + n + high, low, low + n - 2))  # from, to, and the first in either mode
+        for start, stop, circular, reflect in ends:
             if stop == start:
                 continue
             end = whole.slice(axis, start, stop)
-            if node.attrs["circular"]:
-                found.append(copy_call(node, node, whole.slice(axis, there, there + (stop - start)), end))
+            if mode == "zeros":
+                found.append(zero_call(node, end))
+            elif mode == "circular":
+                found.append(copy_call(node, node, whole.slice(axis, circular, circular + (stop - start)), end))
             else:
-                found.append(_zero_call(node, end))
+                found.append(copy_call(node, node, backwards(whole, axis, reflect, stop - start), end))
     return found
 
 
-def _zero_call(node: Node, target: IndexMap) -> Call:
-    axes = join_axes(target.shape, (target,))
-    index_map = IndexMap(tuple(n for n, _ in axes), tuple(s for _, (s,) in axes), target.offset)
-    grain = max(1, CHUNK // max(maximum(index_map.shape[-1]), 1))
-    y = Ref(node, index_map=index_map)
-    return Call(emit_zeros, {"y": y}, items=product(index_map.shape[:-1]), grain=grain, nodes=(node,))
-
-
-def emit_zeros(k: Kernel, operands: Mapping[str, Operand]) -> None:
-    """Row by row."""
-    y = operands["y"]
-    size = stored_type(y.dtype).size_bytes
-    with k.rows(y.shape[:-1]) as index:
-        row = y.row(index)
-        if isinstance(row.stride, int) and row.stride == 1:
-            zero_bytes(k, row.address, k.i64(y.shape[-1]) * size)
-            return
-        with k.loop(0, k.i64(y.shape[-1])) as loop:
-            k.store(k.zero(stored_type(y.dtype)), row.address + loop.i * row.stride * size)
-            loop.next()
+def backwards(index_map: IndexMap, axis: int, first: Extent, n: Extent) -> IndexMap:
+    """n elements of an axis, from one on toward the first."""
+    shape, strides, step = list(index_map.shape), list(index_map.strides), index_map.strides[axis]
+    shape[axis], strides[axis] = n, -1 * step
+    return IndexMap(tuple(shape), tuple(strides), index_map.offset + first * step)
 
 
 pad.kernels["cpu"] = NodeKernel(calls)

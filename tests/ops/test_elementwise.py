@@ -94,6 +94,18 @@ def test_slope_bounds_and_scale() -> None:
     np.testing.assert_array_equal(run_op("scale", array, scale=2.0, bias=1.0), [2 * v + 1 for v in x])
 
 
+def test_xielu() -> None:
+    alpha_n, alpha_p, beta, eps = 0.75, -0.25, 0.5, -1e-6
+    below, above = (math.log1p(math.exp(a)) for a in (alpha_n, alpha_p))
+    x = POINTS[np.abs(POINTS) < 50]
+    want = []
+    for v in x.tolist():
+        curved = above * v * v if v > 0 else (math.expm1(min(v, eps)) - v) * (beta + below)
+        want.append(curved + beta * v)
+    got = run_op("xielu", x, alpha_n=alpha_n, alpha_p=alpha_p, beta=beta, eps=eps)
+    np.testing.assert_allclose(got, np.array(want, np.float32), rtol=2e-7)
+
+
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 def test_narrow_types_are_computed_wide_and_rounded_once(dtype: str) -> None:
     x = input("x", [3], dtype)
