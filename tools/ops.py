@@ -65,7 +65,7 @@ def ops(
     backends = EVERYWHERE if markdown else list(registry.backends)
     with options.working("asking the backends"):
         pages = [(d, runs(op, backends)) for d, op in zip(described, chosen, strict=True)]
-        types = support([d.name for d in described], backends) if markdown else ()
+        types = support([d.name for d in described], backends)[0] if markdown else ()
     if markdown:
         typer.echo(document(pages, backends, types), nl=False)
     elif as_json:

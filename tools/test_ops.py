@@ -161,13 +161,14 @@ def _show_support(ops: Sequence[str], backends: Sequence[str], as_json: bool) ->
     from tensorgraph.tools.conformance.support import computed_text, support, types_text
 
     with options.working("asking"):
-        found = support(ops, backends)
+        found, unknown = support(ops, backends)
     if as_json:
-        typer.echo(json.dumps({"support": [dataclasses.asdict(line) for line in found]}))
+        typer.echo(json.dumps({"support": [dataclasses.asdict(line) for line in found], "unknown": unknown}))
         return
     here = list(dict.fromkeys(name for line in found for name in line.own))
     rows = [(t.op, t.slot, types_text(t.accepted), *(computed_text(t, name) for name in here)) for t in found]
-    typer.echo(options.table([("op", "input", "types", *here), *rows], left=3 + len(here)))
+    table = options.table([("op", "input", "types", *here), *rows], left=3 + len(here))
+    typer.echo("\n".join((table, *(f"not known: {reason}" for reason in unknown.values()))))
 
 
 def _show_perf(ops: Sequence[Op], backends: Sequence[str], type: str | None, threads: Threads, as_json: bool) -> None:

@@ -91,6 +91,12 @@ def undoes_squares(run: Callable[..., Array], x: Array) -> None:
     np.testing.assert_array_equal(run(whole * whole), np.abs(whole))
 
 
+def curved_below_alone(run: Callable[..., Array], x: Array, *, alpha_n: float, **attrs: float) -> None:
+    """What alpha_n says shows below zero alone."""
+    above = np.abs(x) + np.ones_like(x)
+    np.testing.assert_array_equal(run(above, alpha_n=alpha_n, **attrs), run(above, alpha_n=alpha_n + 1, **attrs))
+
+
 # Formulas that take more than a NumPy function.
 
 
@@ -121,6 +127,17 @@ def _softplus(x: Array) -> Array:
 def _round(x: Array) -> Array:
     whole = np.trunc(x)
     return whole + np.where(np.abs(x - whole) >= 0.5, np.sign(x), 0.0)
+
+
+def _xielu(x: Array, *, alpha_n: float, alpha_p: float, beta: float, eps: float) -> Array:
+    above, below = xielu_factors(alpha_n, alpha_p, beta)
+    return np.where(x > 0, above * x * x, (np.expm1(np.minimum(x, eps)) - x) * below) + beta * x
+
+
+def xielu_factors(alpha_n: float, alpha_p: float, beta: float) -> tuple[float, float]:
+    """What multiplies the square above zero, and the exponential below."""
+    positive, negative = (max(a, 0.0) + math.log1p(math.exp(-math.fabs(a))) for a in (alpha_p, alpha_n))
+    return positive, beta + negative
 
 
 # The table.
@@ -160,3 +177,11 @@ hardsigmoid = _unary("hardsigmoid", _hardsigmoid, complementary)
 hardswish = _unary("hardswish", lambda x: x * _hardsigmoid(x), gated_identity)
 softplus = _unary("softplus", _softplus, above_relu)
 """`log(1 + exp(x))`; x itself above 20, as in ggml."""
+xielu = _unary(
+    "xielu",
+    _xielu,
+    curved_below_alone,
+    attrs={"alpha_n": Attr(float), "alpha_p": Attr(float), "beta": Attr(float), "eps": Attr(float)},
+)
+"""arXiv:2411.13010: `softplus(alpha_p) x^2 + beta x` above zero, and else
+`(expm1(min(x, eps)) - x) (beta + softplus(alpha_n)) + beta x`."""

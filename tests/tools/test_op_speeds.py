@@ -72,7 +72,7 @@ def test_perf_runs_kernels_and_says_what_it_leaves_out() -> None:
 
 
 def test_support_lists_types_by_input() -> None:
-    found = {(t.op, t.slot): t for t in support(["mul_mat", "add", "cast", "rope", "geglu"], ["cpu", "reference"])}
+    found = {(t.op, t.slot): t for t in support(["mul_mat", "add", "cast", "rope", "geglu"], ["cpu", "reference"])[0]}
     assert types_text(found["mul_mat", "a"].accepted) == "real, blocks" and types_text(found["add", "a"].accepted) == "real"
     assert types_text(found["cast", "x"].accepted) == "real, int, bool, blocks"
     assert {"f32", "q8_0"} <= set(found["cast", "dtype"].accepted) and "q2_k" not in found["cast", "dtype"].accepted
@@ -114,5 +114,7 @@ def test_an_op_without_signature_says_what_to_measure() -> None:
     try:
         with pytest.raises(GraphError, match="`typical` inputs to measure"):
             typical_cases(op)
+        text = ok("test-ops", "support", "--op", "neg", "--op", "unmeasured", "--backend", "reference")
+        assert text.splitlines()[-1].startswith("not known: [unmeasured] wanted a signature")
     finally:
         registry.ops.remove("unmeasured")

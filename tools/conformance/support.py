@@ -9,7 +9,7 @@ from typing import Any
 from tensorgraph import registry
 from tensorgraph.device import Device
 from tensorgraph.dtypes import BY_NAME, DType, as_dtype
-from tensorgraph.errors import TensorGraphError
+from tensorgraph.errors import GraphError, TensorGraphError
 from tensorgraph.graph import Node, constant, input
 from tensorgraph.op import Op
 from tensorgraph.tools.conformance.coverage import devices_of, runs_expanded
@@ -38,13 +38,20 @@ class Types:
     expanded: Mapping[str, tuple[str, ...]]
 
 
-def support(ops: Sequence[str], backends: Sequence[str]) -> list[Types]:
-    """Of each op in order, a line for each input whose type may vary.
+def support(ops: Sequence[str], backends: Sequence[str]) -> tuple[list[Types], dict[str, str]]:
+    """Of each op in order, a line for each input whose type may vary; and why nothing is known of some ops, by name.
 
-    Raises: UnknownNameError: there is no such op or backend. GraphError: an op says too little.
+    Raises: UnknownNameError: there is no such op or backend.
     """
     devices = {name: device for name, device in devices_of(backends).items() if device is not None}
-    return [line for name in ops for line in _of(registry.ops.get(name), devices)]
+    lines: list[Types] = []
+    unknown = {}
+    for name in ops:
+        try:
+            lines += _of(registry.ops.get(name), devices)
+        except GraphError as error:
+            unknown[name] = str(error)
+    return lines, unknown
 
 
 def _of(op: Op, devices: Mapping[str, Device]) -> Iterator[Types]:

@@ -12,6 +12,7 @@ from tensorgraph.errors import GraphError
 from tensorgraph.op import Attr, Op
 from tensorgraph.tools.conformance.draw import TYPES, Array, Slots
 
+MOST_ELEMENTS = 1 << 26
 ROWS, WIDTH = 2048, 4096
 """Of what a signature says no more about: 32 MiB as f32, more than caches hold."""
 
@@ -35,6 +36,8 @@ def typical_cases(op: Op) -> list[tuple[Slots, dict[str, Any]]]:
             size = (int(axis),) if axis.isdigit() else (ROWS,) if axis.startswith("*") and letters else (WIDTH,)
             whole = (ROWS, WIDTH) if axis.startswith("*") and not letters else size
             shape += axes.setdefault(axis, whole) if not axis.isdigit() else size
+        if math.prod(shape) > MOST_ELEMENTS:
+            raise GraphError(f"[{op.name}] wanted `typical` inputs to measure: its signature would make {argument.name} {shape}")
         same = slots.get(argument.type)
         dtype = same.dtype if same is not None else as_dtype(TYPES.get(argument.type, (argument.type,))[0]).numpy
         slots[argument.name] = np.zeros(shape, dtype)
