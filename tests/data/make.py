@@ -61,7 +61,7 @@ def plain_names(root: Path) -> Iterator[str]:
         if arch in QUANTISED:
             yield f"{arch}/quant_refs.npz"
     yield f"{AS_UPSTREAM}/config.json"
-    for folder in ("real_smollm2", "real_minilm", "templates"):
+    for folder in ("real_smollm2", "real_gemma3", "real_minilm", "templates"):
         yield from sorted(path.relative_to(root).as_posix() for path in (root / folder).iterdir())
     for name in (*BPE_VOCABULARIES, *OTHER_VOCABULARIES):
         yield f"vocab/ggml-vocab-{name}.gguf.inp"
