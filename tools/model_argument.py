@@ -25,7 +25,7 @@ def gguf_path(name: str) -> Path | None:
     """The GGUF file that MODEL means, None where it is a configuration or a folder.
 
     Raises:
-        InputError: nothing is there under that name.
+        InputError: nothing is there under that name, or its packages are not installed.
     """
     if name in published():
         return None
@@ -49,7 +49,7 @@ def described_model(name: str, dtype: str = "f16") -> Iterator[Model]:
     if path is None and (name in published() or not find_model(name).is_dir()):
         yield model_from_config(PUBLISHED / f"{name}.json" if name in published() else name, dtype)
         return
-    model = open_model(path or name)
+    model = open_model(name)
     assert model.file is not None
     with closing(model.file):
         yield model

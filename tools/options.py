@@ -16,11 +16,11 @@ from tensorgraph.errors import InputError
 T = TypeVar("T")
 MODEL = (
     "A GGUF file (of a split one, any part), a folder with config.json and safetensors, "
-    "or the name of a model in an installed package: smollm2, minilm."
+    "or the name of a model in installed packages: smollm2, minilm, gemma3-270m."
 )
 DESCRIBED = (
-    "A GGUF file, smollm2, minilm, a published folder or config.json, or a configuration that comes with tensorgraph: "
-    "deepseek-v3, deepseek-v3.2, deepseek-v4-flash."
+    "A GGUF file, a published folder or config.json, smollm2, minilm, gemma3-270m, or a configuration that comes with "
+    "tensorgraph: deepseek-v3, deepseek-v3.2, deepseek-v4-flash."
 )
 HELP = {
     "backend": "The backend that computes, or several by commas in order of preference.",

@@ -25,6 +25,15 @@ def read_if_there(path: Path, what: str) -> dict[str, Any]:
     return parse_object(content_of(path, what), path, what) if path.is_file() else {}
 
 
+def ends_of_generation(folder: Path, n_tokens: int) -> set[int]:
+    """The ids that generation_config.json says end a generation; none where there is no such file.
+
+    Raises: FormatError where it is something else than a JSON object.
+    """
+    ends = read_if_there(folder / "generation_config.json", "tokenizer").get("eos_token_id", [])
+    return {i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int) and 0 <= i < n_tokens}
+
+
 def content_of(path: Path, what: str) -> str:
     """The text of a file.
 

@@ -44,7 +44,8 @@ def load(
     threads: int | Literal["auto"] | None = None,
 ) -> TextModel:
     """Open a model: a GGUF file (of a split one, any part), a folder as published on a model hub (config.json, safetensors,
-    tokenizer.json), or the name of one in an installed package (`packaged.PACKAGED`: `smollm2`, `minilm`).
+    tokenizer.json or tokenizer.model), or the name of one in installed packages (`packaged.PACKAGED`: `smollm2`, `minilm`,
+    `gemma3-270m`).
 
     `kv_type` is the type of the rows that sessions keep: f16, bf16 or f32. `threads` is how many the devices compute with; they
     keep what they have where None.

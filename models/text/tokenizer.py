@@ -10,8 +10,10 @@ from typing import Any, Protocol
 
 from tensorgraph.errors import FormatError, InputError, UnsupportedError
 from tensorgraph.models.text.byte_level import ByteLevelBPE
+from tensorgraph.models.text.json_file import ends_of_generation
 from tensorgraph.models.text.pretokenizers import pre_tokenizer
 from tensorgraph.models.text.sentencepiece import SentencePieceBPE
+from tensorgraph.models.text.sentencepiece_model import read_sentencepiece_model
 from tensorgraph.models.text.tokenizer_json import read_tokenizer_json
 from tensorgraph.models.text.vocabulary import Kind, Vocabulary, flag, special_ids
 from tensorgraph.models.text.wordpiece import WordPiece, of_gguf, read_vocab_txt
@@ -84,14 +86,18 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
-        """Build the tokenizer of a published folder, from `tokenizer.json` or, where there is none, `vocab.txt`.
+        """Build the tokenizer of a published folder: of `tokenizer.json`, else of `tokenizer.model`, else of `vocab.txt`.
 
         Raises: as `from_file`.
         """
-        json_file, words = folder / "tokenizer.json", folder / "vocab.txt"
-        if words.is_file() and not json_file.is_file():
-            return cls._of_words(*read_vocab_txt(words))
-        return cls.from_file(json_file)
+        json_file, pieces, words = (folder / name for name in ("tokenizer.json", "tokenizer.model", "vocab.txt"))
+        if json_file.is_file():
+            return cls.from_file(json_file)
+        if pieces.is_file():
+            made = cls.from_gguf(read_sentencepiece_model(pieces))
+            made.eog_ids |= ends_of_generation(folder, made.vocab_size)
+            return made
+        return cls._of_words(*read_vocab_txt(words)) if words.is_file() else cls.from_file(json_file)
 
     @classmethod
     def _of_words(cls, model: WordPiece, vocabulary: Vocabulary, prefix: list[int], suffix: list[int]) -> Tokenizer:

@@ -11,7 +11,7 @@ import tokenizers
 
 from tensorgraph.errors import FormatError, InputError, UnsupportedError
 from tensorgraph.models.text.byte_level import bytes_of_token
-from tensorgraph.models.text.json_file import parse_object, read_if_there
+from tensorgraph.models.text.json_file import ends_of_generation, parse_object, read_if_there
 from tensorgraph.models.text.sentencepiece import SPACE, byte_of_token
 from tensorgraph.models.text.vocabulary import Kind, Vocabulary, end_ids
 from tensorgraph.models.text.wordpiece import bytes_of_piece
@@ -84,12 +84,9 @@ def _vocabulary(
     for i, token in tokenizer.get_added_tokens_decoder().items():
         kinds[i] = (Kind.CONTROL if token.special else Kind.USER_DEFINED).value
 
-    config, generation = (
-        read_if_there(path.with_name(f"{name}_config.json"), "tokenizer") for name in ("tokenizer", "generation")
-    )
+    config = read_if_there(path.with_name("tokenizer_config.json"), "tokenizer")
     bos_id, eos_id = (_named_id(tokenizer, config.get(f"{name}_token")) for name in (first, last))
-    ends = generation.get("eos_token_id", [])
-    named = {i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int) and 0 <= i < len(tokens)}
+    named = ends_of_generation(path.parent, len(tokens))
     if eos_id is not None:
         named.add(eos_id)
 

@@ -65,6 +65,9 @@ class Vocabulary:
                     kinds[i] = Kind.CONTROL.value
         ends = {i for name in ("eos", "eot", "eom") if (i := named[name]) is not None}
         eog_ids = end_ids(tokens, kinds, ends)
+        for i in eog_ids:
+            if kinds[i] == Kind.USER_DEFINED and tokens[i] in _END_TEXTS:  # Gemma's </s>: plain text must not end a turn
+                kinds[i] = Kind.CONTROL.value
         return cls(tokens, kinds, named["bos"], named["eos"], named["unknown"], eog_ids)
 
 

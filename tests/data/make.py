@@ -32,7 +32,7 @@ ARCHITECTURES = (
 AS_UPSTREAM = "deepseek_v4/upstream_mxfp4"
 OWN = ("qwen2", "gpt_oss", "smollm3", "bert")
 """Models that `from_transformers.py` makes."""
-PUBLISHED_TOKENIZERS = ("llama", "qwen3")
+PUBLISHED_TOKENIZERS = {"llama": "tokenizer.json", "qwen3": "tokenizer.json", "gemma3": "tokenizer.model"}
 QUANTISED = {
     "llama": ("f16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"),
     "deepseek_v3": ("q8_0",),
@@ -57,11 +57,12 @@ def plain_names(root: Path) -> Iterator[str]:
                      "tokenizer_ref.json", "report.json"):  # fmt: skip
             yield f"{arch}/{name}"
         if arch in PUBLISHED_TOKENIZERS:
-            yield from (f"{arch}/{name}" for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"))
+            beside = ("tokenizer_config.json", "generation_config.json")
+            yield from (f"{arch}/{name}" for name in (PUBLISHED_TOKENIZERS[arch], *beside))
         if arch in QUANTISED:
             yield f"{arch}/quant_refs.npz"
     yield f"{AS_UPSTREAM}/config.json"
-    for folder in ("real_smollm2", "real_minilm", "templates"):
+    for folder in ("real_smollm2", "real_gemma3", "real_minilm", "templates"):
         yield from sorted(path.relative_to(root).as_posix() for path in (root / folder).iterdir())
     for name in (*BPE_VOCABULARIES, *OTHER_VOCABULARIES):
         yield f"vocab/ggml-vocab-{name}.gguf.inp"

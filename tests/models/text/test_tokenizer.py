@@ -170,6 +170,17 @@ def test_tokens_added_by_hand_are_always_parsed() -> None:
     assert chosen.decode([100002]) == "ø"
 
 
+def test_plain_text_never_ends_a_turn() -> None:
+    """Gemma lists </s> among the tokens added by hand, for what it is in HTML; the peer, too, takes it for a control token."""
+    kinds = [2, 3, 3] + [6] * 256 + [4, 4]
+    metadata = sentencepiece({"<end_of_turn>": 0.0, "<b>": 0.0}, token_type=kinds, add_space_prefix=False)
+    chosen = Tokenizer.from_gguf(metadata)
+    assert chosen.eog_ids == {2, 259} and chosen.is_special(259) and not chosen.is_special(260)
+    spelled = chosen.encode("<b><end_of_turn>", add_special=False)
+    assert spelled[0] == 260 and len(spelled) == 14 and chosen.decode(spelled) == "<b><end_of_turn>"
+    assert chosen.encode("<b><end_of_turn>", add_special=False, parse_special=True) == [260, 259]
+
+
 def sentencepiece(pieces: dict[str, float], **extra: Any) -> Metadata:
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
     return {
