@@ -42,9 +42,9 @@ test-deep: $(STAMP)
 lint: $(STAMP)
 	@.venv/bin/ruff check --quiet .
 	@tree=.venv/typecheck; rm -rf $$tree; mkdir -p $$tree/tensorgraph; \
-	ln -s "$(CURDIR)"/tensorgraph/* "$(CURDIR)"/{ops,backends,models,tools} $$tree/tensorgraph/; \
+	ln -s "$(CURDIR)"/tensorgraph/* "$(CURDIR)"/{ops,backends,models,testing,tools} $$tree/tensorgraph/; \
 	MYPYPATH=$$tree .venv/bin/mypy -p tensorgraph --cache-dir .mypy_cache --no-error-summary \
-	| sed "s#$$tree/tensorgraph/\(ops\|backends\|models\|tools\)/#\1/#; s#$$tree/##"
+	| sed "s#$$tree/tensorgraph/\(ops\|backends\|models\|testing\|tools\)/#\1/#; s#$$tree/##"
 
 $(STAMP): pyproject.toml setup.py $(wildcard requirements/*.txt)
 	@found=; for name in python3.11 python3.12 python3.13 python3.14 python3 python; do \

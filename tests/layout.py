@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("ops", "backends", "models", "tools")  # every other sub-package of tensorgraph is the core
+PARTS = ("ops", "backends", "models", "testing", "tools")  # every other sub-package of tensorgraph is the core
 FOLDERS = ("tensorgraph", *PARTS)
 NUMBERS = frozenset({"numpy", "ml_dtypes"})
 
@@ -27,7 +27,7 @@ RULES = {
     "ops": Rule(in_functions=frozenset({"hypothesis"})),
     "backends": Rule(outside=NUMBERS | {"llvmlite", "cupy"}),
     "models": Rule(parts=frozenset({"ops"}), outside=NUMBERS | {"safetensors", "tokenizers", "jinja2"}),
-}  # tools and tests import anything
+}  # testing, tools and tests import anything
 KERNELS = {"_cpu.py": "tensorgraph.backends.cpu", "_cuda.py": "tensorgraph.backends.cuda"}
 
 

@@ -1,0 +1,137 @@
+"""What is to be said about a wrong value: whether its node is wrong by itself, with which others, and due to which pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tensorgraph.compiler import PASSES
+from tensorgraph.errors import TensorGraphError
+from tensorgraph.graph import Graph, Node
+from tensorgraph.testing.cuts import STATE, apart, label, sources, values
+from tensorgraph.testing.difference import Statistics, difference
+from tensorgraph.testing.pair import Pair
+from tensorgraph.testing.region import Region
+from tensorgraph.testing.report import Described, Fault, InputValue
+from tensorgraph.testing.reproduction import Reproduction
+from tensorgraph.testing.side import Arrays, Given, Side
+
+GROUPING = "grouping"
+"""A device's own joining of nodes, which is left out as passes are."""
+MOST_STEPS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Alone:
+    """A region taken out of its graph, and run.
+
+    Attributes:
+        opened: those of its nodes that are outputs, too.
+        got, wanted: what both sides gave for the same inputs.
+        wrong: whether its end is wrong there.
+    """
+
+    graph: Graph
+    opened: tuple[Node, ...]
+    got: Arrays
+    wanted: Arrays
+    wrong: bool
+
+
+def blame(pair: Pair, given: Given, region: Region, step: int, folder: Path | None) -> Fault:
+    """The fault that a region is; with a folder, a reproduction is saved there."""
+    suspect, end = region.suspect, region.nodes[-1]
+    alone = take_out(pair, given, region)
+    if not alone.wrong and len(region.nodes) == 1 and end.op not in STATE:
+        region, alone = _with_others(pair, given, region, alone)
+
+    def comes_right(side: Side) -> bool:
+        if alone.wrong:
+            return not take_out(pair, given, region, alone.opened, side).wrong
+        return pair.first_wrong(given, region.opened, [end], got=side, limit=_limit(pair, region)) is None
+
+    slots = pair.inputs_of(end, suspect.seen, given)
+    fault = Fault(
+        node=Described.of(end),
+        together=tuple(map(Described.of, region.nodes)),
+        difference=suspect.compared.difference,
+        inputs=tuple(InputValue(s, Described.of(i), Statistics.of(slots[s])) for s, i in zip(end.slots, end.inputs, strict=True)),
+        alone=alone.wrong,
+        passes=tuple(_passes(pair.got, comes_right)),
+        step=step,
+        length=pair.got.length,
+        exact=pair.limits.exact,
+    )
+    if folder is None:
+        return fault
+    name = f"{step}-{end.op}-{pair.graph.number[end]}.npz"
+    return replace(fault, reproduction=str(_saved(pair, given, region, alone, tuple(fault.lines()), folder / name)))
+
+
+def _limit(pair: Pair, region: Region) -> Callable[[Node], float]:
+    return pair.limits.of_node if len(region.nodes) == 1 else pair.limits.of_region
+
+
+def take_out(pair: Pair, given: Given, region: Region, opened: tuple[Node, ...] = (), side: Side | None = None) -> Alone:
+    """A region's nodes alone on the side that is looked at, some of them laid open."""
+    seen, end = region.suspect.seen, region.nodes[-1]
+    known = pair.known(seen) - set(region.nodes)
+    graph = apart(pair.graph, [*opened, end], known, given.dims)
+    got, wanted = (s.run(graph, given, seen).outputs for s in (side or pair.got, pair.wanted))
+    name, judged = label(pair.graph, end), wanted
+    if opened:
+        judged = pair.wanted.run(apart(pair.graph, [end], known.union(opened), given.dims), given, {**seen, **got}).outputs
+    wrong = difference(got[name], judged[name]).beyond(_limit(pair, region)(end))
+    return Alone(graph, opened, got, wanted, wrong)
+
+
+def _with_others(pair: Pair, given: Given, region: Region, alone: Alone) -> tuple[Region, Alone]:
+    """A node that is right by itself, with as few of those before it as make it wrong; as it was where none do."""
+    computed = set(values(pair.graph, given.dims))
+    nodes: tuple[Node, ...] = region.nodes
+    end = nodes[-1]
+    for _ in range(MOST_STEPS):
+        inside = {*nodes, *(n for node in nodes for n in sources(node, computed, given.dims) if n.op not in STATE)}
+        nodes = (*(n for n in values(pair.graph, given.dims) if n in inside and n is not end), end)
+        wider = replace(region, nodes=nodes)
+        found = take_out(pair, given, wider, nodes[:-1])
+        if found.wrong:
+            return wider, found
+    return region, alone
+
+
+def _passes(got: Side, comes_right: Callable[[Side], bool]) -> Iterator[str]:
+    """The passes without which a value comes right."""
+    options = got.options
+    for name in PASSES:
+        if name not in options.without:
+            try:
+                if comes_right(got.but(without=(*options.without, name))):
+                    yield name
+            except TensorGraphError:  # what is compiled needs the pass
+                continue
+    plain = got.but(without=(*options.without, "fuse_declared"))
+    if options.fuse and comes_right(got.but(fuse=False)) and not comes_right(plain):
+        yield GROUPING
+
+
+def _saved(pair: Pair, given: Given, region: Region, alone: Alone, about: tuple[str, ...], path: Path) -> Path:
+    graph, got = alone.graph, pair.got
+    known = {**given.inputs, **region.suspect.seen}
+    streams = list(graph.streams)
+    specs = got.store.specs if got.store is not None else {}
+    return Reproduction(
+        graph=graph,
+        given=Given({name: known[name] for name in graph.inputs}, given.dims, given.n_tokens if streams else 0),
+        weights={name: got.weight(name, graph) for name in graph.constants},
+        got=alone.got,
+        wanted=alone.wanted,
+        backend=got.label,
+        options=got.options,
+        states={stream: specs[stream] for stream in streams},
+        rows=got.rows(streams),
+        length=got.length if streams else 0,
+        about=about,
+        **({"kv_dtype": got.store.kv_dtype} if got.store is not None else {}),
+    ).save(path)
