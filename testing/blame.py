@@ -54,6 +54,8 @@ def blame(pair: Pair, given: Given, region: Region, step: int, folder: Path | No
     slots = pair.inputs_of(end, suspect.seen, given)
     fault = Fault(
         node=Described.of(end),
+        number=pair.graph.number[end],
+        extents=suspect.compared.got.shape,
         together=tuple(map(Described.of, region.nodes)),
         difference=suspect.compared.difference,
         inputs=tuple(InputValue(s, Described.of(i), Statistics.of(slots[s])) for s, i in zip(end.slots, end.inputs, strict=True)),

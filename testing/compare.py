@@ -9,28 +9,29 @@ from pathlib import Path
 import numpy as np
 
 from tensorgraph.compiler import CompileOptions
-from tensorgraph.device import Device
 from tensorgraph.dtypes import DType, as_dtype, f16
-from tensorgraph.engine import LOGITS, GraphModel
+from tensorgraph.engine import LOGITS, Engine, GraphModel
 from tensorgraph.errors import InputError
 from tensorgraph.extents import Extents, StepInputs
 from tensorgraph.graph import Graph, Node
 from tensorgraph.plan import Weights
+from tensorgraph.session import Session
 from tensorgraph.state import StateSpec
 from tensorgraph.testing.blame import blame
 from tensorgraph.testing.cuts import STATE
-from tensorgraph.testing.difference import Limits
+from tensorgraph.testing.difference import Limits, difference
 from tensorgraph.testing.pair import Compared, Pair, Suspect
 from tensorgraph.testing.region import Region, smallest_region
 from tensorgraph.testing.report import Described, Fault, Report, Worst
 from tensorgraph.testing.reproduction import Reproduction
-from tensorgraph.testing.side import AS_WRITTEN, Array, Arrays, Given, Side
+from tensorgraph.testing.side import AS_WRITTEN, Array, Arrays, Backend, Given, Side
+from tensorgraph.testing.source_lines import shared_files_shown
 
-Backends = tuple[str | Device, str | Device]
 Say = Callable[[str], None]
 
-BACKENDS: Backends = ("reference", "cpu")
+BACKENDS: tuple[Backend, Backend] = ("reference", "cpu")
 LIMIT_BYTES = 1 << 32
+SESSION = "logits of a session"
 
 
 def _quiet(_: str) -> None: ...
@@ -86,14 +87,42 @@ class Check:
         search = smallest_region(pair, given, named, limits.of_region)
         if search.region is None:
             found, _, _ = pair.whole(given)
-            for name, difference in found:
-                self.whole[name] = max(self.whole.get(name, 0.0), difference.nmse)
-            if any(difference.beyond(limits.of_whole) for _, difference in found):
+            for name, apart in found:
+                self.whole[name] = max(self.whole.get(name, 0.0), apart.nmse)
+            if any(apart.beyond(limits.of_whole) for _, apart in found):
                 self.say(f"step {self.steps}: where it comes to differ")
                 self._note(search.amplified)
                 search = smallest_region(pair, given, (), lambda _: limits.of_whole)
         self._note(search.amplified)
         return search.region
+
+    def session(self, model: GraphModel, fed: Sequence[tuple[Array, Array]], kv_dtype: DType) -> Fault | None:
+        """The same tokens in a session, which steps on prepared plans, beside the logits that were compared."""
+        self.say("as a session steps")
+        side, logits = self.pair.got, self.pair.graph.outputs[LOGITS]
+        engine = Engine(model, side.devices, kv_dtype=kv_dtype, options=replace(side.options, layouts={}))
+        engine._uploaded = side.held  # weights are held once
+        with Session(engine, context=side.length, step_tokens=len(fed[0][0])) as session:
+            for number, (tokens, wanted) in enumerate(fed):
+                length = session.length
+                found = difference(session.eval(tokens.tolist()), wanted[-1])
+                self.whole[SESSION] = max(self.whole.get(SESSION, 0.0), found.nmse)
+                if found.beyond(self.pair.limits.of_whole):
+                    return Fault(
+                        node=Described.of(logits),
+                        number=self.pair.graph.number[logits],
+                        extents=wanted[-1].shape,
+                        together=(),
+                        difference=found,
+                        inputs=(),
+                        alone=False,
+                        passes=(),
+                        step=number,
+                        length=length,
+                        exact=self.pair.limits.exact,
+                        session=True,
+                    )
+        return None
 
     def _note(self, amplified: Sequence[Suspect]) -> None:
         self.amplified.update(dict.fromkeys(suspect.compared.node for suspect in amplified))
@@ -127,7 +156,7 @@ class Terms:
         say: told what is done, for a line of progress.
     """
 
-    backends: Backends = BACKENDS
+    backends: tuple[Backend, Backend] = BACKENDS
     options: CompileOptions = field(default_factory=lambda: CompileOptions(exact=True))
     without: str | Sequence[str] | None = None
     limits: Limits | None = None
@@ -186,18 +215,22 @@ def compare_model(
     if not fits or tokens.min() < 0 or tokens.max() >= model.vocab_size:
         raise InputError(f"[compare] wanted token ids below {model.vocab_size}; got {ids!r:.60}")
     kv_dtype = as_dtype(kv_type)
-    graph = model.graph(Extents(len(tokens), len(tokens) + decode), kv_dtype)
+    extents = Extents(len(tokens), len(tokens) + decode)
+    graph = model.graph(extents, kv_dtype)
     check = (terms or Terms()).check(graph, model.weight, model.states(), kv_dtype)
-    make_inputs, fault = StepInputs(tuple(graph.inputs)), None
+    make_inputs, fed = StepInputs(tuple(graph.inputs)), list[tuple[Array, Array]]()
     for _ in range(1 + decode):
         with check.pair.got.begin(len(tokens)) as step:
             assert step is not None
             given = Given(*make_inputs(step, tokens.astype(np.int32), np.array([len(tokens) - 1], np.int32)), len(tokens))
         fault, outputs = check.step(given)
         if fault is not None:
-            break
+            with shared_files_shown():
+                block = model.graph(extents, kv_dtype).nodes[fault.number].where
+            return check.report(replace(fault, block="" if block == fault.node.where else block))
+        fed.append((tokens, outputs[LOGITS]))
         tokens = np.array([np.argmax(outputs[LOGITS][-1])])
-    return check.report(fault)
+    return check.report(check.session(model, fed, kv_dtype))
 
 
 def rerun(reproduction: Reproduction, backend: str | None = None, terms: Terms | None = None) -> Report:

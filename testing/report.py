@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import linecache
-import sys
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from tensorgraph.dims import shape_text
 from tensorgraph.graph import Node
 from tensorgraph.testing.difference import Difference, Statistics
+from tensorgraph.testing.source_lines import source_text
 from tensorgraph.text import attr_text
 
 
@@ -20,7 +19,7 @@ class Described:
     """A node for people.
 
     Attributes:
-        name: its own, that of its stream, or of the weight that it reads.
+        name: its own, that of its stream, or of the weight or stream that it reads; `after NAME` where others read it for it.
         where: the model's source line; `text` is what stands there, where the file is known.
     """
 
@@ -34,22 +33,25 @@ class Described:
 
     @staticmethod
     def of(node: Node) -> Described:
-        weights = [i.base.name for i in node.inputs if i.base.op == "constant"]
-        name = node.attrs.get("stream", "") or node.name or (weights[0] if weights else "")
         attrs = {k: attr_text(v) for k, v in node.attrs.items() if v is not None and k not in ("map", "guards")}
-        return Described(node.op, name, node.where, source_text(node.where), shape_text(node.shape), node.dtype.name, attrs)
+        name = node.attrs.get("stream", "") or node.name or _named_before(node)
+        where, shape = node.where, shape_text(node.shape)
+        return Described(node.op, name, where, source_text(where), shape, node.dtype.name, attrs)
 
     def __str__(self) -> str:
         name, where = (f" {self.name}" if self.name else ""), (f" ({self.where})" if self.where else "")
         return f"{self.op}{name} {self.dtype}{self.shape}{where}"
 
 
-def source_text(where: str) -> str:
-    """The line that `file.py:31` means, of the only imported file of that name; empty where there is none, or several."""
-    name, _, number = where.rpartition(":")
-    loaded = {file for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))}
-    files = [file for file in loaded if Path(file).name == name]
-    return linecache.getline(files.pop(), int(number)).strip() if len(files) == 1 and number.isdigit() else ""
+def _named_before(node: Node) -> str:
+    """The nearest weight, stream or named value that a node is computed from."""
+    level, after = [i.base for i in node.inputs], ""
+    while level:
+        for source in level:
+            if source.op != "input" and source.name:
+                return after + source.name
+        level, after = list(dict.fromkeys(i.base for source in level for i in source.inputs)), "after "
+    return ""
 
 
 @dataclass(frozen=True)
@@ -67,14 +69,20 @@ class Fault:
 
     Attributes:
         node: whose value it is.
+        number: of that node in its graph, as `print` shows it.
+        extents: its shape in this step.
         together: all nodes that are wrong when they are computed together; the node alone where it is wrong by itself.
         alone: whether they are wrong, too, taken out of the graph.
         passes: those without which it comes right; `grouping` is the device's own joining of nodes.
         step: number of the step, and how many tokens were there before.
+        block: the source line of the shared building block that made it, where a model's line calls one.
+        session: whether only sessions are wrong, which step on prepared plans.
         reproduction: the file that holds it, where one was asked for.
     """
 
     node: Described
+    number: int
+    extents: tuple[int, ...]
     together: tuple[Described, ...]
     difference: Difference
     inputs: tuple[InputValue, ...]
@@ -83,14 +91,20 @@ class Fault:
     step: int
     length: int
     exact: bool
+    block: str = ""
+    session: bool = False
     reproduction: str | None = None
 
     @property
     def verdict(self) -> str:
         """What is wrong, in a sentence."""
+        if self.session:
+            return "each step is right by itself, wrong as a session steps"
         without = f"; it comes right without {' or without '.join(self.passes)}" if self.passes else ""
         if self.node.op in ("append", "read"):
-            return f"rows of state are wrong{without}"
+            n_new = self.inputs[0].statistics.shape[0] if self.inputs else 0
+            old = self.difference.at and self.difference.at[0] < self.extents[0] - n_new
+            return f"{'rows that were there before' if old else 'new rows of state'} are wrong{without}"
         if len(self.together) > 1:
             alone = "" if self.alone else ", in this graph only"
             return f"each of {len(self.together)} nodes is right by itself, computed together they are wrong{alone}{without}"
@@ -99,9 +113,11 @@ class Fault:
     def lines(self) -> Iterator[str]:
         """The fault for people."""
         name = f" {self.node.name}" if self.node.name else ""
-        yield f"{self.node.op}{name}: {self.verdict}"
+        yield f"%{self.number} {self.node.op}{name}: {self.verdict}"
         yield f"  at     {self.node.where}" + (f": {self.node.text}" if self.node.text else "")
-        yield f"  gives  {self.node.dtype}{self.node.shape}, {self.difference}"
+        if self.block:
+            yield f"         {self.block}: {source_text(self.block)}"
+        yield f"  gives  {self.node.dtype}{self.node.shape}, here {list(self.extents)}: {self.difference}"
         mode = "exact" if self.exact else "activations in 8 bits"
         yield f"  step   {self.step}, after {self.length} tokens, {mode}"
         if self.node.attrs:
@@ -151,7 +167,7 @@ class Report:
 
     def as_object(self) -> dict[str, Any]:
         """For JSON."""
-        found = asdict(self) | {"ok": self.ok}
+        found: dict[str, Any] = _finite(asdict(self) | {"ok": self.ok})
         if self.first is not None:
             found["first"]["verdict"] = self.first.verdict
         return found
@@ -169,3 +185,12 @@ class Report:
             lines.append(f"  the steps as they are: NMSE {whole:.2g} at most, of {name}")
         lines += [f"  rounding grows at {node}" for node in self.amplified]
         return "\n".join(lines)
+
+
+def _finite(value: Any) -> Any:
+    """With None for numbers that JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value

@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 
 from tensorgraph.compiler import CompileOptions
-from tensorgraph.device import Device
 from tensorgraph.dtypes import DType, as_dtype
 from tensorgraph.errors import FormatError, InputError, TensorGraphError
 from tensorgraph.graph import Graph
 from tensorgraph.state import StateSpec
 from tensorgraph.testing.graph_file import graph_as_json, graph_from_json
-from tensorgraph.testing.side import Arrays, Given, Side
+from tensorgraph.testing.side import Arrays, Backend, Given, Side
 
 ABOUT = "about.json"
 KINDS = ("input", "constant", "row", "got", "wanted")
@@ -51,7 +50,7 @@ class Reproduction:
     length: int = 0
     about: tuple[str, ...] = ()
 
-    def side(self, backend: str | Device, options: CompileOptions) -> Side:
+    def side(self, backend: Backend, options: CompileOptions) -> Side:
         """A backend with the weights and the state; the one that computed it holds streams as it did."""
         layouts = self.options.layouts if backend == self.backend else None
         states = self.states or None

@@ -24,6 +24,7 @@ from tensorgraph.state_store import StateStore
 
 Array = np.ndarray[Any, Any]
 Arrays = Mapping[str, Array]
+Backend = str | Device | Sequence[str | Device]
 
 NEEDED = "expand_fused"
 AS_WRITTEN = CompileOptions(fuse=False, exact=True, without=tuple(name for name in PASSES if name != NEEDED))
@@ -73,7 +74,7 @@ class Side:
 
     def __init__(
         self,
-        backend: str | Device | Sequence[str | Device],
+        backend: Backend,
         options: CompileOptions,
         weights: Weights = None,
         *,
@@ -92,7 +93,7 @@ class Side:
         self.options = replace(options, layouts=layouts)
         self.store = StateStore(states, kv_dtype=kv_dtype, layouts=layouts) if states else None
         self._sequence = self.store.new() if self.store is not None else 0
-        self._held: dict[tuple[str, str], Any] = {}
+        self.held: dict[tuple[str, str], Any] = {}  # weights on devices, as engines hold them
         self._bound: WeakKeyDictionary[Graph, Executable] = WeakKeyDictionary()
 
     def but(self, **options: Any) -> Side:
@@ -103,14 +104,14 @@ class Side:
 
     def forget(self) -> None:
         """Let go of weights and plans: they are made again when they are wanted."""
-        self._held.clear()
+        self.held.clear()
         self._bound.clear()
 
     def run(self, graph: Graph, given: Given, more: Arrays | None = None, *, keep: bool = False) -> Values:
         """One step; `more` are inputs besides those of `given`. With `keep` the sequence is longer afterwards."""
         bound = self._bound.get(graph)
         if bound is None:
-            bound = compile(graph, self.devices, self.options).bind(self.weights, uploaded=self._held)
+            bound = compile(graph, self.devices, self.options).bind(self.weights, uploaded=self.held)
             self._bound[graph] = bound
         named = {**given.inputs, **(more or {})}
         with self.begin(given.n_tokens) as state:
