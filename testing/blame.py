@@ -9,7 +9,7 @@ from pathlib import Path
 from tensorgraph.compiler import PASSES
 from tensorgraph.errors import TensorGraphError
 from tensorgraph.graph import Graph, Node
-from tensorgraph.testing.cuts import STATE, apart, label, sources, values
+from tensorgraph.testing.cuts import STATE, apart, kept, kept_name, label, sources, values
 from tensorgraph.testing.difference import Statistics, difference
 from tensorgraph.testing.pair import Pair
 from tensorgraph.testing.region import Region
@@ -96,10 +96,13 @@ def _with_others(pair: Pair, given: Given, region: Region, alone: Alone) -> tupl
     for _ in range(MOST_STEPS):
         inside = {*nodes, *(n for node in nodes for n in sources(node, computed, given.dims) if n.op not in STATE)}
         nodes = (*(n for n in values(pair.graph, given.dims) if n in inside and n is not end), end)
-        wider = replace(region, nodes=nodes)
-        found = take_out(pair, given, wider, nodes[:-1])
+        found = take_out(pair, given, replace(region, nodes=nodes), nodes[:-1])
         if found.wrong:
-            return wider, found
+            for node in nodes[:-1]:
+                fewer = tuple(n for n in nodes if n is not node)
+                again = take_out(pair, given, replace(region, nodes=fewer), fewer[:-1])
+                nodes, found = (fewer, again) if again.wrong else (nodes, found)
+            return replace(region, nodes=nodes), found
     return region, alone
 
 
@@ -124,11 +127,11 @@ def _saved(pair: Pair, given: Given, region: Region, alone: Alone, about: tuple[
     streams = list(graph.streams)
     specs = got.store.specs if got.store is not None else {}
     return Reproduction(
-        graph=graph,
-        given=Given({name: known[name] for name in graph.inputs}, given.dims, given.n_tokens if streams else 0),
+        graph=kept(graph),
+        given=Given({kept_name(name): known[name] for name in graph.inputs}, given.dims, given.n_tokens if streams else 0),
         weights={name: got.weight(name, graph) for name in graph.constants},
-        got=alone.got,
-        wanted=alone.wanted,
+        got={kept_name(name): x for name, x in alone.got.items()},
+        wanted={kept_name(name): x for name, x in alone.wanted.items()},
         backend=got.label,
         options=got.options,
         states={stream: specs[stream] for stream in streams},

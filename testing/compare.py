@@ -19,7 +19,7 @@ from tensorgraph.session import Session
 from tensorgraph.state import StateSpec
 from tensorgraph.testing.blame import blame
 from tensorgraph.testing.cuts import STATE
-from tensorgraph.testing.difference import Limits, difference
+from tensorgraph.testing.difference import REGION_NMSE, Difference, Limits, difference
 from tensorgraph.testing.pair import Compared, Pair, Suspect
 from tensorgraph.testing.region import Region, smallest_region
 from tensorgraph.testing.report import Described, Fault, Report, Worst
@@ -39,11 +39,15 @@ def _quiet(_: str) -> None: ...
 
 @dataclass
 class Check:
-    """A pair gone through step by step, and what was found so far."""
+    """A pair gone through step by step, and what was found so far.
+
+    With `whole_first`, only where the steps as they are differ are nodes looked at.
+    """
 
     pair: Pair
     folder: Path | None = None
     say: Say = _quiet
+    whole_first: bool = False
     steps: int = 0
     nodes: int = 0
     worst: dict[str, Compared] = field(default_factory=dict)
@@ -52,9 +56,8 @@ class Check:
 
     def step(self, given: Given) -> tuple[Fault | None, Arrays]:
         """Compare a step, and make both sequences longer by what the side that is looked at computed; its outputs."""
-        region = self._node_by_node(given)
-        if region is None:
-            region = self._together(given)
+        alike = self.whole_first and not any(apart.beyond(REGION_NMSE) for _, apart in self._whole(given))
+        region = None if alike else self._node_by_node(given) or self._together(given)
         if region is not None:
             self.say("looking for what is wrong")
             return blame(self.pair, given, region, self.steps, self.folder), {}
@@ -86,15 +89,18 @@ class Check:
         named = [n for cut in pair.cuts(given) for n in cut.nodes if n.name and n.op not in STATE]
         search = smallest_region(pair, given, named, limits.of_region)
         if search.region is None:
-            found, _, _ = pair.whole(given)
-            for name, apart in found:
-                self.whole[name] = max(self.whole.get(name, 0.0), apart.nmse)
-            if any(apart.beyond(limits.of_whole) for _, apart in found):
+            if any(apart.beyond(limits.of_whole) for _, apart in self._whole(given)):
                 self.say(f"step {self.steps}: where it comes to differ")
                 self._note(search.amplified)
                 search = smallest_region(pair, given, (), lambda _: limits.of_whole)
         self._note(search.amplified)
         return search.region
+
+    def _whole(self, given: Given) -> list[tuple[str, Difference]]:
+        found = self.pair.whole(given)
+        for name, apart in found:
+            self.whole[name] = max(self.whole.get(name, 0.0), apart.nmse)
+        return found
 
     def session(self, model: GraphModel, fed: Sequence[tuple[Array, Array]], kv_dtype: DType) -> Fault | None:
         """The same tokens in a session, which steps on prepared plans, beside the logits that were compared."""
@@ -149,7 +155,8 @@ class Terms:
     Args:
         backends: the trusted one, and the one that is looked at.
         options: what the second is compiled with; the first computes each node as it is written.
-        without: passes that are left out on the first, which is compiled with `options` then: with and without a pass.
+        without: passes that are left out on the first, which is compiled with `options` then: with and without a pass. Nodes
+            are looked at only where that makes a difference.
         limits: how far values may be apart; None is what `options` allow.
         folder: where reproductions of wrong nodes are saved; None is nowhere.
         limit_bytes: most that values and weights of nodes compared at once may take.
@@ -182,7 +189,7 @@ class Terms:
         )
         limits = self.limits or Limits(exact=self.options.exact)
         folder = Path(self.folder) if self.folder is not None else None
-        return Check(Pair(graph, first, second, limits, self.limit_bytes), folder, self.say)
+        return Check(Pair(graph, first, second, limits, self.limit_bytes), folder, self.say, self.without is not None)
 
 
 def compare(

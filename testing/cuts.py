@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from tensorgraph.dims import Bindings
 from tensorgraph.graph import STRUCTURAL, Graph, Node, input
 from tensorgraph.op import node_bytes
+from tensorgraph.passes import rewrite
 
 STATE = ("append", "read")
 
@@ -80,6 +81,22 @@ def apart(graph: Graph, wanted: Collection[Node], given: Collection[Node], dims:
                 made[node] = node if inputs == node.inputs else replace(node, inputs=inputs)
             read.setdefault(node, made[node])
     return Graph({label(graph, n): made[n] for n in wanted}, effects=[n for n in made.values() if n.op == "append"])
+
+
+def kept_name(name: str) -> str:
+    """What an input or output called by `label` is called in a graph that is kept, whose nodes have other numbers."""
+    return f"value {name[1:]}" if name.startswith("%") else name
+
+
+def kept(graph: Graph) -> Graph:
+    """A graph whose inputs and outputs no label is like."""
+
+    def renamed(node: Node, _: Node) -> Node | None:
+        name = kept_name(node.name)
+        return None if node.op != "input" or name == node.name else input(name, node.shape, node.dtype)
+
+    done = rewrite(graph, renamed)
+    return done.with_outputs({kept_name(name): node for name, node in done.outputs.items()})
 
 
 @dataclass(frozen=True, eq=False)

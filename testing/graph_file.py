@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tensorgraph.dims import Dim, Extent, FloorDiv, Poly, Symbol
+from tensorgraph.dims import Dim, Extent, FloorDiv, Guard, Poly, Symbol
 from tensorgraph.dtypes import DType, as_dtype
 from tensorgraph.errors import FormatError
 from tensorgraph.graph import Graph, Node
@@ -69,6 +69,8 @@ def _encoded(value: Any) -> Any:
         return {"dtype": value.name}
     if isinstance(value, IndexMap):
         return {"map": [_encoded(part) for part in (value.shape, value.strides, value.offset, value.within)]}
+    if isinstance(value, Guard):
+        return {"guard": [[_encoded(extent), low, high] for extent, low, high in value.bounds]}
     if isinstance(value, tuple | list):
         return {"tuple": [_encoded(item) for item in value]}
     if value is None or isinstance(value, bool | int | float | str):
@@ -92,6 +94,8 @@ def _decoded(value: Any) -> Any:
         return as_dtype(content)
     if kind == "map":
         return IndexMap(*(_decoded(part) for part in content))
+    if kind == "guard":
+        return Guard(tuple((_decoded(extent), low, high) for extent, low, high in content))
     if kind == "tuple":
         return tuple(_decoded(item) for item in content)
     raise ValueError(f"an attribute of kind {kind!r}")

@@ -96,12 +96,12 @@ class Pair:
         """The nodes whose values were seen."""
         return frozenset(n for n in self.graph.nodes if label(self.graph, n) in seen)
 
-    def whole(self, given: Given) -> tuple[list[tuple[str, Difference]], Values, Values]:
-        """The step as it is, on both sides: its outputs and the rows of its streams, and what each side gave."""
+    def whole(self, given: Given) -> list[tuple[str, Difference]]:
+        """The step as it is, on both sides: its outputs and the rows of its streams."""
         got, wanted = self.got.run(self.graph, given), self._wanted_whole(given)
         outputs = [(name, difference(got.outputs[name], wanted.outputs[name])) for name in self.graph.outputs]
         rows = [(stream, difference(got.rows[stream], wanted.rows[stream])) for stream in self.graph.streams]
-        return [*rows, *outputs], got, wanted
+        return [*rows, *outputs]
 
     def _wanted_whole(self, given: Given) -> Values:
         """The trusted side's own step, in the same parts, so that it never needs all weights at once."""

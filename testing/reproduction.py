@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,11 @@ from tensorgraph.testing.side import Arrays, Backend, Given, Side
 
 ABOUT = "about.json"
 KINDS = ("input", "constant", "row", "got", "wanted")
+DAMAGE = (
+    *(zipfile.BadZipFile, zlib.error, OSError, EOFError, TensorGraphError, KeyError, TypeError, ValueError, AttributeError),
+    *(IndexError, RecursionError, OverflowError, NotImplementedError, MemoryError),
+)
+"""What reading a damaged file raises."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,5 +145,5 @@ def load_reproduction(path: str | os.PathLike[str]) -> Reproduction:
         )
     except FormatError:
         raise
-    except (zipfile.BadZipFile, OSError, EOFError, TensorGraphError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except DAMAGE as error:
         raise FormatError(f"[reproduction] {os.fspath(path)} is damaged, or no reproduction: {error}") from error

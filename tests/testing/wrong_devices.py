@@ -39,16 +39,23 @@ def last_element_off(y: Array) -> Array:
 
 
 class JoiningDevice(ReferenceDevice):
-    """Computes some nodes together with one of their inputs, wrongly, where that input's value is not asked for."""
+    """Computes some nodes together with one of their inputs, wrongly, where that input's value is not asked for.
 
-    def __init__(self, name: str, joined: Callable[[Node, Node], bool]) -> None:
+    Args:
+        joined: whether a node is, with an input.
+        least: only in runs of so many nodes: as if memory were given away too early.
+    """
+
+    def __init__(self, name: str, joined: Callable[[Node, Node], bool], least: int = 0) -> None:
         super().__init__(name)
-        self.joined = joined
+        self.joined, self.least = joined, least
 
     def compile(self, part: Part) -> Compute:
+        joins = len(part.nodes) >= self.least and (part.options is None or part.options.fuse)
+
         def finish(node: Node, slots: Slots, y: Array, step: Run) -> Array:
             together = any(self.joined(node, i) and i in part.nodes and i not in part.keep for i in node.inputs)
-            return y * 1.1 if together else y
+            return y * 1.1 if joins and together else y
 
         return KernelDevice(self.name, finish=finish).compile(part)
 
