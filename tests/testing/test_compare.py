@@ -172,7 +172,8 @@ class Careless(EliminateCommon):
         def merge(node: Node, _: Node) -> Node | None:
             if node.op != "scale":
                 return None
-            return seen.setdefault(structure_line(replace(node, attrs={}), [number.setdefault(i, len(number)) for i in node.inputs]), node)
+            inputs = [number.setdefault(i, len(number)) for i in node.inputs]
+            return seen.setdefault(structure_line(replace(node, attrs={}), inputs), node)
 
         return rewrite(graph, merge)
 
@@ -190,9 +191,9 @@ def test_a_wrong_pass_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_with_and_without_a_pass(wrong_pattern: None) -> None:
     """One backend, the first side without the pass: they differ exactly where the pass is at fault."""
     device = KernelDevice("fusing")
-    with_it, alike = (
-        compare(gated(), X, WEIGHTS, terms=Terms(backends=(device, device), without=name)) for name in ("fuse_declared", "fold_constants")
-    )
+    terms = Terms(backends=(device, device))
+    names = "fuse_declared", "fold_constants"
+    with_it, alike = (compare(gated(), X, WEIGHTS, terms=replace(terms, without=name)) for name in names)
     assert with_it.first is not None and with_it.first.passes == ("fuse_declared",) and with_it.first.node.op == "mul"
     assert alike.ok and alike.whole == {"y": 0.0} and "no difference" in str(alike)
     with pytest.raises(UnknownNameError, match="there is no pass fuse_everything. Known: eliminate_common"):
@@ -232,8 +233,8 @@ def test_only_the_form_that_is_computed_is_compared(n: int) -> None:
     report = compare(graph, given, WEIGHTS)
     assert report.ok and ("scale" in report.worst) == (n > 2)
     for name, chosen in (("up", n <= 2), ("gate", n > 2)):
-        wrong = compare(graph, given, WEIGHTS, terms=Terms(backends=("reference", wrong_node("wrong", reads(name), last_element_off))))
-        assert wrong.ok != chosen
+        device = wrong_node("wrong", reads(name), last_element_off)
+        assert compare(graph, given, WEIGHTS, terms=Terms(backends=("reference", device))).ok != chosen
 
 
 def test_extents_that_no_input_has_are_given() -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from tensorgraph.backends.cpu.device import CpuDevice
+from tensorgraph.backends.cpu.group import CpuGroup
 from tensorgraph.backends.reference.device import ReferenceDevice
 from tensorgraph.device import Part, Run, StateAccess, Values
-from tensorgraph.graph import Node
+from tensorgraph.dtypes import DType
+from tensorgraph.graph import Graph, Node
+from tensorgraph.memory import Group
 from tests.ops.kernel_devices import KernelDevice, Slots
 
 Array = np.ndarray[Any, Any]
@@ -58,6 +62,38 @@ class JoiningDevice(ReferenceDevice):
             return y * 1.1 if joins and together else y
 
         return KernelDevice(self.name, finish=finish).compile(part)
+
+
+class WrongCpu(CpuDevice):
+    """The CPU with a mistake.
+
+    Args:
+        weight: a weight's values, of which two rows are exchanged when it is put into its layout.
+        gated: of which weights the fused call takes the gate for what is gated, and the reverse; in steps of few tokens only.
+    """
+
+    def __init__(self, name: str, weight: Array | None = None, gated: str = "") -> None:
+        super().__init__(name)
+        self.weight, self.gated = weight, gated
+
+    def upload(self, array: Array, dtype: DType, *, constant: bool = False, layout: str = "dense") -> Any:
+        if constant and self.weight is not None and array.shape == self.weight.shape and np.array_equal(array, self.weight):
+            array = np.array(array)
+            array[[5, 6]] = array[[6, 5]]
+        return super().upload(array, dtype, constant=constant, layout=layout)
+
+    def groups(self, nodes: Sequence[Node], graph: Graph, options: Any) -> Sequence[Group]:
+        return [self._wrong(group) if isinstance(group, CpuGroup) else group for group in super().groups(nodes, graph, options)]
+
+    def _wrong(self, group: CpuGroup) -> CpuGroup:
+        calls = []
+        for call in group.calls:
+            w, v = (call.operands.get(name) for name in ("w0", "v0"))
+            few = call.guard.bounds and call.guard.bounds[0][2] is not None  # an upper bound of tokens
+            if self.gated and few and w is not None and v is not None and self.gated in f"{w.of} {v.of}":
+                call = replace(call, operands={**call.operands, "w0": v, "v0": w})
+            calls.append(call)
+        return replace(group, calls=tuple(calls))
 
 
 @dataclass(frozen=True)
