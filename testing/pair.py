@@ -35,10 +35,14 @@ class Pair:
 
     Args:
         limit_bytes: most that values and weights of nodes compared at once may take; more nodes take more runs.
+        written: the graph that the trusted side computes as a whole, where `graph` was made of it.
     """
 
-    def __init__(self, graph: Graph, wanted: Side, got: Side, limits: Limits, limit_bytes: int) -> None:
+    def __init__(
+        self, graph: Graph, wanted: Side, got: Side, limits: Limits, limit_bytes: int, written: Graph | None = None
+    ) -> None:
         self.graph, self.wanted, self.got, self.limits, self.limit_bytes = graph, wanted, got, limits, limit_bytes
+        self.written = graph if written is None else written
         self._cuts: dict[tuple[Node, ...], list[Cut]] = {}
 
     def observed(self, run: Values, nodes: Iterable[Node]) -> dict[str, Array]:
@@ -53,11 +57,12 @@ class Pair:
             )
         return found
 
-    def cuts(self, given: Given) -> list[Cut]:
+    def cuts(self, given: Given, graph: Graph | None = None) -> list[Cut]:
         """All values of a step, in parts."""
-        key = values(self.graph, given.dims)
+        graph = graph or self.graph
+        key = values(graph, given.dims)
         if key not in self._cuts:
-            self._cuts[key] = cuts(self.graph, given.dims, self.limit_bytes)
+            self._cuts[key] = cuts(graph, given.dims, self.limit_bytes)
         return self._cuts[key]
 
     def node_by_node(self, given: Given) -> Iterator[tuple[Compared, Suspect | None]]:
@@ -98,31 +103,39 @@ class Pair:
 
     def whole(self, given: Given) -> list[tuple[str, Difference]]:
         """The step as it is, on both sides: its outputs and the rows of its streams."""
-        got, wanted = self.got.run(self.graph, given), self._wanted_whole(given)
-        outputs = [(name, difference(got.outputs[name], wanted.outputs[name])) for name in self.graph.outputs]
-        rows = [(stream, difference(got.rows[stream], wanted.rows[stream])) for stream in self.graph.streams]
-        return [*rows, *outputs]
+        return self._ends(self.got.run(self.graph, given), self._wanted_whole(self.written, given))
 
-    def _wanted_whole(self, given: Given) -> Values:
-        """The trusted side's own step, in the same parts, so that it never needs all weights at once."""
-        parts = self.cuts(given)
+    def is_rewritten(self, given: Given) -> bool:
+        """Whether the graph as it is written gives something else, on the trusted side alone."""
+        if self.written is self.graph:
+            return False
+        found = self._ends(self._wanted_whole(self.graph, given), self._wanted_whole(self.written, given))
+        return any(apart.beyond(self.limits.of_whole) for _, apart in found)
+
+    def _ends(self, got: Values, wanted: Values) -> list[tuple[str, Difference]]:
+        outputs = [(name, difference(got.outputs[name], wanted.outputs[name])) for name in self.graph.outputs]
+        return [*((stream, difference(got.rows[stream], wanted.rows[stream])) for stream in self.graph.streams), *outputs]
+
+    def _wanted_whole(self, graph: Graph, given: Given) -> Values:
+        """The trusted side's own step, in parts, so that it never needs all weights at once."""
+        parts = self.cuts(given, graph)
         if len(parts) == 1:
-            return self.wanted.run(self.graph, given)
+            return self.wanted.run(graph, given)
         held: dict[str, Array] = {}
         known: set[Node] = set()
-        ends = {node.base for node in self.graph.outputs.values()}
+        ends = {node.base for node in graph.outputs.values()}
         for i, cut in enumerate(parts):
             later = ends.union(*(other.sources for other in parts[i + 1 :]))
             nodes = [n for n in cut.nodes if n in later or n.op in STATE]
             if nodes:
-                held.update(self.wanted.run(apart(self.graph, nodes, known, given.dims), given, held).outputs)
+                held.update(self.wanted.run(apart(graph, nodes, known, given.dims), given, held).outputs)
             known.update(nodes)
             self.wanted.forget()
-        rest = [node for node in self.graph.outputs.values() if node not in known]
+        rest = [node for node in graph.outputs.values() if node not in known]
         if rest:
-            held.update(self.wanted.run(apart(self.graph, rest, known, given.dims), given, held).outputs)
-        rows = {stream: held[label(self.graph, node)] for stream, node in self.graph.streams.items()}
-        return Values({name: held[label(self.graph, node)] for name, node in self.graph.outputs.items()}, rows)
+            held.update(self.wanted.run(apart(graph, rest, known, given.dims), given, held).outputs)
+        rows = {stream: held[label(graph, node)] for stream, node in graph.streams.items()}
+        return Values({name: held[label(graph, node)] for name, node in graph.outputs.items()}, rows)
 
     def first_wrong(
         self,

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tensorgraph.dims import shape_text
 from tensorgraph.graph import Node
 from tensorgraph.testing.difference import Difference, Statistics
 from tensorgraph.testing.source_lines import source_text
 from tensorgraph.text import attr_text
+
+Stage = Literal["plan", "session", "graph"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ class Fault:
         passes: those without which it comes right; `grouping` is the device's own joining of nodes.
         step: number of the step, and how many tokens were there before.
         block: the source line of the shared building block that made it, where a model's line calls one.
-        session: whether only sessions are wrong, which step on prepared plans.
+        stage: where it shows: in the plan of a step; in a `session`, which steps on prepared plans, each step being right; or
+            in the `graph`, which gives something else than the model as it is written, before rows are chosen early.
         reproduction: the file that holds it, where one was asked for.
     """
 
@@ -92,14 +95,16 @@ class Fault:
     length: int
     exact: bool
     block: str = ""
-    session: bool = False
+    stage: Stage = "plan"
     reproduction: str | None = None
 
     @property
     def verdict(self) -> str:
         """What is wrong, in a sentence."""
-        if self.session:
+        if self.stage == "session":
             return "each step is right by itself, wrong as a session steps"
+        if self.stage == "graph":
+            return "each node is right, but the graph is not what the model wrote: rows are chosen early in it"
         without = f"; it comes right without {' or without '.join(self.passes)}" if self.passes else ""
         if self.node.op in ("append", "read"):
             n_new = self.inputs[0].statistics.shape[0] if self.inputs else 0
@@ -117,7 +122,8 @@ class Fault:
         yield f"  at     {self.node.where}" + (f": {self.node.text}" if self.node.text else "")
         if self.block:
             yield f"         {self.block}: {source_text(self.block)}"
-        yield f"  gives  {self.node.dtype}{self.node.shape}, here {list(self.extents)}: {self.difference}"
+        here = f", here {list(self.extents)}" if self.extents else ""
+        yield f"  gives  {self.node.dtype}{self.node.shape}{here}: {self.difference}"
         mode = "exact" if self.exact else "activations in 8 bits"
         yield f"  step   {self.step}, after {self.length} tokens, {mode}"
         if self.node.attrs:

@@ -11,6 +11,8 @@ import pytest
 from tensorgraph.compiler import CompileOptions
 from tensorgraph.decoding import Decoding
 from tensorgraph.errors import InputError
+from tensorgraph.graph import Graph
+from tensorgraph.ops import scale
 from tensorgraph.testing import Report, Terms, compare_model, load_reproduction, rerun
 from tests.models import tiny
 from tests.ops.kernel_devices import Float32Device
@@ -127,8 +129,21 @@ def test_sessions_that_step_otherwise_are_found(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(Decoding, "next", wrong)
     report = checked("llama", "cpu")
-    assert report.first is not None and report.first.session and report.first.step == 2
+    assert report.first is not None and report.first.stage == "session" and report.first.step == 2
     assert "wrong as a session steps" in str(report)
+
+
+def test_rows_that_are_chosen_early_and_wrongly_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each node of the graph is right then: it is the graph that is not the model's."""
+
+    def careless(graph: Graph) -> Graph:
+        return Graph({name: scale(node, scale=1.01) for name, node in graph.outputs.items()}, effects=graph.effects)
+
+    monkeypatch.setattr("tensorgraph.models.architecture.choose_early", careless)
+    for limit_bytes in (1 << 32, 300_000):
+        first = checked("llama", "cpu", limit_bytes=limit_bytes).first
+        assert first is not None and (first.stage, first.step, first.node.op) == ("graph", 0, "scale")
+        assert first.difference.nmse == pytest.approx(1e-4, rel=1e-3) and "not what the model wrote" in first.verdict
 
 
 def test_parts_find_the_same() -> None:
