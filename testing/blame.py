@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tensorgraph.compiler import PASSES
-from tensorgraph.errors import TensorGraphError
+from tensorgraph.errors import InputError, TensorGraphError
 from tensorgraph.graph import Graph, Node
 from tensorgraph.testing.cuts import STATE, apart, kept, kept_name, label, sources, values
 from tensorgraph.testing.difference import Statistics, difference
@@ -68,7 +68,10 @@ def blame(pair: Pair, given: Given, region: Region, step: int, folder: Path | No
     if folder is None:
         return fault
     name = f"{step}-{end.op}-{pair.graph.number[end]}.npz"
-    return replace(fault, reproduction=str(_saved(pair, given, region, alone, tuple(fault.lines()), folder / name)))
+    try:
+        return replace(fault, reproduction=str(_saved(pair, given, region, alone, tuple(fault.lines()), folder / name)))
+    except InputError as error:  # what was found counts more
+        return replace(fault, unsaved=str(error))
 
 
 def _limit(pair: Pair, region: Region) -> Callable[[Node], float]:

@@ -46,7 +46,7 @@ def graph_from_json(found: Mapping[str, Any]) -> Graph:
             nodes.append(Node(str(n["op"]), inputs, shape, as_dtype(n["dtype"]), attrs, slots, str(n["name"]), str(n["where"])))
         outputs = {str(name): nodes[_index(i, len(nodes))] for name, i in found["outputs"].items()}
         return Graph(outputs, effects=[nodes[_index(i, len(nodes))] for i in found["effects"]])
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (LookupError, ArithmeticError, TypeError, ValueError, AttributeError, RecursionError) as error:
         wanted = "wanted nodes, outputs and effects, as `graph_as_json` writes them"
         raise FormatError(f"[graph] {wanted}; got {type(error).__name__}: {error}") from error
 

@@ -80,7 +80,7 @@ class Fault:
         block: the source line of the shared building block that made it, where a model's line calls one.
         stage: where it shows: in the plan of a step; in a `session`, which steps on prepared plans, each step being right; or
             in the `graph`, which gives something else than the model as it is written, before rows are chosen early.
-        reproduction: the file that holds it, where one was asked for.
+        reproduction: the file that holds it, where one was asked for; `unsaved` says why there is none.
     """
 
     node: Described
@@ -97,6 +97,7 @@ class Fault:
     block: str = ""
     stage: Stage = "plan"
     reproduction: str | None = None
+    unsaved: str = ""
 
     @property
     def verdict(self) -> str:
@@ -134,6 +135,8 @@ class Fault:
             yield f"  {value.slot:<6} {value.source.op}{' ' + value.source.name if value.source.name else ''}: {value.statistics}"
         if self.reproduction:
             yield f"  saved  {self.reproduction}"
+        if self.unsaved:
+            yield f"  not saved: {self.unsaved}"
 
 
 @dataclass(frozen=True)

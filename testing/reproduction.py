@@ -7,6 +7,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ from tensorgraph.testing.side import Arrays, Backend, Given, Side
 ABOUT = "about.json"
 KINDS = ("input", "constant", "row", "got", "wanted")
 DAMAGE = (
-    *(zipfile.BadZipFile, zlib.error, OSError, EOFError, TensorGraphError, KeyError, TypeError, ValueError, AttributeError),
-    *(IndexError, RecursionError, OverflowError, NotImplementedError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error, OSError, EOFError, TensorGraphError, LookupError, TypeError, ValueError, AttributeError),
+    *(RecursionError, ArithmeticError, NotImplementedError, MemoryError),
 )
 """What reading a damaged file raises."""
 
@@ -93,9 +94,9 @@ class Reproduction:
                 np.savez_compressed(file, **{ABOUT: np.frombuffer(json.dumps(text, indent=1).encode(), np.uint8), **plain})
             os.replace(part, target)
         except OSError as error:
+            with suppress(OSError):
+                part.unlink()
             raise InputError(f"[reproduction] {target} cannot be written: {error}") from error
-        finally:
-            part.unlink(missing_ok=True)
         return target
 
 

@@ -42,6 +42,11 @@ def test_the_model_example_generates_text() -> None:
     assert "Paris" in run(EXAMPLES[1])
 
 
-@pytest.mark.parametrize("folder", ["tensorgraph", "ops", "backends", "models", "tools", "tests"])
+def test_the_checking_example_agrees() -> None:
+    out = run(EXAMPLES[3])
+    assert "cpu beside reference, exact, 1 step: 2 nodes agree" in out and "cpu beside cpu, exact, 1 step: no difference" in out
+
+
+@pytest.mark.parametrize("folder", ["tensorgraph", "ops", "backends", "models", "testing", "tools", "tests"])
 def test_the_folders_of_the_table_are_there(folder: str) -> None:
     assert f"`{folder}/`" in (ROOT / "README.md").read_text() and (ROOT / folder).is_dir()

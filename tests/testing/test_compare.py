@@ -112,6 +112,13 @@ def test_what_a_reproduction_holds_fails_again_where_it_failed(tmp_path: Path) -
     assert rerun(saved, "cpu").ok and rerun(saved, "reference").ok
 
 
+def test_what_was_found_is_told_where_it_cannot_be_saved(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    report = checked(gated(), wrong_node("wrong", reads("up"), last_element_off), folder=tmp_path / "file")
+    assert report.first is not None and report.first.node.name == "up" and report.first.reproduction is None
+    assert "not saved: [reproduction]" in str(report) and "cannot be written" in report.first.unsaved
+
+
 def sine_of_product(node: Node, source: Node) -> bool:
     return (node.op, source.op) == ("sin", "mul_mat")
 
