@@ -96,12 +96,14 @@ def compare_model(
 
     Both sides see the same rows of state: those that the side that is looked at appended, once they were compared.
 
-    Raises: InputError: no ids, or one outside the vocabulary.
+    Raises: InputError: no ids, one outside the vocabulary, or more than the model's context holds.
     """
     tokens = np.asarray(ids)
     fits = tokens.ndim == 1 and len(tokens) > 0 and tokens.dtype.kind in "iu"
     if not fits or tokens.min() < 0 or tokens.max() >= model.vocab_size:
         raise InputError(f"[compare] wanted token ids below {model.vocab_size}; got {ids!r:.60}")
+    if len(tokens) + decode > model.context:
+        raise InputError(f"[compare] wanted at most {model.context} tokens with the steps; got {len(tokens)} and {decode} steps")
     kv_dtype = as_dtype(kv_type)
     extents = Extents(len(tokens), len(tokens) + decode)
     graph = model.graph(extents, kv_dtype)

@@ -10,6 +10,7 @@ import pytest
 
 from tensorgraph.compiler import CompileOptions
 from tensorgraph.decoding import Decoding
+from tensorgraph.device import get_devices
 from tensorgraph.errors import InputError
 from tensorgraph.graph import Graph
 from tensorgraph.ops import scale
@@ -54,6 +55,15 @@ def test_other_arithmetic_agrees() -> None:
     """Everything in float32, sums in another order; rows in f16."""
     report = checked("llama", Float32Device("f32"), kv_type="f16")
     assert report.ok and 0 < max(worst.nmse for worst in report.worst.values()) < 1e-11 and report.whole["logits"] < 1e-6
+
+
+def test_several_devices_agree_and_the_wrong_one_is_found() -> None:
+    """The second layer on another device: copies between them, and a node that is wrong on that one alone."""
+    placed = CompileOptions(exact=True, placement={"blk.1.*": "second"})
+    for change, name in ((lambda y: y, None), (lambda y: y * 1.01, "blk.1.ffn_up.weight")):
+        second = wrong_node("second", lambda node: any("ffn_up" in i.base.name for i in node.inputs), change)
+        report = checked("llama", [get_devices("cpu")[0], second], options=placed)
+        assert (report.first and report.first.node.name) == name and report.got == "cpu,second"
 
 
 def test_a_wrong_node_is_named_with_the_line_of_the_model_and_of_its_block(tmp_path: Path) -> None:
@@ -152,6 +162,12 @@ def test_parts_find_the_same() -> None:
     for backend in (Float32Device("f32"), device):
         whole, parts = (checked("llama", backend, limit_bytes=n) for n in (1 << 32, 300_000))
         assert parts == whole
+
+
+def test_more_tokens_than_the_context_holds_are_refused() -> None:
+    model = tiny.model("llama")
+    with pytest.raises(InputError, match=f"at most {model.context} tokens with the steps; got {model.context - 1} and 2 steps"):
+        compare_model(model, [1] * (model.context - 1))
 
 
 @pytest.mark.parametrize("ids", [[], [512], [-1], [[1]], [1.5]])
