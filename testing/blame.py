@@ -92,21 +92,29 @@ def take_out(pair: Pair, given: Given, region: Region, opened: tuple[Node, ...] 
 
 
 def _with_others(pair: Pair, given: Given, region: Region, alone: Alone) -> tuple[Region, Alone]:
-    """A node that is right by itself, with as few of those before it as make it wrong; as it was where none do."""
+    """A node that is right by itself, with as few of those before it as make it wrong; as it was where none do.
+
+    First with the state that it reads, which it reads where it lies then.
+    """
     computed = set(values(pair.graph, given.dims))
     nodes: tuple[Node, ...] = region.nodes
     end = nodes[-1]
-    for _ in range(MOST_STEPS):
-        inside = {*nodes, *(n for node in nodes for n in sources(node, computed, given.dims) if n.op not in STATE)}
-        nodes = (*(n for n in values(pair.graph, given.dims) if n in inside and n is not end), end)
-        found = take_out(pair, given, replace(region, nodes=nodes), nodes[:-1])
+    for steps in range(1 + MOST_STEPS):
+        more = {n for node in nodes for n in sources(node, computed, given.dims) if steps or n.op in STATE}
+        nodes = (*(n for n in values(pair.graph, given.dims) if n in more.union(nodes) and n is not end), end)
+        found = _opened(pair, given, region, nodes)
         if found.wrong:
             for node in nodes[:-1]:
                 fewer = tuple(n for n in nodes if n is not node)
-                again = take_out(pair, given, replace(region, nodes=fewer), fewer[:-1])
+                again = _opened(pair, given, region, fewer)
                 nodes, found = (fewer, again) if again.wrong else (nodes, found)
             return replace(region, nodes=nodes), found
     return region, alone
+
+
+def _opened(pair: Pair, given: Given, region: Region, nodes: tuple[Node, ...]) -> Alone:
+    """More nodes alone, those laid open that a run does not show in any case."""
+    return take_out(pair, given, replace(region, nodes=nodes), tuple(n for n in nodes[:-1] if n.op not in STATE))
 
 
 def _passes(got: Side, comes_right: Callable[[Side], bool]) -> Iterator[str]:

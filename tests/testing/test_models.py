@@ -94,7 +94,7 @@ def test_nodes_that_are_wrong_together_are_found_layer_by_layer() -> None:
 WRONG_ROWS = {
     "turned": {"stream": "blk.1.v", "change": lambda rows: rows[::-1]},
     "in another type": {"stream": "blk.0.k", "change": lambda rows: np.round(rows * 64) / 64},
-    "of before": {"stream": "blk.1.v", "change": lambda rows: rows * 2, "earlier": True},
+    "of before": {"stream": "blk.1.v", "change": lambda rows: rows * 2, "what": "earlier"},
 }
 
 
@@ -108,6 +108,16 @@ def test_wrong_rows_of_state_are_found(wrong: str, tmp_path: Path) -> None:
     saved = load_reproduction(str(first.reproduction))
     assert saved.length == (N if before else 0) and rerun(saved, "cpu").ok and rerun(saved, "reference").ok
     assert rerun(saved, device).first is not None
+
+
+def test_a_node_that_reads_state_wrongly_is_found_and_saved_with_it(tmp_path: Path) -> None:
+    """The store holds the right rows; given them as an input, the node is right."""
+    device = WrongStateDevice("wrong", {"stream": "blk.1.v", "change": lambda rows: rows[::-1], "what": "read"})
+    first = checked("llama", device, folder=tmp_path).first
+    assert first is not None and (first.node.op, first.node.name, first.alone) == ("flash_attn", "blk.1.k", True)
+    assert [(n.op, n.name) for n in first.together] == [("append", "blk.1.v"), ("flash_attn", "blk.1.k")]
+    saved = load_reproduction(str(first.reproduction))
+    assert rerun(saved, "cpu").ok and rerun(saved, device).first is not None
 
 
 def test_a_fusion_of_the_cpu_that_is_wrong_for_few_tokens_is_found(tmp_path: Path) -> None:

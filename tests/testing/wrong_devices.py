@@ -98,23 +98,25 @@ class WrongCpu(CpuDevice):
 
 @dataclass(frozen=True)
 class WrongState:
-    """Access to state that changes what is appended to a stream; with `earlier`, what was there before as well."""
+    """Access to a stream that is wrong: `what` is "append", "earlier" (what was there before is changed) or "read"."""
 
     real: Any
     stream: str
     change: Callable[[Array], Array]
-    earlier: bool = False
+    what: str = "append"
 
     def append(self, stream: str, rows: Array) -> None:
-        self.real.append(stream, self.change(np.asarray(rows)) if stream == self.stream and not self.earlier else rows)
-        if stream == self.stream and self.earlier:
+        self.real.append(stream, self._changed(stream, np.asarray(rows), "append"))
+        if stream == self.stream and self.what == "earlier":
             seen = self.real.classes[self.real.store.specs[stream].stream_class].seen
             if len(seen) > len(rows):
                 self.real.store._write(stream, seen.slots[:1], self.change(self.real.read(stream)[:1]))
 
     def read(self, stream: str) -> Array:
-        found: Array = self.real.read(stream)
-        return found
+        return self._changed(stream, self.real.read(stream), "read")
+
+    def _changed(self, stream: str, rows: Array, what: str) -> Array:
+        return self.change(rows) if stream == self.stream and what == self.what else rows
 
 
 class WrongStateDevice(ReferenceDevice):
