@@ -120,9 +120,16 @@ class Model:
 
         Raises: UnknownNameError: no node has a wanted name.
         """
+        return choose_early(self.graph_as_written(extents, kv_dtype, outputs))
+
+    def graph_as_written(self, extents: Extents, kv_dtype: DType, outputs: Sequence[str] | None = None) -> Graph:
+        """The same as the model's file writes it: rows are chosen where it says so.
+
+        Raises: UnknownNameError: no node has a wanted name.
+        """
         outputs = (self.architecture.result,) if outputs is None else outputs
         built = self.architecture.build(Builder.begin(self.catalog, extents, kv_dtype, self.states()), self.config)
-        return choose_early(built.with_outputs({name: built.find(name) for name in outputs}))
+        return built.with_outputs({name: built.find(name) for name in outputs})
 
     def weight(self, name: str) -> np.ndarray:
         """A weight as the file holds it.

@@ -33,7 +33,7 @@ _HOMES = {
     "state_store": ("StateStore",),
 }
 _EXPORTS = {name: f"tensorgraph.{home}" for home, names in _HOMES.items() for name in names}
-_MODULES = ("backends", "models", "ops")
+_MODULES = ("backends", "models", "ops", "testing")
 
 __all__ = ["__version__", *_EXPORTS, *_MODULES]
 

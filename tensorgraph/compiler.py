@@ -14,12 +14,14 @@ from tensorgraph import registry
 from tensorgraph.device import Device, get_devices
 from tensorgraph.dtypes import as_dtype
 from tensorgraph.graph import Graph, Node, input
-from tensorgraph.passes import EliminateCommon, ExpandFused, FoldConstants, LowerGuarded
+from tensorgraph.passes import EliminateCommon, ExpandFused, FoldConstants, Folded, LowerGuarded
 from tensorgraph.patterns import fuse_declared
 from tensorgraph.plan import Plan, lay_out
 from tensorgraph.schedule import schedule
 from tensorgraph.state import Layout
 from tensorgraph.verify import verify
+
+PASSES = ("eliminate_common", "fuse_declared", "lower_guarded", "expand_fused", "fold_constants")
 
 
 @dataclass(frozen=True)
@@ -29,15 +31,16 @@ class CompileOptions:
     placement: Mapping[str, str] = field(default_factory=dict)  # name patterns of weights, streams and nodes to device names
     scratch_bytes: int = 1 << 31  # the most that one guarded form's intermediates may take
     lowerings: tuple[str, ...] = ()  # forms to take wherever they exist, whatever their guards
-    fuse: bool = True  # replace plain ops by the fused ops that they expand
+    fuse: bool = True  # join nodes: replace plain ops by the fused ops that they expand, compute several in one go
     exact: bool = False  # products of quantised weights with activations in f32
     layouts: Mapping[str, Layout] = field(default_factory=dict)  # of streams that are not held as rows
+    without: tuple[str, ...] = ()  # passes to leave out, of `PASSES`, to see what is due to them
     verify_passes: bool = False  # check the graph after every pass (tests do)
 
     @property
     def key(self) -> str:
         named = sorted(self.placement.items()), sorted(self.layouts.items())
-        return repr((*named, self.scratch_bytes, self.lowerings, self.fuse, self.exact))
+        return repr((*named, self.scratch_bytes, self.lowerings, self.fuse, self.exact, self.without))
 
 
 def compile(
@@ -55,19 +58,16 @@ def compile(
     def supported(node: Node) -> bool:
         return any(d.supports(node) for d in devices)
 
-    passes: list[Callable[[Graph], Graph]] = [EliminateCommon()]
-    if options.fuse:
-        passes.append(fuse_declared(supported))
-    passes += [LowerGuarded(options.scratch_bytes, options.lowerings), ExpandFused(supported), EliminateCommon()]
+    made: dict[str, Callable[[Graph], Graph]] = {"eliminate_common": EliminateCommon(), "fuse_declared": fuse_declared(supported)}
+    made |= {"lower_guarded": LowerGuarded(options.scratch_bytes, options.lowerings), "expand_fused": ExpandFused(supported)}
+    checked: Callable[[Graph], Graph] = verify if options.verify_passes else lambda graph: graph
+    left_out = {*options.without, *(() if options.fuse else ("fuse_declared",))}
     lowered = graph
-    for apply in passes:
-        lowered = apply(lowered)
-        if options.verify_passes:
-            verify(lowered)
-    folded = FoldConstants()(lowered)
-    if options.verify_passes:
-        verify(folded.graph)
-    scheduled = schedule(folded.graph, devices, options.placement)
+    for name in (*made, "eliminate_common"):
+        if name not in left_out:
+            lowered = checked(made[name](lowered))
+    folded = Folded(lowered, None) if "fold_constants" in left_out else FoldConstants()(lowered)
+    scheduled = schedule(checked(folded.graph), devices, options.placement)
     return lay_out(plan_key(graph, devices, options), scheduled, devices, options, folded.prologue, graph.literals)
 
 

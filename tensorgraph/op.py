@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -287,8 +287,3 @@ def node_bytes(node: Node, dims: Bindings | None = None) -> int:
     """Bytes of a node's own elements, dense; at the largest extents where `dims` is None."""
     n = math.prod(e if isinstance(e, int) else e.max if dims is None else e.evaluate(dims) for e in node.shape)
     return n * node.dtype.block_bytes // node.dtype.block_size
-
-
-def all_ops() -> Iterator[Op]:
-    """Every registered op, by name."""
-    return (registry.ops.get(name) for name in registry.ops)

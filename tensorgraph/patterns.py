@@ -15,8 +15,9 @@ from tensorgraph.dims import Dim, Extent
 from tensorgraph.dtypes import DType, as_dtype, f32, i32
 from tensorgraph.errors import TensorGraphError
 from tensorgraph.graph import STRUCTURAL, Graph, Node, input, structure_line, topological
-from tensorgraph.op import Attr, Op, all_ops
+from tensorgraph.op import Attr, Op
 from tensorgraph.passes import Supports, rewrite
+from tensorgraph.registry import ops
 from tensorgraph.signature import Argument
 
 
@@ -84,7 +85,7 @@ def fuse_declared(supports: Supports) -> Callable[[Graph], Graph]:
 
     def fuse(graph: Graph) -> Graph:
         patterns: dict[str, list[Pattern]] = {}
-        for op in all_ops():
+        for op in map(ops.get, ops):
             for pattern in patterns_of(op):
                 patterns.setdefault(pattern.root.op, []).append(pattern)
         for found in patterns.values():

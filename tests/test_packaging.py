@@ -107,7 +107,7 @@ def test_a_wheel_holds_every_module_and_nothing_deleted(tmp_path: Path) -> None:
     install(binaries, wheel)
     printed = run(binaries / "python", "-c", USE, cwd=tmp_path).split()
     site = (binaries.parent / "lib").resolve()
-    assert all(Path(line).is_relative_to(site) for line in printed[:4]) and printed[4:] == ["0.1.0"]
+    assert all(Path(line).is_relative_to(site) for line in printed[: len(PARTS)]) and printed[len(PARTS) :] == ["0.1.0"]
     assert "Usage" in run(binaries / "tensorgraph", "--help", cwd=tmp_path)
 
 
@@ -135,6 +135,6 @@ def test_an_editable_install_reads_the_checkout(tmp_path: Path, changed: bool) -
         facade = checkout / "tensorgraph/__init__.py"
         facade.write_text(facade.read_text().replace('"0.1.0"', '"0.1.0+edited"'))
     printed = run(binaries / "python", "-c", USE, cwd=tmp_path).split()
-    assert printed[:4] == [str(checkout / part / "__init__.py") for part in PARTS]
-    assert printed[4:] == ["0.1.0+edited" if changed else "0.1.0"]
+    assert printed[: len(PARTS)] == [str(checkout / part / "__init__.py") for part in PARTS]
+    assert printed[len(PARTS) :] == ["0.1.0+edited" if changed else "0.1.0"]
     assert "Usage" in run(binaries / "tensorgraph", "--help", cwd=tmp_path)

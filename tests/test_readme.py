@@ -47,6 +47,11 @@ def test_the_encoder_example_says_which_texts_are_alike() -> None:
     assert a == pytest.approx(1, abs=1e-5) and d == pytest.approx(1, abs=1e-5) and b > 0.3 > max(c, e)
 
 
+def test_the_checking_example_agrees() -> None:
+    out = run(EXAMPLES[4])
+    assert "cpu beside reference, exact, 1 step: 2 nodes agree" in out and "cpu beside cpu, exact, 1 step: no difference" in out
+
+
 @pytest.mark.parametrize("folder", ["tensorgraph", "ops", "backends", "models", "tools", "tests"])
 def test_the_folders_of_the_table_are_there(folder: str) -> None:
     assert f"`{folder}/`" in (ROOT / "README.md").read_text() and (ROOT / folder).is_dir()

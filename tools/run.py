@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from tensorgraph.models.text.generation import Generation
     from tensorgraph.models.text.model import Prompt, TextSession
     from tensorgraph.models.text.sampling import Sampler
+
+CHECK = "Compare every node with this backend, such as reference, instead of generating."
 
 
 def run(
@@ -40,17 +43,26 @@ def run(
     exact: options.Exact = False,
     as_json: options.Json = False,
     stats: Annotated[bool, typer.Option("--stats", help="Also print plans, copies, code, threads, state and arena.")] = False,
+    check: Annotated[str | None, typer.Option(help=CHECK, metavar="BACKEND")] = None,
+    check_tokens: Annotated[int, typer.Option(min=1, help="With --check: most tokens of the prompt.")] = 16,
+    check_steps: Annotated[int, typer.Option(min=0, help="With --check: steps of one token after them.")] = 2,
+    check_folder: Annotated[Path, typer.Option(help="With --check: where wrong nodes are saved.")] = Path("tensorgraph-check"),
 ) -> None:
     """Generate text, as it comes; speeds go to stderr.
+
+    With --check, generate nothing: compare the value of every node with that of a backend which is trusted, for the same
+    inputs, and the steps as they are compiled; name the first node that is wrong, with its source line, and save it for
+    `tensorgraph check-node`. Exit code 1 where one is.
 
     \b
     tensorgraph run smollm2 --chat -p "Why is the sky blue?" -n 64
     tensorgraph run model.gguf -p "Once upon a time" --temp 0.8 --top-p 0.95 --seed 1
     tensorgraph run smollm2 --chat
     echo "2 + 2 =" | tensorgraph run model.gguf --json
+    tensorgraph run model.gguf -p "Once upon a time" --check reference
     """
     count = options.thread_count(threads)
-    options.limit_threads(count)
+    options.limit_threads(1 if check is not None and count == options.AUTO else count)  # several wait long on a busy machine
     from tensorgraph.compiler import CompileOptions
     from tensorgraph.models.text.model import load
     from tensorgraph.models.text.sampling import Sampler
@@ -59,6 +71,8 @@ def run(
     talks = chat and prompt is None and sys.stdin.isatty()
     if talks and as_json:
         raise InputError("[run] --json wants a prompt: -p TEXT, or a text on stdin")
+    if check is not None and talks:
+        raise InputError("[run] --check wants a prompt: -p TEXT, or a text on stdin")
     if prompt is None and not chat and sys.stdin.isatty():
         raise InputError("[run] wanted -p TEXT, --chat, or a text on stdin")
     if system is not None and not chat:
@@ -73,7 +87,14 @@ def run(
             talk.interactive(before)
             return
         text = sys.stdin.read() if prompt in (None, "-") else prompt
-        answer = talk.answer([*before, {"role": "user", "content": text}] if chat else text or "", silent=as_json)
+        asked: Prompt = [*before, {"role": "user", "content": text or ""}] if chat else text or ""
+        if check is not None:
+            from tensorgraph.tools.run_check import Wanted
+            from tensorgraph.tools.run_check import check as check_model
+
+            check_model(loaded, asked, Wanted(check, check_tokens, check_steps, check_folder), as_json=as_json)
+            return
+        answer = talk.answer(asked, silent=as_json)
         if as_json:
             counters = statistics(session) if stats else None
             typer.echo(json.dumps(as_object(answer.text, answer.generation) | ({"stats": counters} if counters else {})))

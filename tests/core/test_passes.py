@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensorgraph import registry
-from tensorgraph.compiler import CompileOptions, compile
+from tensorgraph.compiler import PASSES, CompileOptions, compile
 from tensorgraph.dims import ALWAYS, Dim
 from tensorgraph.dtypes import f16
+from tensorgraph.errors import UnsupportedError
 from tensorgraph.graph import STRUCTURAL, Graph, Node, append, choose, constant, input, topological
 from tensorgraph.op import Attr, Op
-from tensorgraph.ops import cast, cont, mul_mat, relu, repeat, scale, sigmoid, soft_max, sum_rows
+from tensorgraph.ops import cast, cont, mul, mul_mat, relu, repeat, scale, sigmoid, silu, soft_max, sum_rows
 from tensorgraph.passes import EliminateCommon, ExpandFused, FoldConstants, LowerGuarded
 from tensorgraph.verify import verify
 
@@ -235,6 +236,32 @@ def test_guards_of_numbers_are_known_when_the_graph_is_compiled(formed: Op) -> N
     assert [added(formed(input("x", (t, 4))), t) for t in (1, 2, 3, 6)] == [1, 1, 0, 2]
     plan = compile(Graph(y=formed(input("x", (4, 4)))))
     assert ops_of(plan.graph) == ["test_formed"]
+
+
+def test_passes_are_left_out_by_name(formed: Op) -> None:
+    """A graph with something for each to do."""
+    x = input("x", (4, 4))
+    double = Op("test_double", "x[...]: real -> y[...]: x")
+    double.expand(lambda x: x + x)  # and has no reference: no device runs it
+    try:
+        doubled = scale(constant("w", np.eye(4, dtype=np.float32)), scale=2.0)
+        shown = {"a": mul_mat(doubled, relu(x)), "b": sum_rows(relu(x)), "c": mul(silu(x), x), "e": double(x)}
+        graph = Graph(shown, d=formed(input("y", (T, 4))))
+        everything = compile(graph, options=CompileOptions(verify_passes=True)).graph
+        does = {
+            "eliminate_common": lambda g: ops_of(g).count("relu") == 1,
+            "fuse_declared": lambda g: "swiglu" in ops_of(g),
+            "lower_guarded": lambda g: "choose" in ops_of(g),
+            "fold_constants": lambda g: "fold:0" in g.constants,
+        }
+        assert {*does, "expand_fused"} == set(PASSES) and all(done(everything) for done in does.values())
+        for name in does:
+            left = compile(graph, options=CompileOptions(without=(name,), verify_passes=True)).graph
+            assert {other: done(left) for other, done in does.items()} == {other: other != name for other in does}
+        with pytest.raises(UnsupportedError, match="test_double"):
+            compile(graph, options=CompileOptions(without=("expand_fused",)))
+    finally:
+        registry.ops.remove("test_double")
 
 
 def test_only_the_chosen_form_is_computed(formed: Op) -> None:

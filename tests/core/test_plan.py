@@ -124,10 +124,10 @@ def test_plans_are_found_by_topology() -> None:
 def test_devices_and_options_are_part_of_the_key() -> None:
     graph, one = mlp(), get_devices("reference")
     options = [CompileOptions(), CompileOptions(scratch_bytes=1), CompileOptions(fuse=False)]
-    options += [CompileOptions(placement={"a": "reference"}), CompileOptions(lowerings=("a",))]
+    options += [CompileOptions(placement={"a": "reference"}), CompileOptions(lowerings=("a",)), CompileOptions(without=("a",))]
     keys = {plan_key(graph, one, o) for o in options}
     keys |= {plan_key(graph, get_devices(d), CompileOptions()) for d in ("reference:1", "reference,reference:1")}
-    assert len(keys) == 7
+    assert len(keys) == 8
     assert plan_key(graph, one, CompileOptions(verify_passes=True)) == plan_key(graph, one, CompileOptions())
 
 

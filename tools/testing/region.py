@@ -1,0 +1,129 @@
+"""The smallest region of a graph that is wrong where its nodes are compiled together, each by itself being right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from tensorgraph.dims import Bindings
+from tensorgraph.graph import Graph, Node
+from tensorgraph.tools.testing.cuts import STATE, apart, label, taken, values
+from tensorgraph.tools.testing.definition import dithered, perturbed
+from tensorgraph.tools.testing.difference import Limits, difference
+from tensorgraph.tools.testing.pair import Pair, Suspect
+from tensorgraph.tools.testing.side import Given
+
+DRAWS = 4
+AMPLIFIED = 256.0
+"""How many times the squared error that rounding every value costs a difference may be: 16, squared."""
+ROUNDING = 2.0**-24
+LEFT = 16.0
+"""The part of a difference that is left where its cause is: what adds up from node to node is halved instead."""
+MOST_NODES = 64
+MOST_EXCUSED = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """Nodes that give a wrong value between right ones.
+
+    Attributes:
+        nodes: in order; the last one's value is wrong.
+        suspect: that value, and those that it is computed from.
+        opened: what was laid open besides; the region's other nodes must not be, or it comes out right.
+    """
+
+    nodes: tuple[Node, ...]
+    suspect: Suspect
+    opened: tuple[Node, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """What was found: a region, if any, and values that differ no more than rounding does, amplified."""
+
+    region: Region | None
+    amplified: tuple[Suspect, ...]
+
+
+def between(graph: Graph, end: Node, known: Collection[Node], dims: Bindings) -> tuple[Node, ...]:
+    """What computes `end` from known values, in order, itself included."""
+    found, stack = {end}, [end]
+    while stack:
+        node = stack.pop()
+        for source in (taken(node, dims),) if node.op == "choose" else node.inputs:
+            if source not in known and source not in found:
+                found.add(source)
+                stack.append(source)
+    return (*(n for n in values(graph, dims) if n in found and n is not end), end)
+
+
+def smallest_region(pair: Pair, given: Given, opened: Collection[Node], limit: Callable[[Node], float]) -> Search:
+    """Find nodes that are wrong together: lay one more value open at a time, in the middle of what is left.
+
+    Where what differs lies before it or behind, the rest is out of question; where nothing differs any more, the value is one
+    that must stay within. Differences that rounding explains are passed over.
+    """
+    computed = values(pair.graph, given.dims)
+    base, amplified = list(opened), list[Suspect]()
+    while len(amplified) < MOST_EXCUSED:
+        ends = dict.fromkeys([*(n for n in computed if n.op in STATE), *base, *pair.graph.outputs.values()])
+        found = pair.first_wrong(given, base, list(ends), limit=limit)
+        if found is None:
+            break
+        region = _narrowed(pair, given, Region((), found, tuple(base)))
+        if not _is_rounding(pair, given, region):
+            return Search(region, tuple(amplified))
+        amplified.append(region.suspect)
+        end = region.nodes[-1]
+        if end not in computed or end in base or end.op in STATE:
+            break
+        base.append(end)
+    return Search(None, tuple(amplified))
+
+
+def _narrowed(pair: Pair, given: Given, region: Region) -> Region:
+    """The same with as few nodes as can be."""
+    inside: set[Node] = set()  # those that must not be laid open
+    while True:
+        suspect, opened = region.suspect, region.opened
+        end = suspect.compared.node
+        nodes = between(pair.graph, end, pair.known(suspect.seen) - {end}, given.dims)
+        open_to = [n for n in nodes[:-1] if n not in inside and n.op not in STATE and n not in opened]
+        if not open_to:
+            return replace(region, nodes=nodes)
+        middle, most = open_to[len(open_to) // 2], suspect.compared.difference.nmse / LEFT
+        found = pair.first_wrong(given, [*opened, middle], [middle, end], limit=partial(_at_least, most, pair.limits))
+        if found is None:
+            inside.add(middle)
+        else:
+            region = Region((), found, (*opened, middle))
+
+
+def _at_least(least: float, limits: Limits, node: Node) -> float:
+    return max(least, limits.of_node(node))
+
+
+def _is_rounding(pair: Pair, given: Given, region: Region) -> bool:
+    """Whether rounding each of a region's values, to f32 or as products of 8 bits do, moves its end as far as the difference."""
+    graph, suspect = pair.graph, region.suspect
+    if len(region.nodes) == 1:
+        return not pair.is_wrong(suspect, given)
+    if len(region.nodes) > MOST_NODES:
+        return False
+    known = pair.known(suspect.seen) - set(region.nodes)
+    alone = [apart(graph, [node], known.union(region.nodes[:i]), given.dims) for i, node in enumerate(region.nodes)]
+    compared, moved = suspect.compared, 0.0
+    for draw in range(DRAWS):
+        held = dict(suspect.seen)
+        for node, single in zip(region.nodes, alone, strict=True):
+            value = pair.wanted.run(single, given, held).outputs[label(graph, node)]
+            held[label(graph, node)] = value
+            if node is not compared.node:
+                rng = np.random.default_rng(draw)
+                held[label(graph, node)] = perturbed(value, ROUNDING, rng) if pair.limits.exact else dithered(value, rng)
+        moved = max(moved, difference(value, compared.wanted).nmse)
+    return compared.difference.nmse <= AMPLIFIED * moved
