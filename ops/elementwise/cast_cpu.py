@@ -15,7 +15,7 @@ from tensorgraph.dims import product
 from tensorgraph.dtypes import DType
 from tensorgraph.graph import Node
 from tensorgraph.ops.elementwise.cast import cast
-from tensorgraph.ops.formats.rounding_cpu import ROUNDINGS, round_block
+from tensorgraph.ops.formats.writable_cpu import ROUNDINGS, round_block
 from tensorgraph.views import IndexMap
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tensorgraph.ops.formats.bits import as_f16, nearest, pack, read_f16, reciprocal, unpack
+from tensorgraph.ops.formats.bits import as_f16, extreme, nearest, pack, read_f16, reciprocal, unpack
 from tensorgraph.ops.formats.blocks import F32, U8, BlockFormat, declare
 
 
@@ -28,8 +28,7 @@ def _declare_affine(name: str, bits: int, has_min: bool) -> BlockFormat:
             q = (x - start) * reciprocal(d) + np.float32(0.5)
             head = [as_f16(d), as_f16(start)]
         else:
-            extreme = np.take_along_axis(x, np.abs(x).argmax(axis=1, keepdims=True), axis=1)
-            d = extreme / np.float32(-centre)  # the value of largest magnitude becomes code 0, exactly -centre
+            d = extreme(x) / np.float32(-centre)  # the value of largest magnitude becomes code 0, exactly -centre
             q = x * reciprocal(d) + np.float32(centre + 0.5)
             head = [as_f16(d)]
         codes = np.minimum(q, np.float32(top)).astype(np.uint8)

@@ -34,7 +34,7 @@ def as_f16(column: F32) -> U8:
     return column.astype("<f2").view(np.uint8)
 
 
-def scale_groups(codes: NDArray[np.uint8] | NDArray[np.int8], scales: F32) -> F32:
+def scale_groups(codes: U8 | NDArray[np.int8] | F32, scales: F32) -> F32:
     """Multiply each of the equal groups of a row by its own scale; scales [n, groups]."""
     n, groups = scales.shape
     x: F32 = codes.reshape(n, groups, codes.shape[1] // groups) * scales[:, :, None]
@@ -59,3 +59,21 @@ def in_order(x: F32) -> F32:
     """The sum of each row, one element after another, as ggml adds; a column."""
     total: F32 = np.add.accumulate(x, axis=1)[:, -1:]
     return total
+
+
+def extreme(x: F32) -> F32:
+    """The value of largest magnitude of each row, the first of those; a column."""
+    found: F32 = np.take_along_axis(x, np.abs(x).argmax(axis=1, keepdims=True), axis=1)
+    return found
+
+
+def quotient(a: F32 | np.float32 | float, b: F32) -> F32:
+    """a / b, and 0 where b is 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(b != 0, np.float32(a) / b, np.float32(0))
+
+
+def whole(q: F32, low: int, high: int) -> F32:
+    """The nearest whole numbers, ties to even, within bounds."""
+    found: F32 = np.clip(np.rint(q), np.float32(low), np.float32(high))
+    return found

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import numpy as np
 
-from tensorgraph.ops.formats.bits import as_f16, in_order, pack, read_f16, reciprocal, scale_groups, unpack
+from tensorgraph.ops.formats.bits import (
+    as_f16,
+    extreme,
+    in_order,
+    pack,
+    quotient,
+    read_f16,
+    reciprocal,
+    scale_groups,
+    unpack,
+    whole,
+)
 from tensorgraph.ops.formats.blocks import F32, U8, declare
+from tensorgraph.ops.formats.searches import TINY, table_scale
 
 # FP4 e2m1 times two, so that all values are whole; the scales below are halved in return.
 FP4 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
 FP4_MIDPOINTS = np.array([0.5, 1.5, 2.5, 3.5, 5, 7, 10], np.float32)
-IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
-IQ4_MIDPOINTS: F32 = (IQ4[1:].astype(np.float32) + IQ4[:-1]) / np.float32(2)
+IQ4: F32 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
+IQ4_MIDPOINTS: F32 = (IQ4[1:] + IQ4[:-1]) / np.float32(2)
 
 _E8M0_HALF: F32 = np.ldexp(np.float32(1), np.arange(256) - 128)
 
@@ -64,13 +76,11 @@ def _decode_iq4_nl(raw: U8) -> F32:
 
 def _encode_iq4_nl(x: F32) -> U8:
     """Codes for the scale that makes the value of largest magnitude exact; then the scale that suits these codes best."""
-    extreme = np.take_along_axis(x, np.abs(x).argmax(axis=1, keepdims=True), axis=1)
-    q: F32 = x * reciprocal(extreme / np.float32(IQ4[0]))
-    codes = np.searchsorted(IQ4_MIDPOINTS, q, side="right")
-    values, weights = IQ4[codes].astype(np.float32), x * x
-    products, squares = (in_order(weights * values * each) for each in (x, values))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        scale = np.where(np.abs(extreme) < np.float32(1e-15), np.float32(0), products / squares)
+    most, weights = extreme(x), x * x
+    codes = np.searchsorted(IQ4_MIDPOINTS, x * reciprocal(most / IQ4[0]), side="right")
+    values = IQ4[codes]
+    scale = quotient(in_order(weights * values * x), in_order(weights * values * values))
+    scale = np.where(np.abs(most) < TINY, np.float32(0), scale)
     return np.concatenate([as_f16(scale), pack(codes.astype(np.uint8), 4, 16)], axis=1)
 
 
@@ -80,7 +90,17 @@ def _decode_iq4_xs(raw: U8) -> F32:
     return scale_groups(IQ4[unpack(raw[:, 8:], 4, 16)], scales_f32)
 
 
+def _encode_iq4_xs(x: F32) -> U8:
+    scales = table_scale(x.reshape(-1, 32), IQ4, IQ4_MIDPOINTS).reshape(len(x), 8)
+    d = extreme(scales) / np.float32(-32)
+    signed = whole(scales * quotient(1, d), -32, 31)
+    codes = np.searchsorted(IQ4_MIDPOINTS, x.reshape(len(x), 8, 32) * quotient(1, d * signed)[:, :, None], side="right")
+    stored = (signed + 32).astype(np.uint8)
+    packed = pack(codes.reshape(x.shape).astype(np.uint8), 4, 16)
+    return np.concatenate([as_f16(d), pack(stored >> np.uint8(4), 2, 1), pack(stored, 4, 1), packed], axis=1)
+
+
 mxfp4 = declare("mxfp4", 32, 17, _decode_mxfp4, _encode_mxfp4)
 nvfp4 = declare("nvfp4", 64, 36, _decode_nvfp4, _encode_nvfp4)
 iq4_nl = declare("iq4_nl", 32, 18, _decode_iq4_nl, _encode_iq4_nl)
-iq4_xs = declare("iq4_xs", 256, 136, _decode_iq4_xs)
+iq4_xs = declare("iq4_xs", 256, 136, _decode_iq4_xs, _encode_iq4_xs)

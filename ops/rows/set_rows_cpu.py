@@ -11,7 +11,7 @@ from tensorgraph.dims import product
 from tensorgraph.dtypes import DType
 from tensorgraph.graph import Node
 from tensorgraph.ops.elementwise.cast_cpu import emit_cast
-from tensorgraph.ops.formats.rounding_cpu import ROUNDINGS, round_block
+from tensorgraph.ops.formats.writable_cpu import ROUNDINGS, round_block
 from tensorgraph.ops.rows.index_cpu import checked
 from tensorgraph.ops.rows.set_rows import set_rows
 from tensorgraph.ops.shape.cont_cpu import copy_call, copy_row

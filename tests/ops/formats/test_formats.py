@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -16,13 +17,15 @@ from hypothesis.extra import numpy as hnp
 
 from tensorgraph.dtypes import as_dtype, f16
 from tensorgraph.errors import DTypeError, ShapeError
+from tensorgraph.graph import input
+from tensorgraph.ops import cast, set_rows
 from tensorgraph.ops.formats import FORMATS, block_format, decode, encode
 from tests.reference import reference_path
 
 AFFINE = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]
 BY_PEER = [*AFFINE, "tq1_0", "tq2_0", "mxfp4"]
 """Types that the peer encodes too."""
-ENCODABLE = [*AFFINE, "q1_0", "q2_0", "tq1_0", "tq2_0", "mxfp4", "nvfp4", "iq4_nl"]
+ALL = list(FORMATS)
 BOTH = [name for name in FORMATS if name not in ("q1_0", "q2_0")]  # gguf.quants has these two not
 
 
@@ -43,7 +46,7 @@ def test_every_format_has_the_layout_that_files_use() -> None:
     for name, form in FORMATS.items():
         assert (form.dtype.block_size, form.dtype.block_bytes) == sizes[name]
         assert as_dtype(name.upper()) is form.dtype and form.dtype.is_block
-    assert [name for name, form in FORMATS.items() if form.encode] == ENCODABLE
+    assert all(form.encode for form in FORMATS.values())
 
 
 @pytest.mark.parametrize("name", BOTH)
@@ -131,14 +134,14 @@ GGML: list[dict[str, Any]] = json.loads(reference_path("ops/index.json").read_te
 WRITTEN = [
     case
     for case in GGML
-    if case["op"] == "cpy" and case["compare"]["kind"] == "quantised" and FORMATS[case["out"]["dtype"].lower()].encode
+    if case["op"] == "cpy" and case["compare"]["kind"] == "quantised"
     if case["srcs"][0]["dtype"] == "f32"  # ties, of which bf16 has many, ggml's vectors round to even in q8_0, its scalars do not
 ]
 
 
 @pytest.mark.parametrize("case", WRITTEN, ids=lambda case: f"{case['id']}-{case['out']['dtype']}")
 def test_encode_equals_ggml_byte_for_byte(case: dict[str, Any]) -> None:
-    """Rows that ggml copied to a block type."""
+    """Rows that ggml copied to a block type; all types are there."""
     name, (source, _) = case["out"]["dtype"], case["srcs"]
     with np.load(reference_path(f"ops/{case['file']}")) as stored:
         x, want = stored[source["decoded_key"]], stored[case["out"]["raw_key"]]
@@ -148,10 +151,11 @@ def test_encode_equals_ggml_byte_for_byte(case: dict[str, Any]) -> None:
 # Largest error as a part of the block's largest magnitude: half a step, a whole one where the far end is clipped
 # (q4_0, q5_0), 8 -> 6 in mxfp4, the far end of the least scale's range in nvfp4, a scale moved by the other values in iq4_nl.
 BOUNDS = {"q4_0": 1 / 8, "q4_1": 1 / 15, "q5_0": 1 / 16, "q5_1": 1 / 31, "q8_0": 0.5 / 127, "mxfp4": 1 / 4}
-BOUNDS |= {"q1_0": 1.0, "q2_0": 1 / 2, "tq1_0": 1 / 2, "tq2_0": 1 / 2, "nvfp4": 1 / 4, "iq4_nl": 1 / 6}
+BOUNDS |= {"q1_0": 1.0, "q2_0": 1 / 2, "tq1_0": 1 / 2, "tq2_0": 1 / 2, "nvfp4": 1 / 4, "iq4_nl": 1 / 6, "iq4_xs": 1 / 6}
+BOUNDS |= {"q2_k": 1 / 2, "q3_k": 1 / 4, "q4_k": 1 / 12, "q5_k": 1 / 20, "q6_k": 1 / 48}  # scales, too, are of few bits
 
 
-@pytest.mark.parametrize("name", ENCODABLE)
+@pytest.mark.parametrize("name", ALL)
 def test_a_round_trip_stays_within_the_step_of_the_format(name: str) -> None:
     size = block_format(name).dtype.block_size
     x = np.random.default_rng(3).standard_normal((7, 5 * size), np.float32)
@@ -163,14 +167,14 @@ def test_a_round_trip_stays_within_the_step_of_the_format(name: str) -> None:
         assert np.array_equal(encode(values, name), encode(values.astype(np.float32), name))
 
 
-@pytest.mark.parametrize("name", ENCODABLE)
+@pytest.mark.parametrize("name", ALL)
 def test_zeros_and_numbers_too_small_for_the_scale_become_zero(name: str) -> None:
     assert not decode(encode(np.zeros((3, 256), np.float32), name), name).any()
     tiny = decode(encode(np.linspace(-1e-40, 1e-40, 256, dtype=np.float32)[None], name), name)
     assert np.all(np.abs(tiny) <= 2e-38)
 
 
-@pytest.mark.parametrize("name", ENCODABLE)
+@pytest.mark.parametrize("name", ALL)
 def test_empty_arrays(name: str) -> None:
     form = block_format(name).dtype
     assert decode(np.zeros((0, 2 * form.block_bytes), np.uint8), name).shape == (0, 2 * form.block_size)
@@ -180,11 +184,19 @@ def test_empty_arrays(name: str) -> None:
 def test_errors_name_the_format_and_what_was_given() -> None:
     with pytest.raises(DTypeError, match="wanted a block type.*q4_0.*got f16"):
         block_format(f16)
-    with pytest.raises(DTypeError, match="q4_k can only be decoded.*q4_0, q4_1, q5_0, q5_1, q8_0, .*iq4_nl"):
-        encode(np.zeros(256, np.float32), "Q4_K")
     with pytest.raises(ShapeError, match=r"\[decode q4_0\] wanted rows of a multiple of 18 bytes; got \(2, 17\)"):
         decode(np.zeros((2, 17), np.uint8), "q4_0")
     with pytest.raises(ShapeError, match=r"\[encode q4_0\] wanted rows of a multiple of 32 elements; got \(33,\)"):
         encode(np.zeros(33, np.float32), "q4_0")
     with pytest.raises(DTypeError, match=r"\[decode q8_0\] wanted uint8; got float32"):
         decode(np.zeros(34, np.float32), "q8_0")
+
+
+def test_a_type_that_is_only_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FORMATS, "q4_k", replace(FORMATS["q4_k"], encode=None))
+    with pytest.raises(DTypeError, match="q4_k can only be decoded.*q4_0, q4_1, q5_0, q5_1, q8_0, .*iq4_xs"):
+        encode(np.zeros(256, np.float32), "Q4_K")
+    with pytest.raises(DTypeError, match=r"\[cast\] there is no conversion from f32 to q4_k"):
+        cast(input("x", (256,)), dtype="q4_k")
+    with pytest.raises(DTypeError, match="a must be of a type that can be written; q4_k is only read"):
+        set_rows(input("a", (5, 256), "q4_k"), input("b", (2, 256)), input("ids", (2,), "i32"))
