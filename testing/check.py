@@ -78,7 +78,7 @@ class Check:
         return None
 
     def _together(self, given: Given) -> Region | Fault | None:
-        """As it is compiled: between nodes that have names or select; with nothing laid open; beside the model as it is written."""
+        """As it is compiled: between nodes that have names or select, with nothing laid open, beside the model as written."""
         pair, limits = self.pair, self.pair.limits
         self.say(f"step {self.steps}: as it is compiled")
         nodes = [n for cut in pair.cuts(given) for n in cut.nodes if n.op not in STATE]
