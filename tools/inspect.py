@@ -116,6 +116,8 @@ def _sections(report: Mapping[str, Any]) -> list[str]:
 
 
 def state_text(state: Mapping[str, Any]) -> str:
+    if not state["classes"]:
+        return "no state: nothing outlives a step"
     rows = [("a row every", "keeps", "streams", "per token", "constant", "rows")]
     for c in state["classes"]:
         keep = "all" if c["keep"] is None else f"{c['keep']} rows"

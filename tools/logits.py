@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -124,7 +123,7 @@ def evaluate(
     for session, ids in zip(sessions, sequences, strict=True):
         session._check(ids)  # all of them before the first step
     parts: list[list[dict[str, Any]]] = [[] for _ in sequences]
-    for step in shown(steps):
+    for step in options.shown(steps, len(steps), "evaluating"):
         work = [(sessions[i], sequences[i][start:stop]) for i, (start, stop) in step]
         for (i, _), values in zip(step, first.batch(work, outputs=outputs, all_logits=True), strict=True):
             parts[i].append(values)
@@ -145,14 +144,3 @@ def cuts(length: int, prefill: int | None, chunk: int | None) -> Iterator[tuple[
         yield start, min(start + (chunk or first), first)
     for start in range(first, length):
         yield start, start + 1
-
-
-def shown(steps: list[Any]) -> Iterator[Any]:
-    """The steps, with a bar on stderr where that is a terminal; no thread moves it (see `options.working`)."""
-    if not sys.stderr.isatty():
-        yield from steps
-        return
-    from rich.console import Console
-    from rich.progress import track
-
-    yield from track(steps, "evaluating", console=Console(stderr=True), transient=True, auto_refresh=False)

@@ -10,7 +10,8 @@ from pathlib import Path
 from tensorgraph.errors import InputError
 from tensorgraph.models import Model
 from tensorgraph.models.architecture import model_from_config
-from tensorgraph.models.text.model import SMOLLM2, find_smollm2, open_model
+from tensorgraph.models.text.model import open_model
+from tensorgraph.models.text.packaged import PACKAGED, find_model
 
 PUBLISHED = Path(str(files("tensorgraph.models"))) / "published"
 
@@ -24,16 +25,17 @@ def gguf_path(name: str) -> Path | None:
     """The GGUF file that MODEL means, None where it is a configuration or a folder.
 
     Raises:
-        InputError: nothing is there under that name.
+        InputError: nothing is there under that name, or its packages are not installed.
     """
-    if name == SMOLLM2:
-        return find_smollm2()
-    if name in published() or Path(name).is_dir():
+    if name in published():
         return None
-    if not Path(name).is_file():
-        known = ", ".join([SMOLLM2, *published()])
+    path = find_model(name)
+    if path.is_dir():
+        return None
+    if not path.is_file():
+        known = ", ".join([*PACKAGED, *published()])
         raise InputError(f"[model] there is no file {name!r}; the names that are known: {known}")
-    return None if name.endswith(".json") else Path(name)
+    return None if name.endswith(".json") else path
 
 
 @contextmanager
@@ -44,10 +46,10 @@ def described_model(name: str, dtype: str = "f16") -> Iterator[Model]:
         InputError: nothing is there under that name. FormatError, UnknownNameError: it cannot be read.
     """
     path = gguf_path(name)
-    if path is None and (name in published() or not Path(name).is_dir()):
+    if path is None and (name in published() or not find_model(name).is_dir()):
         yield model_from_config(PUBLISHED / f"{name}.json" if name in published() else name, dtype)
         return
-    model = open_model(path or name)
+    model = open_model(name)
     assert model.file is not None
     with closing(model.file):
         yield model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
+from tensorgraph.tools.conformance.support import Types, computed_text, types_text
 from tensorgraph.tools.op_pages import KINDS, Declared, Runs, tolerance_text
 
 HEAD = """# Ops
@@ -17,13 +18,15 @@ input or attribute that has the same type, or
 
 KINDS
 
+The last table says which types each input may have, and which of them the backends compute.
+
 Backends run an op by a kernel of its own (*yes*); for all shapes and types, or for those that its kernel does not take, by
 the ops it is made of (*by expansion*); or only for some (*partly*).
 """.replace("KINDS", "\n".join(f"- `{kind}`: {meaning}" for kind, meaning in KINDS.items()))
 _LABEL = re.compile(r"^([A-Z][a-z]+):(?= |$)", re.MULTILINE)
 
 
-def document(pages: Sequence[tuple[Declared, Runs]], backends: Sequence[str]) -> str:
+def document(pages: Sequence[tuple[Declared, Runs]], backends: Sequence[str], types: Sequence[Types] = ()) -> str:
     """The whole document, of ops in order; `backends` are the columns of its tables."""
     families: dict[str, list[tuple[Declared, Runs]]] = {}
     for page in pages:
@@ -32,6 +35,7 @@ def document(pages: Sequence[tuple[Declared, Runs]], backends: Sequence[str]) ->
     parts = [HEAD, *(_contents(family, its, backends) for family, its in ordered)]
     for family, its in ordered:
         parts += [f"## Family {family}\n", *(_section(op, runs) for op, runs in its)]
+    parts += [_types(types, backends)] * bool(types)
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -41,6 +45,12 @@ def _contents(family: str, pages: Sequence[tuple[Declared, Runs]], backends: Seq
         cells = (f"[{op.name}](#{_anchor(op.name)})", prose(op.summary), *(runs.backends.get(b, "unknown") for b in backends))
         lines.append(_row(cells))
     return "\n".join(lines) + "\n"
+
+
+def _types(types: Sequence[Types], backends: Sequence[str]) -> str:
+    rows = [(f"`{t.op}`", f"`{t.slot}`", types_text(t.accepted), *(computed_text(t, name) for name in backends)) for t in types]
+    head = f"| op | input | types | {' | '.join(backends)} |\n|---|---|---|" + "---|" * len(backends)
+    return "\n".join(("## Types\n", head, *map(_row, rows)))
 
 
 def _row(cells: Iterable[str]) -> str:

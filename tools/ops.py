@@ -46,6 +46,7 @@ def ops(
     import tensorgraph.ops  # noqa: F401  (importing registers)
     from tensorgraph import registry
     from tensorgraph.tools.conformance.check import hypothesis
+    from tensorgraph.tools.conformance.support import support
     from tensorgraph.tools.op_markdown import document
     from tensorgraph.tools.op_pages import declared, runs
 
@@ -64,8 +65,9 @@ def ops(
     backends = EVERYWHERE if markdown else list(registry.backends)
     with options.working("asking the backends"):
         pages = [(d, runs(op, backends)) for d, op in zip(described, chosen, strict=True)]
+        types = support([d.name for d in described], backends)[0] if markdown else ()
     if markdown:
-        typer.echo(document(pages, backends), nl=False)
+        typer.echo(document(pages, backends, types), nl=False)
     elif as_json:
         typer.echo(json.dumps({"ops": [_as_json(*page) for page in pages]}))
     else:

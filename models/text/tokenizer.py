@@ -10,12 +10,15 @@ from typing import Any, Protocol
 
 from tensorgraph.errors import FormatError, InputError, UnsupportedError
 from tensorgraph.models.text.byte_level import ByteLevelBPE
+from tensorgraph.models.text.json_file import ends_of_generation
 from tensorgraph.models.text.pretokenizers import pre_tokenizer
 from tensorgraph.models.text.sentencepiece import SentencePieceBPE
+from tensorgraph.models.text.sentencepiece_model import read_sentencepiece_model
 from tensorgraph.models.text.tokenizer_json import read_tokenizer_json
 from tensorgraph.models.text.vocabulary import Kind, Vocabulary, flag, special_ids
+from tensorgraph.models.text.wordpiece import WordPiece, of_gguf, read_vocab_txt
 
-KINDS = "gpt2 (byte-level BPE), llama (SentencePiece-style BPE)"
+KINDS = "gpt2 (byte-level BPE), llama (SentencePiece-style BPE), bert (WordPiece)"
 
 
 class Codec(Protocol):
@@ -37,11 +40,12 @@ class Tokenizer:
         vocab_size: number of tokens.
         bos_id, eos_id: the ids that begin and end a sequence, or None.
         eog_ids: every id that ends a generation.
+        suffix: what `add_special` puts after a text.
     """
 
     def __init__(self, codec: Codec, vocabulary: Vocabulary, prefix: list[int], suffix: list[int]) -> None:
         """Join a codec and its vocabulary; `prefix` and `suffix` are what `add_special` puts around a text."""
-        self._codec, self._vocabulary, self._prefix, self._suffix = codec, vocabulary, prefix, suffix
+        self._codec, self._vocabulary, self._prefix, self.suffix = codec, vocabulary, prefix, suffix
         self.vocab_size = len(vocabulary.tokens)
         self.bos_id, self.eos_id, self.eog_ids = vocabulary.bos_id, vocabulary.eos_id, vocabulary.eog_ids
 
@@ -53,9 +57,11 @@ class Tokenizer:
         UnknownNameError for a pre-tokenizer that is not known.
         """
         kind = metadata.get("tokenizer.ggml.model")
-        if not isinstance(kind, str) or kind not in ("gpt2", "llama"):
+        if not isinstance(kind, str) or kind not in ("gpt2", "llama", "bert"):
             raise UnsupportedError(f'[tokenizer] the kinds that are there: {KINDS}; "tokenizer.ggml.model" is {kind!r}')
         vocabulary = Vocabulary.from_gguf(metadata)
+        if kind == "bert":
+            return cls._of_words(*of_gguf(metadata, vocabulary))
         model: ByteLevelBPE | SentencePieceBPE
         if kind == "gpt2":
             rules = pre_tokenizer(metadata.get("tokenizer.ggml.pre", "default"))
@@ -64,7 +70,7 @@ class Tokenizer:
             model, add_bos = SentencePieceBPE(metadata, vocabulary), True
         prefix = _added(metadata, "bos", vocabulary.bos_id, add_bos)
         suffix = _added(metadata, "eos", vocabulary.eos_id, False)
-        return cls(_GGUFCodec(model, vocabulary), vocabulary, prefix, suffix)
+        return cls(_CuttingCodec(model, vocabulary), vocabulary, prefix, suffix)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
@@ -77,6 +83,25 @@ class Tokenizer:
         kind of vocabulary.
         """
         return cls(*read_tokenizer_json(Path(path)))
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Tokenizer:
+        """Build the tokenizer of a published folder: of `tokenizer.json`, else of `tokenizer.model`, else of `vocab.txt`.
+
+        Raises: as `from_file`.
+        """
+        json_file, pieces, words = (folder / name for name in ("tokenizer.json", "tokenizer.model", "vocab.txt"))
+        if json_file.is_file():
+            return cls.from_file(json_file)
+        if pieces.is_file():
+            made = cls.from_gguf(read_sentencepiece_model(pieces))
+            made.eog_ids |= ends_of_generation(folder, made.vocab_size)
+            return made
+        return cls._of_words(*read_vocab_txt(words)) if words.is_file() else cls.from_file(json_file)
+
+    @classmethod
+    def _of_words(cls, model: WordPiece, vocabulary: Vocabulary, prefix: list[int], suffix: list[int]) -> Tokenizer:
+        return cls(_CuttingCodec(model, vocabulary), vocabulary, prefix, suffix)
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
         """Ids of a text.
@@ -92,7 +117,7 @@ class Tokenizer:
             message = f"[encode] wanted Unicode text; got half a surrogate pair, {text[error.start]!r} at {error.start}"
             raise InputError(message) from None
         ids = self._codec.encode(text, parse_special)
-        return [*self._prefix, *ids, *self._suffix] if add_special else ids
+        return [*self._prefix, *ids, *self.suffix] if add_special else ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """The text of ids; bytes that are no UTF-8 become U+FFFD.
@@ -161,10 +186,10 @@ class Detokenizer:
         return self._decoder.decode(b"", final=True)
 
 
-class _GGUFCodec:
-    """Cuts special tokens out of a text and hands the stretches between them to the BPE."""
+class _CuttingCodec:
+    """Cuts special tokens out of a text and hands the stretches between them to the vocabulary's model."""
 
-    def __init__(self, model: ByteLevelBPE | SentencePieceBPE, vocabulary: Vocabulary) -> None:
+    def __init__(self, model: ByteLevelBPE | SentencePieceBPE | WordPiece, vocabulary: Vocabulary) -> None:
         self._model, self.space_prefix, self.bytes_of = model, model.space_prefix, model.bytes_of
         special = frozenset(kind.value for kind in (Kind.CONTROL, Kind.UNKNOWN, Kind.USER_DEFINED))
         tokens, kinds = vocabulary.tokens, vocabulary.kinds

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,19 @@ import tokenizers
 
 from tensorgraph.errors import FormatError, InputError, UnsupportedError
 from tensorgraph.models.text.byte_level import bytes_of_token
-from tensorgraph.models.text.json_file import parse_object
+from tensorgraph.models.text.json_file import ends_of_generation, parse_object, read_if_there
 from tensorgraph.models.text.sentencepiece import SPACE, byte_of_token
 from tensorgraph.models.text.vocabulary import Kind, Vocabulary, end_ids
+from tensorgraph.models.text.wordpiece import bytes_of_piece
 
 
 class _JSONCodec:
     """Encodes with the `tokenizers` library as the file says."""
 
     def __init__(
-        self, tokenizer: tokenizers.Tokenizer, tokens: list[str], *, byte_level: bool, space_prefix: bool
+        self, tokenizer: tokenizers.Tokenizer, tokens: list[str], *, bytes_of: Callable[[str], bytes], space_prefix: bool
     ) -> None:
-        self._tokenizer, self._tokens, self._byte_level = tokenizer, tokens, byte_level
+        self._tokenizer, self._tokens, self._bytes_of = tokenizer, tokens, bytes_of
         self.space_prefix = space_prefix
         self._lock = threading.Lock()  # whether special tokens are parsed is a setting of the shared tokenizer
 
@@ -33,11 +34,13 @@ class _JSONCodec:
         return ids
 
     def bytes_of(self, token_id: int) -> bytes:
-        token = self._tokens[token_id]
-        if self._byte_level:
-            return bytes_of_token(token)
-        byte = byte_of_token(token)
-        return token.replace(SPACE, " ").encode() if byte is None else bytes([byte])
+        return self._bytes_of(self._tokens[token_id])
+
+
+def _bytes_with_spaces(token: str) -> bytes:
+    """What a token of a SentencePiece-style vocabulary stands for."""
+    byte = byte_of_token(token)
+    return token.replace(SPACE, " ").encode() if byte is None else bytes([byte])
 
 
 def read_tokenizer_json(path: Path) -> tuple[_JSONCodec, Vocabulary, list[int], list[int]]:
@@ -51,36 +54,39 @@ def read_tokenizer_json(path: Path) -> tuple[_JSONCodec, Vocabulary, list[int], 
     content = path.read_text(encoding="utf-8", errors="replace")
     described = parse_object(content, path, "tokenizer")
     kind = described["model"].get("type") if isinstance(described.get("model"), dict) else None
-    if kind != "BPE":
-        raise UnsupportedError(f"[tokenizer] the kinds that are there: BPE; {path} holds {kind!r}")
+    if kind not in ("BPE", "WordPiece"):
+        raise UnsupportedError(f"[tokenizer] the kinds that are there: BPE, WordPiece; {path} holds {kind!r}")
     try:
         tokenizer = tokenizers.Tokenizer.from_str(content)
     except BaseException as error:  # the library's panics are no Exception
         if isinstance(error, KeyboardInterrupt):
             raise
         raise FormatError(f"[tokenizer] wanted a tokenizer.json; {path} is damaged: {error}") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
     steps = [step for part in ("pre_tokenizer", "decoder") for step in _steps(described.get(part))]
     byte_level = any(step.get("type") == "ByteLevel" for step in steps)
     space_prefix = any(step.get("type") == "Strip" and step.get("start", 0) > 0 for step in steps)
-    vocabulary, prefix, suffix = _vocabulary(tokenizer, path)
-    codec = _JSONCodec(tokenizer, vocabulary.tokens, byte_level=byte_level, space_prefix=space_prefix)
+    bytes_of = bytes_of_piece if kind == "WordPiece" else bytes_of_token if byte_level else _bytes_with_spaces
+    vocabulary, prefix, suffix = _vocabulary(tokenizer, path, *(("cls", "sep") if kind == "WordPiece" else ("bos", "eos")))
+    space_prefix = space_prefix or kind == "WordPiece"
+    codec = _JSONCodec(tokenizer, vocabulary.tokens, bytes_of=bytes_of, space_prefix=space_prefix)
     return codec, vocabulary, prefix, suffix
 
 
-def _vocabulary(tokenizer: tokenizers.Tokenizer, path: Path) -> tuple[Vocabulary, list[int], list[int]]:
+def _vocabulary(
+    tokenizer: tokenizers.Tokenizer, path: Path, first: str, last: str
+) -> tuple[Vocabulary, list[int], list[int]]:
+    """The vocabulary, and what is put before and after a text; `first` and `last` name what begins and ends a sequence."""
     texts = {i: token for token, i in tokenizer.get_vocab(with_added_tokens=True).items()}
     tokens = [texts.get(i, "") for i in range(max(texts, default=-1) + 1)]
     kinds = [Kind.NORMAL.value if i in texts else Kind.UNUSED.value for i in range(len(tokens))]
     for i, token in tokenizer.get_added_tokens_decoder().items():
         kinds[i] = (Kind.CONTROL if token.special else Kind.USER_DEFINED).value
 
-    config, generation = (
-        parse_object(beside.read_text(encoding="utf-8", errors="replace"), beside, "tokenizer") if beside.exists() else {}
-        for beside in (path.with_name("tokenizer_config.json"), path.with_name("generation_config.json"))
-    )
-    bos_id, eos_id = (_named_id(tokenizer, config.get(key)) for key in ("bos_token", "eos_token"))
-    ends = generation.get("eos_token_id", [])
-    named = {i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int) and 0 <= i < len(tokens)}
+    config = read_if_there(path.with_name("tokenizer_config.json"), "tokenizer")
+    bos_id, eos_id = (_named_id(tokenizer, config.get(f"{name}_token")) for name in (first, last))
+    named = ends_of_generation(path.parent, len(tokens))
     if eos_id is not None:
         named.add(eos_id)
 

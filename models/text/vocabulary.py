@@ -55,16 +55,19 @@ class Vocabulary:
         Raises: FormatError where an entry is missing, is of another type, or does not fit the others.
         """
         tokens = strings(metadata, "tokenizer.ggml.tokens")
-        named = {name: _token_id(metadata, name, len(tokens)) for name in ("bos", "eos", "eot", "eom", "unknown")}
+        named = {name: token_id(metadata, name, len(tokens)) for name in ("bos", "eos", "eot", "eom", "unknown")}
         kinds = [Kind.NORMAL.value] * len(tokens)
         if "tokenizer.ggml.token_type" in metadata:
             kinds = list(map(int, numbers(metadata, "tokenizer.ggml.token_type", len(tokens))))
         else:
-            for token_id in named.values():
-                if token_id is not None:
-                    kinds[token_id] = Kind.CONTROL.value
+            for i in named.values():
+                if i is not None:
+                    kinds[i] = Kind.CONTROL.value
         ends = {i for name in ("eos", "eot", "eom") if (i := named[name]) is not None}
         eog_ids = end_ids(tokens, kinds, ends)
+        for i in eog_ids:
+            if kinds[i] == Kind.USER_DEFINED and tokens[i] in _END_TEXTS:  # Gemma's </s>: plain text must not end a turn
+                kinds[i] = Kind.CONTROL.value
         return cls(tokens, kinds, named["bos"], named["eos"], named["unknown"], eog_ids)
 
 
@@ -112,16 +115,11 @@ def flag(metadata: Mapping[str, Any], key: str, default: bool) -> bool:
     return bool(metadata.get(key, default))
 
 
-def _array(metadata: Mapping[str, Any], key: str) -> Any:
-    if key not in metadata:
-        raise FormatError(f'[tokenizer] wanted "{key}" in the metadata; it is not there')
-    values = metadata[key]
-    if isinstance(values, str | bytes) or not hasattr(values, "__len__"):
-        raise FormatError(f'[tokenizer] wanted an array in "{key}"; got {type(values).__name__}')
-    return values
+def token_id(metadata: Mapping[str, Any], name: str, n_tokens: int) -> int | None:
+    """The id that an entry such as `tokenizer.ggml.bos_token_id` names.
 
-
-def _token_id(metadata: Mapping[str, Any], name: str, n_tokens: int) -> int | None:
+    Raises: FormatError where there is no such token.
+    """
     key = f"tokenizer.ggml.{name}_token_id"
     value = metadata.get(key)
     if value is None:
@@ -129,3 +127,12 @@ def _token_id(metadata: Mapping[str, Any], name: str, n_tokens: int) -> int | No
     if not isinstance(value, int) or not 0 <= value < n_tokens:
         raise FormatError(f'[tokenizer] wanted an id below {n_tokens} in "{key}"; got {value!r}')
     return value
+
+
+def _array(metadata: Mapping[str, Any], key: str) -> Any:
+    if key not in metadata:
+        raise FormatError(f'[tokenizer] wanted "{key}" in the metadata; it is not there')
+    values = metadata[key]
+    if isinstance(values, str | bytes) or not hasattr(values, "__len__"):
+        raise FormatError(f'[tokenizer] wanted an array in "{key}"; got {type(values).__name__}')
+    return values

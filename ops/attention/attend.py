@@ -31,10 +31,7 @@ def attend(slots: Mapping[str, Array], scale: float, softcap: float, d_v: int | 
     n_tokens, n_heads, _ = slots["q"].shape
     n_rows = sum(len(slots[f"k{i}"]) for i in range(len(rules)))
     step = max(1, _TILE_LOGITS // max(1, n_heads * n_rows))
-    y = [
-        _attend(slots, slice(t, min(t + step, n_tokens)), scale, softcap, d_v, rules)
-        for t in range(0, max(n_tokens, 1), step)
-    ]
+    y = [_attend(slots, slice(t, min(t + step, n_tokens)), scale, softcap, d_v, rules) for t in range(0, max(n_tokens, 1), step)]
     return y[0] if len(y) == 1 else np.concatenate(y)
 
 

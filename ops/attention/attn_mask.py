@@ -52,3 +52,10 @@ def draw_positions(draw: Any) -> tuple[dict[str, Array], int]:
     q_pos = rng.integers(0, n_rows * every + 2, n_tokens)
     slots = {"q_pos": q_pos, "q_seq": rng.integers(0, n_seq, n_tokens), "k_pos": k_pos[order], "k_seq": k_seq[order]}
     return {name: x.astype(np.int32) for name, x in slots.items()}, every
+
+
+@attn_mask.law
+def of_another_sequence_nothing(run: Any, q_pos: Array, q_seq: Array, k_pos: Array, k_seq: Array, **attrs: Any) -> None:
+    """A token whose sequence no row is of sees none."""
+    other = np.full_like(q_seq, int(k_seq.max(initial=0)) + 1)
+    assert np.isneginf(run(q_pos, other, k_pos, k_seq, **attrs)).all()

@@ -149,3 +149,14 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
     if draw(st.booleans()):
         slots["bias"] = rng.standard_normal((every, width)).astype(np.float32)
     return {**slots, "blocks": taken[0], "block_seq": taken[1]}, {"every": every, "overlap": overlap}
+
+
+@block_pool.typical
+def typical(rng: np.random.Generator) -> list[tuple[dict[str, Array], dict[str, Any]]]:
+    """All blocks of four of 4096 tokens."""
+    pos, blocks = np.arange(4096, dtype=np.int32), np.arange(1024, dtype=np.int32)
+    slots: dict[str, Array] = {name: np.zeros((len(pos), 1024), np.float32) for name in ("c", "z")} | {
+        "bias": np.zeros((4, 1024), np.float32)
+    }
+    slots |= {"row_pos": pos, "row_seq": np.zeros_like(pos), "blocks": blocks, "block_seq": np.zeros_like(blocks)}
+    return [(slots, {"every": 4, "overlap": True})]

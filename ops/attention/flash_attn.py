@@ -153,9 +153,7 @@ def _check_predicates(slots: Mapping[str, Node], i: int, every: Any, window: Any
 
 
 @flash_attn.reference
-def reference(
-    slots: Mapping[str, Array], *, scale: float, softcap: float, d_v: int | None, segments: Sequence[Rule]
-) -> Array:
+def reference(slots: Mapping[str, Array], *, scale: float, softcap: float, d_v: int | None, segments: Sequence[Rule]) -> Array:
     return attend(slots, scale, softcap, d_v, segments)
 
 
@@ -217,3 +215,16 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
             slots[f"mask{i}"] = np.where(rng.random(mask.shape) < 0.3, half(-np.inf), mask)
     attrs = {"scale": 0.3, "softcap": draw(st.sampled_from((0.0, 2.0))), "d_v": d_v, "segments": tuple(rules)}
     return slots, attrs
+
+
+@flash_attn.typical
+def typical(rng: np.random.Generator) -> list[tuple[dict[str, Array], dict[str, Any]]]:
+    """One new token after 8192 others, and a prompt of 512."""
+
+    def one(n_tokens: int, n_rows: int) -> tuple[dict[str, Array], dict[str, Any]]:
+        pos, row_pos = (np.arange(n_rows - n, n_rows, dtype=np.int32) for n in (n_tokens, n_rows))
+        slots = {"q": np.zeros((n_tokens, 32, 128), np.float32), "pos": pos, "seq": np.zeros_like(pos)}
+        slots |= {name: np.zeros((n_rows, 8, 128), np.float16) for name in ("k0", "v0")}
+        return slots | {"pos0": row_pos, "seq0": np.zeros_like(row_pos)}, {"scale": 128**-0.5, "segments": ((1, None, True),)}
+
+    return [one(1, 8192), one(512, 512)]

@@ -37,9 +37,7 @@ Dtypes: products, weighed products and their sum are each rounded to f32, so tha
 
 
 @index_top_k.expand
-def expand(
-    q: Node, k: Node, w: Node, q_pos: Node, q_seq: Node, k_pos: Node, k_seq: Node, *, top_k: int, every: int
-) -> Node:
+def expand(q: Node, k: Node, w: Node, q_pos: Node, q_seq: Node, k_pos: Node, k_seq: Node, *, top_k: int, every: int) -> Node:
     mul, relu, sum_rows = (registry.ops.get(name) for name in ("mul", "relu", "sum_rows"))
     n_tokens, n_heads, _ = q.shape
     weighed = mul(relu(mul_mat(k, q)), w.reshape(n_tokens, n_heads, 1))  # [T, H, S]
@@ -88,3 +86,20 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
     shapes = {"q": (n_tokens, n_heads, width), "k": (n_rows, width), "w": (n_tokens, n_heads)}
     numbers = {name: rng.integers(-2, 3, shape).astype(np.float32) for name, shape in shapes.items()}
     return {**numbers, **slots}, {"top_k": draw(st.sampled_from((1, 2, 5, 50))), "every": every}
+
+
+@index_top_k.typical
+def typical(rng: np.random.Generator) -> list[tuple[dict[str, Array], dict[str, Any]]]:
+    """One new token after 32768 others."""
+    row_pos = np.arange(32768, dtype=np.int32)
+    slots: dict[str, Array] = {"q": np.zeros((1, 64, 128), np.float32), "k": np.zeros((len(row_pos), 128), np.float16)}
+    slots |= {"w": np.zeros((1, 64), np.float32), "q_pos": row_pos[-1:], "q_seq": np.zeros(1, np.int32)}
+    return [(slots | {"k_pos": row_pos, "k_seq": np.zeros_like(row_pos)}, {"top_k": 2048})]
+
+
+@index_top_k.law
+def rows_once_and_then_none(run: Any, *inputs: Array, top_k: int, every: int) -> None:
+    """No row twice, and after the first -1 only such."""
+    for chosen in run(*inputs, top_k=top_k, every=every):
+        rows = chosen[chosen >= 0]
+        assert len(set(rows.tolist())) == len(rows) and (chosen[len(rows) :] == -1).all()

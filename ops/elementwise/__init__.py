@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tensorgraph.ops.elementwise.affine import clamp, scale
+from tensorgraph.ops.elementwise.arange import arange
 from tensorgraph.ops.elementwise.binary import add, div, mul, sub
 from tensorgraph.ops.elementwise.cast import cast
 from tensorgraph.ops.elementwise.fill import fill
@@ -35,11 +36,13 @@ from tensorgraph.ops.elementwise.unary import (
     step,
     tanh,
     trunc,
+    xielu,
 )
 
 __all__ = [
     "abs",
     "add",
+    "arange",
     "cast",
     "ceil",
     "clamp",
@@ -80,4 +83,5 @@ __all__ = [
     "swiglu_oai",
     "tanh",
     "trunc",
+    "xielu",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,3 +40,9 @@ def reference(*, shape: tuple[int, ...], value: float, dtype: DType) -> NDArray[
 @fill.flops
 def none(node: Node) -> Extent:
     return 0
+
+
+@fill.law
+def one_value(run: Callable[..., NDArray[Any]], *, shape: tuple[int, ...], value: float, dtype: DType) -> None:
+    y = run(shape=shape, value=value, dtype=dtype)
+    assert y.shape == tuple(shape) and (y == y.dtype.type(value)).all()

@@ -61,6 +61,11 @@ def _glu(
         gate, up = (second, first) if swapped else (first, second)
         return plain(gate, up, **given)
 
+    @op.law
+    def nothing_passes_a_gate_of_zero(run: Callable[..., Array], a: Array, b: Array | None, **given: Any) -> None:
+        zeros = (np.zeros_like(a), b) if b is None or not given["swapped"] else (a, np.zeros_like(b))
+        np.testing.assert_array_equal(run(*zeros, **given), 0)
+
     @op.cases
     def cases(draw: Callable[[Any], Any]) -> tuple[dict[str, Array], dict[str, Any]]:
         from hypothesis import strategies as st

@@ -65,6 +65,38 @@ def gated_identity(run: Callable[..., Array], x: Array) -> None:
     np.testing.assert_allclose(difference, x.astype(np.float64), rtol=relative, atol=absolute)
 
 
+def _at(at: float, value: float) -> Law:
+    """f(at) = value, exactly."""
+
+    def law(run: Callable[..., Array], x: Array) -> None:
+        np.testing.assert_array_equal(run(np.full_like(x, at)), np.full_like(x, value))
+
+    law.__name__ = f"of_{at:g}_is_{value:g}"
+    return law
+
+
+def keeps_positive(run: Callable[..., Array], x: Array, **attrs: Any) -> None:
+    """f(x) = x for x >= 0."""
+    np.testing.assert_array_equal(run(np.abs(x), **attrs), np.abs(x))
+
+
+def above_relu(run: Callable[..., Array], x: Array) -> None:
+    """f(x) >= x, and >= 0."""
+    assert (run(x) >= np.maximum(x, 0)).all()
+
+
+def undoes_squares(run: Callable[..., Array], x: Array) -> None:
+    """f(x * x) = |x|, exactly for small whole numbers, whose squares every type holds."""
+    whole = np.clip(np.round(x.astype(np.float64)), -11, 11).astype(x.dtype)
+    np.testing.assert_array_equal(run(whole * whole), np.abs(whole))
+
+
+def curved_below_alone(run: Callable[..., Array], x: Array, *, alpha_n: float, **attrs: float) -> None:
+    """What alpha_n says shows below zero alone."""
+    above = np.abs(x) + np.ones_like(x)
+    np.testing.assert_array_equal(run(above, alpha_n=alpha_n, **attrs), run(above, alpha_n=alpha_n + 1, **attrs))
+
+
 # Formulas that take more than a NumPy function.
 
 
@@ -97,6 +129,17 @@ def _round(x: Array) -> Array:
     return whole + np.where(np.abs(x - whole) >= 0.5, np.sign(x), 0.0)
 
 
+def _xielu(x: Array, *, alpha_n: float, alpha_p: float, beta: float, eps: float) -> Array:
+    above, below = xielu_factors(alpha_n, alpha_p, beta)
+    return np.where(x > 0, above * x * x, (np.expm1(np.minimum(x, eps)) - x) * below) + beta * x
+
+
+def xielu_factors(alpha_n: float, alpha_p: float, beta: float) -> tuple[float, float]:
+    """What multiplies the square above zero, and the exponential below."""
+    positive, negative = (max(a, 0.0) + math.log1p(math.exp(-math.fabs(a))) for a in (alpha_p, alpha_n))
+    return positive, beta + negative
+
+
 # The table.
 
 abs = _unary("abs", np.abs, even, idempotent)
@@ -104,10 +147,10 @@ neg = _unary("neg", np.negative, odd)
 sgn = _unary("sgn", np.sign, odd, idempotent)
 step = _unary("step", lambda x: np.where(x > 0, 1.0, 0.0), idempotent)
 sqr = _unary("sqr", np.square, even)
-sqrt = _unary("sqrt", np.sqrt)
-exp = _unary("exp", np.exp)
-expm1 = _unary("expm1", np.expm1)
-log = _unary("log", np.log)
+sqrt = _unary("sqrt", np.sqrt, undoes_squares)
+exp = _unary("exp", np.exp, _at(0, 1))
+expm1 = _unary("expm1", np.expm1, _at(0, 0))
+log = _unary("log", np.log, _at(1, 0))
 sin = _unary("sin", np.sin, odd)
 cos = _unary("cos", np.cos, even)
 tanh = _unary("tanh", np.tanh, odd)
@@ -120,9 +163,10 @@ relu = _unary("relu", lambda x: np.maximum(x, 0.0), idempotent)
 leaky_relu = _unary(
     "leaky_relu",
     lambda x, negative_slope: np.where(x > 0, x, negative_slope * x),
+    keeps_positive,
     attrs={"negative_slope": Attr(float)},
 )
-elu = _unary("elu", _elu)
+elu = _unary("elu", _elu, keeps_positive)
 sigmoid = _unary("sigmoid", _sigmoid, complementary)
 silu = _unary("silu", lambda x: x * _sigmoid(x), gated_identity)
 gelu = _unary("gelu", _gelu, gated_identity)
@@ -131,5 +175,13 @@ gelu_quick = _unary("gelu_quick", lambda x: x * _sigmoid(1.702 * x), gated_ident
 gelu_erf = _unary("gelu_erf", _gelu_erf, gated_identity)
 hardsigmoid = _unary("hardsigmoid", _hardsigmoid, complementary)
 hardswish = _unary("hardswish", lambda x: x * _hardsigmoid(x), gated_identity)
-softplus = _unary("softplus", _softplus)
+softplus = _unary("softplus", _softplus, above_relu)
 """`log(1 + exp(x))`; x itself above 20, as in ggml."""
+xielu = _unary(
+    "xielu",
+    _xielu,
+    curved_below_alone,
+    attrs={"alpha_n": Attr(float), "alpha_p": Attr(float), "beta": Attr(float), "eps": Attr(float)},
+)
+"""arXiv:2411.13010: `softplus(alpha_p) x^2 + beta x` above zero, and else
+`(expm1(min(x, eps)) - x) (beta + softplus(alpha_n)) + beta x`."""

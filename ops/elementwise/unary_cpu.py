@@ -112,3 +112,10 @@ def emit_gelu(k: Kernel, x: Value) -> Value:
 @cpu_formula(unary.gelu_quick)
 def emit_gelu_quick(k: Kernel, x: Value) -> Value:
     return x * functions.sigmoid(k, x * 1.702)
+
+
+@cpu_formula(unary.xielu)
+def emit_xielu(k: Kernel, x: Value, *, alpha_n: float, alpha_p: float, beta: float, eps: float) -> Value:
+    positive, negative = (functions.number(k, a, x.type) for a in unary.xielu_factors(alpha_n, alpha_p, beta))
+    below = (functions.expm1(k, k.min(x, functions.number(k, eps, x.type))) - x) * negative
+    return k.select(x.gt(0.0), x * x * positive, below) + x * functions.number(k, beta, x.type)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tensorgraph.ops.formats.bits import as_f16, pack, read_f16, reciprocal, unpack
+from tensorgraph.ops.formats.bits import as_f16, nearest, pack, read_f16, reciprocal, unpack
 from tensorgraph.ops.formats.blocks import F32, U8, BlockFormat, declare
 
 
@@ -45,10 +45,7 @@ def _decode_q8_0(raw: U8) -> F32:
 
 def _encode_q8_0(x: F32) -> U8:
     d = np.abs(x).max(axis=1, keepdims=True) / np.float32(127)
-    q = x * reciprocal(d)
-    whole = np.trunc(q)
-    rounded = whole + np.trunc(np.float32(2) * (q - whole))  # half away from zero, exactly
-    return np.concatenate([as_f16(d), rounded.astype(np.int8).view(np.uint8)], axis=1)
+    return np.concatenate([as_f16(d), nearest(x * reciprocal(d)).astype(np.int8).view(np.uint8)], axis=1)
 
 
 q4_0 = _declare_affine("q4_0", 4, has_min=False)

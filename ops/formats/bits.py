@@ -46,3 +46,16 @@ def reciprocal(d: F32) -> F32:
     with np.errstate(divide="ignore", over="ignore"):
         inverse = np.float32(1) / d
     return np.where(np.isfinite(inverse), inverse, np.float32(0))
+
+
+def nearest(q: F32) -> F32:
+    """The nearest whole numbers, halves away from zero."""
+    whole: F32 = np.trunc(q)
+    rounded: F32 = whole + np.trunc(np.float32(2) * (q - whole))  # exactly: no sum with a half is rounded
+    return rounded
+
+
+def in_order(x: F32) -> F32:
+    """The sum of each row, one element after another, as ggml adds; a column."""
+    total: F32 = np.add.accumulate(x, axis=1)[:, -1:]
+    return total

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from tensorgraph.ops.formats.bits import pack, read_f16, scale_groups, unpack
+from tensorgraph.ops.formats.bits import as_f16, in_order, pack, read_f16, reciprocal, scale_groups, unpack
 from tensorgraph.ops.formats.blocks import F32, U8, declare
 
 # FP4 e2m1 times two, so that all values are whole; the scales below are halved in return.
-_FP4 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
-_FP4_MIDPOINTS = np.array([0.5, 1.5, 2.5, 3.5, 5, 7, 10], np.float32)
-_IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
+FP4 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
+FP4_MIDPOINTS = np.array([0.5, 1.5, 2.5, 3.5, 5, 7, 10], np.float32)
+IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
+IQ4_MIDPOINTS: F32 = (IQ4[1:].astype(np.float32) + IQ4[:-1]) / np.float32(2)
 
 _E8M0_HALF: F32 = np.ldexp(np.float32(1), np.arange(256) - 128)
 
@@ -28,34 +29,58 @@ _UE4M3_HALF = _ue4m3_half()
 
 
 def _decode_mxfp4(raw: U8) -> F32:
-    return scale_groups(_FP4[unpack(raw[:, 1:], 4, 16)], _E8M0_HALF[raw[:, :1]])
+    return scale_groups(FP4[unpack(raw[:, 1:], 4, 16)], _E8M0_HALF[raw[:, :1]])
+
+
+def _fp4_codes(x: F32, half: F32) -> U8:
+    """The nearest of FP4 times half a scale, which may be zero; of two the smaller magnitude, and no -0."""
+    parts = np.abs(x).reshape(*half.shape, x.shape[1] // half.shape[1]) / np.where(half > 0, half, np.inf)[:, :, None]
+    magnitude = np.searchsorted(FP4_MIDPOINTS, parts.reshape(x.shape))
+    return (magnitude + 8 * ((x < 0) & (magnitude > 0))).astype(np.uint8)
 
 
 def _encode_mxfp4(x: F32) -> U8:
-    largest = np.abs(x).max(axis=1, keepdims=True)
-    with np.errstate(divide="ignore"):
-        exponent = np.floor(np.log2(largest)) + np.float32(125)
-    scale = np.clip(exponent, 0, 254).astype(np.uint8)
-    magnitude = np.searchsorted(_FP4_MIDPOINTS, np.abs(x) / _E8M0_HALF[scale])  # a tie goes to the smaller magnitude
-    codes = magnitude + 8 * ((x < 0) & (magnitude > 0))
-    return np.concatenate([scale, pack(codes.astype(np.uint8), 4, 16)], axis=1)
+    exponent = np.abs(x).max(axis=1, keepdims=True).view(np.int32) >> 23
+    scale = np.clip(exponent - 2, 0, 254).astype(np.uint8)  # the largest number's own exponent, less that of FP4's largest
+    return np.concatenate([scale, pack(_fp4_codes(x, _E8M0_HALF[scale]), 4, 16)], axis=1)
 
 
 def _decode_nvfp4(raw: U8) -> F32:
-    return scale_groups(_FP4[unpack(raw[:, 4:], 4, 8)], _UE4M3_HALF[raw[:, :4]])
+    return scale_groups(FP4[unpack(raw[:, 4:], 4, 8)], _UE4M3_HALF[raw[:, :4]])
+
+
+def _encode_nvfp4(x: F32) -> U8:
+    wanted = np.abs(x).reshape(len(x), 4, 16).max(axis=2) / np.float32(6)
+    scale = (wanted.view(np.int32) + (1 << 19) >> 20) - (120 << 3)  # the exponent and three bits, halves up
+    scale = np.where(scale < 15 << 3, scale, 126)  # ggml knows one scale from 256 on, 448
+    few = np.minimum(np.floor(wanted * np.float32(512) + np.float32(0.5)), np.float32(7))  # subnormal
+    scale = np.where(wanted < np.float32(2**-6), few, scale).astype(np.uint8)
+    return np.concatenate([scale, pack(_fp4_codes(x, _UE4M3_HALF[scale]), 4, 8)], axis=1)
 
 
 def _decode_iq4_nl(raw: U8) -> F32:
-    return _IQ4[unpack(raw[:, 2:], 4, 16)] * read_f16(raw, 0)
+    return IQ4[unpack(raw[:, 2:], 4, 16)] * read_f16(raw, 0)
+
+
+def _encode_iq4_nl(x: F32) -> U8:
+    """Codes for the scale that makes the value of largest magnitude exact; then the scale that suits these codes best."""
+    extreme = np.take_along_axis(x, np.abs(x).argmax(axis=1, keepdims=True), axis=1)
+    q: F32 = x * reciprocal(extreme / np.float32(IQ4[0]))
+    codes = np.searchsorted(IQ4_MIDPOINTS, q, side="right")
+    values, weights = IQ4[codes].astype(np.float32), x * x
+    products, squares = (in_order(weights * values * each) for each in (x, values))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scale = np.where(np.abs(extreme) < np.float32(1e-15), np.float32(0), products / squares)
+    return np.concatenate([as_f16(scale), pack(codes.astype(np.uint8), 4, 16)], axis=1)
 
 
 def _decode_iq4_xs(raw: U8) -> F32:
     scales = unpack(raw[:, 4:8], 4, 1) | unpack(raw[:, 2:4], 2, 1) << np.uint8(4)
     scales_f32 = (scales.view(np.int8) - np.int8(32)) * read_f16(raw, 0)
-    return scale_groups(_IQ4[unpack(raw[:, 8:], 4, 16)], scales_f32)
+    return scale_groups(IQ4[unpack(raw[:, 8:], 4, 16)], scales_f32)
 
 
 mxfp4 = declare("mxfp4", 32, 17, _decode_mxfp4, _encode_mxfp4)
-nvfp4 = declare("nvfp4", 64, 36, _decode_nvfp4)
-iq4_nl = declare("iq4_nl", 32, 18, _decode_iq4_nl)
+nvfp4 = declare("nvfp4", 64, 36, _decode_nvfp4, _encode_nvfp4)
+iq4_nl = declare("iq4_nl", 32, 18, _decode_iq4_nl, _encode_iq4_nl)
 iq4_xs = declare("iq4_xs", 256, 136, _decode_iq4_xs)

@@ -231,3 +231,9 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
         attrs |= {"freq_scale": 1 / 16, "ext_factor": draw(st.sampled_from((0.0, 0.5, 1.0))), "original_context": 4096}
         attrs["magnitude"] = draw(st.sampled_from((1.0, 1.25)))
     return slots, attrs
+
+
+@rope.typical
+def typical(rng: np.random.Generator) -> list[tuple[dict[str, Array], dict[str, Any]]]:
+    x = np.zeros((2048, 32, 128), np.float32)
+    return [({"x": x, "pos": np.arange(len(x), dtype=np.int32)}, {"n_dims": 128, "base": 5e5, "layout": "half_split"})]

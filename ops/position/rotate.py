@@ -166,3 +166,14 @@ def expand(slots: Slots, *, n_dims: int, layout: str, offset: int, **angles: Any
     n_dims = n_dims or width - offset
     table = rope_table(slots["pos"], slots.get("freq_factors"), n_dims=n_dims, **angles)
     return rotate(slots["x"], table, layout=layout, offset=offset, n_dims=n_dims)
+
+
+@rope_table.typical
+def table_typical(rng: np.random.Generator) -> list[tuple[dict[str, Array], dict[str, Any]]]:
+    return [({"pos": np.arange(16384, dtype=np.int32)}, {"n_dims": 128, "base": 5e5})]
+
+
+@rotate.typical
+def typical(rng: np.random.Generator) -> list[tuple[dict[str, Array], dict[str, Any]]]:
+    slots = {"x": np.zeros((2048, 32, 128), np.float32), "table": np.zeros((2048, 64, 2), np.float32)}
+    return [(slots, {"layout": "half_split", "n_dims": 128})]

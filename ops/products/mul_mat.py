@@ -86,10 +86,21 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
     from hypothesis import strategies as st
 
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    m, n, k = (draw(st.sampled_from((0, 1, 2, 7, 8, 17, 64))) for _ in range(3))
+    m, n = draw(st.sampled_from((0, 1, 2, 7, 16, 17, 33, 64))), draw(st.sampled_from((0, 1, 2, 7, 8, 9, 17, 65)))
+    k = draw(st.sampled_from((0, 1, 2, 7, 17, 32, 64, 96, 256, 512)))  # whole blocks among them
     mine = draw(st.sampled_from(((), (1,), (2,), (3, 2))))
     batch = [e * draw(st.sampled_from((1, 2, 3))) for e in mine]
     batch = draw(st.sampled_from(((), (2,)))) + tuple(batch)
     size = draw(st.sampled_from((1e-12, 1.0, 1e12)))
-    a = rng.standard_normal((*mine, m, k)) * size
-    return {"a": a.astype(np.float32), "b": rng.standard_normal((*batch, n, k)).astype(np.float32)}, {}
+    a = (rng.standard_normal((*mine, m, k)) * size).astype(np.float32)
+    return {
+        "a": a.astype(np.float16) if size == 1 and draw(st.booleans()) else a,
+        "b": rng.standard_normal((*batch, n, k)).astype(np.float32),
+    }, {}
+
+
+@mul_mat.typical
+def typical(rng: np.random.Generator) -> list[tuple[dict[str, Array], dict[str, Any]]]:
+    """One new token, and many."""
+    a = np.zeros((4096, 4096), np.float32)
+    return [({"a": a, "b": np.zeros((n, 4096), np.float32)}, {}) for n in (1, 512)]

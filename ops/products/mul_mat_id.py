@@ -91,8 +91,19 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
 
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     n_experts, n_used, n_tokens = draw(st.integers(1, 9)), draw(st.integers(1, 4)), draw(st.integers(0, 6))
-    m, k = draw(st.sampled_from((1, 7, 16, 33))), draw(st.sampled_from((1, 8, 31)))
+    m, k = draw(st.sampled_from((1, 7, 16, 33))), draw(st.sampled_from((1, 8, 31, 32, 64, 256)))
     ids = rng.integers(draw(st.sampled_from((-1, 0))), n_experts, (n_tokens, n_used)).astype(np.int32)
     a = rng.standard_normal((n_experts, m, k)).astype(np.float32)
     b = rng.standard_normal((n_tokens, draw(st.sampled_from((1, n_used))), k)).astype(np.float32)
     return {"a": a, "b": b, "ids": ids}, {}
+
+
+@mul_mat_id.typical
+def typical(rng: np.random.Generator) -> list[tuple[dict[str, Array], dict[str, Any]]]:
+    """Eight of 32 experts, of one new token and of many."""
+    a = np.zeros((32, 768, 2048), np.float32)
+
+    def chosen(n_tokens: int) -> Array:
+        return np.argsort(rng.random((n_tokens, 32)), axis=1)[:, :8].astype(np.int32)
+
+    return [({"a": a, "b": np.zeros((n, 1, 2048), np.float32), "ids": chosen(n)}, {}) for n in (1, 256)]

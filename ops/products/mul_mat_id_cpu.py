@@ -151,9 +151,7 @@ def sort_pairs(k: Kernel, operands: Mapping[str, Operand], *, n_experts: int, to
         to.write(pair, to.pair(at))
 
 
-def place_rows(
-    k: Kernel, operands: Mapping[str, Operand], *, kind: Kind, shared: bool, n_experts: int, width: int
-) -> None:
+def place_rows(k: Kernel, operands: Mapping[str, Operand], *, kind: Kind, shared: bool, n_experts: int, width: int) -> None:
     """Rows of b in the form of `kind`, at the places of their pairs; and zeros for pairs without an expert."""
     b, y, rows = operands["b"], operands["y"], operands["rows"]
     n_used, each = k.i64(y.shape[1]), row_bytes(kind, width)

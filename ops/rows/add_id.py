@@ -16,9 +16,7 @@ from tensorgraph.ops.rows.index import none_of
 
 Array = np.ndarray[Any, Any]
 
-add_id = Op(
-    "add_id", "a[*R, N]: real, b[M, N]: real, ids[*R]: int -> y[*R, N]: a", inplace={"y": "a"}, source="ggml_add_id"
-)
+add_id = Op("add_id", "a[*R, N]: real, b[M, N]: real, ids[*R]: int -> y[*R, N]: a", inplace={"y": "a"}, source="ggml_add_id")
 """`y[r, :] = a[r, :] + b[ids[r], :]`; the row -1 adds nothing.
 
 Shapes: a [*R, N], b [M, N], ids [*R] -> [*R, N].
@@ -66,3 +64,9 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
     types = st.sampled_from((np.float32, np.float16))
     slots = {"a": rng.standard_normal((*rows, n)).astype(draw(types)), "b": rng.standard_normal((m, n)).astype(draw(types))}
     return slots | {"ids": rng.integers(-1, m, rows).astype(draw(st.sampled_from((np.int32, np.int64))))}, {}
+
+
+@add_id.typical
+def typical(rng: np.random.Generator) -> list[tuple[dict[str, Array], dict[str, Any]]]:
+    a, b = np.zeros((512, 8, 2048), np.float32), np.zeros((128, 2048), np.float32)
+    return [({"a": a, "b": b, "ids": rng.integers(0, len(b), a.shape[:2]).astype(np.int32)}, {})]

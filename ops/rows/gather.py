@@ -160,3 +160,23 @@ def gather_cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
 def scatter_cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
     x, ids, axis = _draw_ids(draw, distinct=True)
     return {"x": x, "ids": ids, "src": np.arange(ids.size, dtype=np.float32).reshape(ids.shape)}, {"axis": axis}
+
+
+@gather.typical
+def gather_typical(rng: np.random.Generator) -> list[tuple[dict[str, Array], dict[str, Any]]]:
+    x = np.zeros((2048, 4096), np.float32)
+    return [({"x": x, "ids": rng.integers(0, 4096, (2048, 4096)).astype(np.int32)}, {"axis": -1})]
+
+
+@scatter.typical
+def scatter_typical(rng: np.random.Generator) -> list[tuple[dict[str, Array], dict[str, Any]]]:
+    x = np.zeros((2048, 4096), np.float32)
+    ids = rng.permuted(np.broadcast_to(np.arange(4096, dtype=np.int32), x.shape), axis=1)[:, :512]
+    return [({"x": x, "ids": ids, "src": np.zeros(ids.shape, np.float32)}, {"axis": -1})]
+
+
+@gather.law
+def in_order(run: Callable[..., Array], x: Array, ids: Array, *, axis: int) -> None:
+    """The numbers 0, 1, 2, ... along the axis give x."""
+    numbers = np.moveaxis(np.broadcast_to(np.arange(x.shape[axis]), np.moveaxis(x, axis, -1).shape), -1, axis)
+    np.testing.assert_array_equal(run(x, numbers.astype(ids.dtype), axis=axis), x)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from tensorgraph.dims import Bindings, Extent, Shape, evaluate
-from tensorgraph.dtypes import DType, f32, i32
+from tensorgraph.dtypes import DType, f32, i32, i64
 from tensorgraph.errors import DTypeError
 from tensorgraph.graph import Node
 from tensorgraph.op import Op, node_bytes
@@ -25,7 +26,7 @@ get_rows = Op("get_rows", _SIGNATURE, tolerance=0.0, source="ggml_get_rows")
 """`y[..., r, :] = a[..., ids[..., r], :]`; the row -1 is zeros.
 
 Shapes: a [*B, M, N], ids [*B, R] -> [*B, R, N].
-Dtypes: a any float -> f32, exactly; any int -> i32.
+Dtypes: a any float -> f32, exactly but for f64; i64 -> i64, other ints -> i32.
 Raises: InputError, when run, for an index below -1 or not below M.
 """
 
@@ -36,7 +37,7 @@ def shape(slots: Mapping[str, Node], attrs: Mapping[str, Any]) -> tuple[Shape, D
     dtype = slots["a"].dtype
     if not (dtype.is_float or dtype.kind == "int"):
         raise DTypeError(f"[get_rows] a must be float or int; got {dtype} ({source_line()})")
-    return found, f32 if dtype.is_float else i32
+    return found, f32 if dtype.is_float else i64 if dtype == i64 else i32
 
 
 @get_rows.reference
@@ -75,6 +76,13 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
 
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     batch = draw(st.sampled_from(((), (1,), (2,), (2, 3))))
-    m, n, r = draw(st.integers(1, 40)), draw(st.sampled_from((0, 1, 3, 8, 33))), draw(st.integers(0, 9))
-    a = rng.standard_normal((*batch, m, n)).astype(draw(st.sampled_from((np.float32, np.float16))))
+    m, n, r = draw(st.integers(1, 40)), draw(st.sampled_from((0, 1, 3, 8, 33, 64, 256))), draw(st.integers(0, 9))
+    kinds = (np.float32, np.float32, np.float16, ml_dtypes.bfloat16, np.float64, np.int32, np.int64, np.int8, np.uint8)
+    a = (100 * rng.random((*batch, m, n))).astype(draw(st.sampled_from(kinds)))
     return {"a": a, "ids": rng.integers(-1, m, (*batch, r)).astype(draw(st.sampled_from((np.int32, np.int64))))}, {}
+
+
+@get_rows.typical
+def typical(rng: np.random.Generator) -> list[tuple[dict[str, Array], dict[str, Any]]]:
+    table = np.zeros((16384, 2048), np.float32)
+    return [({"a": table, "ids": rng.integers(0, len(table), 2048).astype(np.int32)}, {})]

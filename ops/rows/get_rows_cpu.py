@@ -9,7 +9,6 @@ from tensorgraph.backends.cpu.kernel import CHUNK, Call, Context, Kernel, NodeKe
 from tensorgraph.backends.cpu.operands import Operand, stored_type
 from tensorgraph.backends.cpu.weights import ROWS, load_r16_row, n_tiles
 from tensorgraph.dims import product
-from tensorgraph.dtypes import f32, i32
 from tensorgraph.graph import Node
 from tensorgraph.ops.rows.get_rows import get_rows
 from tensorgraph.ops.rows.index_cpu import checked
@@ -47,7 +46,7 @@ def emit_get_rows(k: Kernel, operands: dict[str, Operand]) -> None:
 
 def _move_row(k: Kernel, a: Operand, y: Operand, index: Sequence[Value], number: Value) -> None:
     row, out = a.row([*index[:-1], number]), y.row(index)
-    if a.dtype in (f32, i32) or a.dtype.is_block:
+    if a.dtype == y.dtype or a.dtype.is_block:
         copy_row(k, stored_type(y.dtype), out.address, 1, row.address, row.stride, y.shape[-1])
         return
 

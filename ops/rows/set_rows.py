@@ -19,7 +19,7 @@ from tensorgraph.source import source_line
 
 Array = np.ndarray[Any, Any]
 
-_SIGNATURE = "a[*B, M, N]: float, b[*B, R, N]: real, ids[*C, R]: int -> y[*B, M, N]: a"
+_SIGNATURE = "a[*B, M, N]: any, b[*B, R, N]: any, ids[*C, R]: int -> y[*B, M, N]: a"
 _BOUND = Signature.parse(_SIGNATURE)
 
 set_rows = Op("set_rows", _SIGNATURE, attrs={"block": Attr(DType, None)}, inplace={"y": "a"}, source="ggml_set_rows")
@@ -28,8 +28,9 @@ set_rows = Op("set_rows", _SIGNATURE, attrs={"block": Attr(DType, None)}, inplac
 The rows of one batch are distinct. `block` is a's own type where that is a block type, and follows from a.
 
 Shapes: a [*B, M, N], b [*B, R, N], ids [*C, R] (batch axes tiled to *B, matched from the right) -> a's.
-Dtypes: a any float -> a's; b f32, f16 or bf16, rounded to a's.
-Raises: InputError, when run, for an index below -1 or not below M.
+Dtypes: a any that can be written -> a's; b any float, rounded to a's, or a's own where that is none.
+Raises: DTypeError: a's block type is only read, or b is of another kind. InputError, when run, for an index below -1 or not
+below M.
 """
 
 
@@ -44,6 +45,9 @@ def shape(slots: Mapping[str, Node], attrs: Mapping[str, Any]) -> tuple[Shape, D
     dtype = slots["a"].dtype
     if dtype.is_block and block_format(dtype).encode is None:
         raise DTypeError(f"[set_rows] a must be of a type that can be written; {dtype} is only read ({source_line()})")
+    if not (dtype.is_float and slots["b"].dtype.is_float) and slots["b"].dtype != dtype:
+        wanted = "float" if dtype.is_float else f"{dtype}, as a"
+        raise DTypeError(f"[set_rows] b must be {wanted}; got {slots['b'].dtype} ({source_line()})")
     batch, mine = slots["a"].shape[:-2], slots["ids"].shape[:-1]
     fits = len(mine) <= len(batch)
     for few, many in zip(reversed(mine), reversed(batch), strict=False):
@@ -92,5 +96,13 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
     m, n = draw(st.integers(1, 20)), draw(st.sampled_from((0, 1, 5, 32)))
     r = draw(st.integers(0, m))
     ids = np.argsort(rng.random((*mine, m)), -1)[..., :r].astype(draw(st.sampled_from((np.int32, np.int64))))
-    a = rng.standard_normal((*batch, m, n)).astype(draw(st.sampled_from((np.float32, np.float16))))
-    return {"a": a, "b": rng.standard_normal((*batch, r, n)).astype(np.float32), "ids": ids}, {}
+    a, b = (rng.standard_normal((*batch, rows, n)) * 100 for rows in (m, r))
+    types = ((np.float32, np.float32), (np.float16, np.float32), (np.float16, np.float64), (np.float32, np.float16))
+    kinds = draw(st.sampled_from((*types, *((t, t) for t in (np.float64, np.int32, np.int64, np.int8, np.bool_)))))
+    return {"a": a.astype(kinds[0]), "b": b.astype(kinds[1]), "ids": ids}, {}
+
+
+@set_rows.typical
+def typical(rng: np.random.Generator) -> list[tuple[dict[str, Array], dict[str, Any]]]:
+    table, rows = np.zeros((8192, 2048), np.float32), np.zeros((2048, 2048), np.float32)
+    return [({"a": table, "b": rows, "ids": rng.permutation(len(table))[: len(rows)].astype(np.int32)}, {})]

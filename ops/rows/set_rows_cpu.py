@@ -10,16 +10,15 @@ from tensorgraph.backends.cpu.operands import Operand, stored_type
 from tensorgraph.dims import product
 from tensorgraph.dtypes import DType
 from tensorgraph.graph import Node
-from tensorgraph.ops.elementwise.cast_cpu import BLOCK, ROUNDINGS
+from tensorgraph.ops.elementwise.cast_cpu import emit_cast
+from tensorgraph.ops.formats.rounding_cpu import ROUNDINGS, round_block
 from tensorgraph.ops.rows.index_cpu import checked
 from tensorgraph.ops.rows.set_rows import set_rows
 from tensorgraph.ops.shape.cont_cpu import copy_call, copy_row
 
 
 def supports(node: Node) -> bool:
-    a, b, _ = node.inputs
-    rounded_once = b.dtype.name != "f64" or a.dtype.name in ("f32", "f64")
-    return rounded_once and (a.dtype.name in ROUNDINGS or not a.dtype.is_block)
+    return node.dtype.name in ROUNDINGS or not node.dtype.is_block
 
 
 def calls(node: Node, context: Context) -> Sequence[Call]:
@@ -38,15 +37,15 @@ def emit_set_rows(k: Kernel, operands: dict[str, Operand], *, block: DType | Non
         with k.when(named):
             row, out = b.row([*batch, r]), y.row([*batch, number])
             if block is not None:
-                with k.loop(0, k.i64(y.shape[-1]), BLOCK) as loop:
-                    out.store(loop.i, ROUNDINGS[block.name](k, row.load(loop.i, BLOCK)))
+                with k.loop(0, k.i64(y.shape[-1]), block.block_size) as loop:
+                    round_block(k, block.name, row, out, loop.i)
                     loop.next()
             elif b.dtype == y.dtype:
                 copy_row(k, stored_type(y.dtype), out.address, 1, row.address, row.stride, y.shape[-1])
             else:
 
                 def convert(i: Value, mask: Value | None, _: list[Value]) -> None:
-                    out.store(i, row.load(i, k.lanes, mask), mask)
+                    out.store(i, emit_cast(k, row.load(i, k.lanes, mask), dtype=y.dtype), mask)
 
                 k.sweep(y.shape[-1], convert)
 

@@ -40,8 +40,8 @@ def sorts(run: Callable[..., Array], x: Array, *, descending: bool) -> None:
             assert got.tolist() == ranked
 
 
-@argsort.cases
-def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
+def draw_rows(draw: Any) -> Array:
+    """Rows of normal numbers, maybe with ties, and some of what sorts apart."""
     from hypothesis import strategies as st
 
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
@@ -50,4 +50,11 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
     if draw(st.booleans()):
         x = np.round(x)
     x[rng.random(x.shape) < 0.05] = draw(st.sampled_from((0.0, np.inf, -np.inf)))
-    return {"x": x.astype(np.float32)}, {"descending": draw(st.booleans())}
+    return x.astype(np.float32)
+
+
+@argsort.cases
+def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
+    from hypothesis import strategies as st
+
+    return {"x": draw_rows(draw)}, {"descending": draw(st.booleans())}

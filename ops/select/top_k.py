@@ -78,3 +78,10 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
         x[rng.random(x.shape) < 0.1] = np.nan
         x[rng.random(x.shape) < 0.1] = np.inf
     return {"x": x.astype(np.float32)}, {"k": draw(st.sampled_from((1, 2, 7, 32, 300)))}
+
+
+@top_k.typical
+def typical(rng: np.random.Generator) -> list[tuple[dict[str, Array], dict[str, Any]]]:
+    """Experts of many tokens, and rows of a long context."""
+    shapes = ((4096, 256), 8), ((64, 65536), 512)
+    return [({"x": np.zeros(shape, np.float32)}, {"k": k}) for shape, k in shapes]

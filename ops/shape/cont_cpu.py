@@ -180,6 +180,29 @@ def transpose(rows: Sequence[Value]) -> list[Value]:
     return rows
 
 
+def zero_call(node: Node, target: IndexMap) -> Call:
+    """The call that writes zeros to elements of the memory of `node`."""
+    axes = join_axes(target.shape, (target,))
+    index_map = IndexMap(tuple(n for n, _ in axes), tuple(s for _, (s,) in axes), target.offset)
+    grain = max(1, CHUNK // max(maximum(index_map.shape[-1]), 1))
+    y = Ref(node, index_map=index_map)
+    return Call(emit_zeros, {"y": y}, items=product(index_map.shape[:-1]), grain=grain, nodes=(node,))
+
+
+def emit_zeros(k: Kernel, operands: dict[str, Operand]) -> None:
+    """Row by row."""
+    y = operands["y"]
+    size = stored_type(y.dtype).size_bytes
+    with k.rows(y.shape[:-1]) as index:
+        row = y.row(index)
+        if isinstance(row.stride, int) and row.stride == 1:
+            zero_bytes(k, row.address, k.i64(y.shape[-1]) * size)
+            return
+        with k.loop(0, k.i64(y.shape[-1])) as loop:
+            k.store(k.zero(stored_type(y.dtype)), row.address + loop.i * row.stride * size)
+            loop.next()
+
+
 def calls(node: Node, context: Context) -> Sequence[Call]:
     return [copy_call(node, node.inputs[0])]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,3 +59,17 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
     lead = len(times) - len(shape)
     wanted = (*times[:lead], *(n * m for n, m in zip(times[lead:], shape, strict=True)))
     return {"x": draw(arrays.arrays(np.float32, tuple(shape), elements=st.floats(-9, 9, width=16)))}, {"shape": wanted}
+
+
+@repeat.typical
+def typical(rng: np.random.Generator) -> list[tuple[dict[str, Array], dict[str, Any]]]:
+    return [({"x": np.zeros((512, 1, 4096), np.float32)}, {"shape": (512, 8, 4096)})]
+
+
+@repeat.law
+def begins_with_the_whole(run: Callable[..., Array], x: Array, *, shape: tuple[int, ...]) -> None:
+    """Whatever is repeated at all stands at the beginning."""
+    y = run(x, shape=shape)
+    first = y[(0,) * (len(shape) - x.ndim)] if 0 not in shape else np.resize(x, (0,) * x.ndim)
+    window = first[tuple(slice(n) for n in x.shape)]
+    np.testing.assert_array_equal(window, x[tuple(slice(n) for n in window.shape)])

@@ -157,9 +157,7 @@ def test_a_registry_loads_its_home_and_then_the_plugins(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("kept", ["dist-info", "egg-info", "zip", "egg"])
-def test_plugins_are_asked_for_only_where_there_may_be_some(
-    kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plugins_are_asked_for_only_where_there_may_be_some(kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = tmp_path / ("place.egg" if kept == "egg" else "place")
     info = place / f"other-1.0.{kept if kept.endswith('info') else 'dist-info'}" / "entry_points.txt"
     info.parent.mkdir(parents=True)

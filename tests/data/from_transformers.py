@@ -51,18 +51,37 @@ MODELS = {
     ),
 }
 
+BERT: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+    "type_vocab_size": 2,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-3,
+    "pad_token_id": 0,
+}
+BERT_LENGTHS = (32, 11)
+"""All positions, and some."""
 
-def main(name: str, folder: Path) -> None:
-    """Weights exact in BF16, norms and biases away from what they begin with; logits and greedy tokens in float64."""
-    config_class, model_class, given = MODELS[name]
-    torch.manual_seed(sum(map(ord, name)))
-    model = model_class(config_class(**given))
+
+def weighted(model: Any, folder: Path) -> None:
+    """Gives a model random weights that are exact in BF16, norms and biases away from what they begin with, and saves it."""
     with torch.no_grad():
         for parameter in model.parameters():
             spread = 0.3 if parameter.ndim == 1 else 2.0 / parameter.shape[-1] ** 0.5
             centre = 1.0 if parameter.ndim == 1 and parameter.mean() > 0.5 else 0.0
             parameter.copy_((centre + spread * torch.randn_like(parameter)).to(torch.bfloat16))
     model.to(torch.bfloat16).save_pretrained(folder)
+
+
+def decoder(name: str, folder: Path) -> None:
+    """Logits, hidden states and greedy tokens in float64."""
+    config_class, model_class, given = MODELS[name]
+    torch.manual_seed(sum(map(ord, name)))
+    weighted(model_class(config_class(**given)), folder)
     plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
     model = model_class.from_pretrained(folder, dtype=torch.float64, **plain).eval()  # above, rotary angles are BF16's
     ids = torch.randint(3, given["vocab_size"], (1, N_TOKENS), generator=torch.Generator().manual_seed(1))
@@ -95,6 +114,31 @@ def main(name: str, folder: Path) -> None:
         "hidden_norm": hidden[-1].astype(np.float32),
     }
     np.savez(folder / "reference.npz", **arrays)
+
+
+def encoder(folder: Path) -> None:
+    """Hidden states of two sequences in float64: `hidden/i` [layers + 1, n, D], the first of the embeddings."""
+    torch.manual_seed(sum(map(ord, "bert")))
+    weighted(transformers.BertModel(transformers.BertConfig(**BERT), add_pooling_layer=False), folder)
+    model = transformers.BertModel.from_pretrained(
+        folder, dtype=torch.float64, attn_implementation="eager", add_pooling_layer=False
+    ).eval()
+    arrays: dict[str, Any] = {}
+    for i, n in enumerate(BERT_LENGTHS):
+        ids = torch.randint(1, BERT["vocab_size"], (1, n), generator=torch.Generator().manual_seed(i))
+        with torch.no_grad():
+            states = model(ids, output_hidden_states=True).hidden_states
+        arrays[f"ids/{i}"] = ids[0].numpy().astype(np.int32)
+        arrays[f"hidden/{i}"] = np.stack([state[0].numpy() for state in states]).astype(np.float32)
+    np.savez(folder / "reference.npz", **arrays)
+
+
+def main(name: str, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if name == "bert":
+        encoder(folder)
+    else:
+        decoder(name, folder)
     versions = {"transformers": transformers.__version__, "torch": torch.__version__}
     (folder / "report.json").write_text(json.dumps({"name": name, **versions}))
 

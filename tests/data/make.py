@@ -30,9 +30,9 @@ ARCHITECTURES = (
     *("qwen3", "qwen3moe", "gemma3"),
 )
 AS_UPSTREAM = "deepseek_v4/upstream_mxfp4"
-OWN = ("qwen2", "gpt_oss", "smollm3")
+OWN = ("qwen2", "gpt_oss", "smollm3", "bert")
 """Models that `from_transformers.py` makes."""
-PUBLISHED_TOKENIZERS = ("llama", "qwen3")
+PUBLISHED_TOKENIZERS = {"llama": "tokenizer.json", "qwen3": "tokenizer.json", "gemma3": "tokenizer.model"}
 QUANTISED = {
     "llama": ("f16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"),
     "deepseek_v3": ("q8_0",),
@@ -40,7 +40,8 @@ QUANTISED = {
     "qwen3moe": ("q8_0",),
     "gemma3": ("q8_0",),
 }
-VOCABULARIES = ("gpt-2", "llama-bpe", "deepseek-llm", "qwen2", "llama-spm")
+BPE_VOCABULARIES = ("gpt-2", "llama-bpe", "deepseek-llm", "qwen2")
+OTHER_VOCABULARIES = ("llama-spm", "bert-bge")
 OP_FAMILIES = (
     "unary glu binary norm soft_max rope flash_attn_ext mul_mat mul_mat_id get_rows set_rows sort reduce cpy shape dsv4"
 ).split()
@@ -56,16 +57,17 @@ def plain_names(root: Path) -> Iterator[str]:
                      "tokenizer_ref.json", "report.json"):  # fmt: skip
             yield f"{arch}/{name}"
         if arch in PUBLISHED_TOKENIZERS:
-            yield from (f"{arch}/{name}" for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"))
+            beside = ("tokenizer_config.json", "generation_config.json")
+            yield from (f"{arch}/{name}" for name in (PUBLISHED_TOKENIZERS[arch], *beside))
         if arch in QUANTISED:
             yield f"{arch}/quant_refs.npz"
     yield f"{AS_UPSTREAM}/config.json"
-    for folder in ("real_smollm2", "templates"):
+    for folder in ("real_smollm2", "real_gemma3", "real_minilm", "templates"):
         yield from sorted(path.relative_to(root).as_posix() for path in (root / folder).iterdir())
-    for name in VOCABULARIES:
+    for name in (*BPE_VOCABULARIES, *OTHER_VOCABULARIES):
         yield f"vocab/ggml-vocab-{name}.gguf.inp"
         yield f"vocab/ggml-vocab-{name}.gguf.out"
-    yield "vocab/ggml-vocab-llama-spm.gguf"
+    yield from (f"vocab/ggml-vocab-{name}.gguf" for name in OTHER_VOCABULARIES)
 
 
 def stored_npz(arrays: reference.Arrays) -> bytes:
@@ -239,7 +241,7 @@ def main(root: Path, own: Path) -> None:
     for folder in (*ARCHITECTURES, AS_UPSTREAM):
         name, arch = f"{folder}/model.safetensors", folder.partition("/")[0]
         keep(name, (root / name).read_bytes(), rows_recipe(root, f"{arch}/{arch}-f32.gguf", name))
-    for vocabulary in VOCABULARIES[:-1]:
+    for vocabulary in BPE_VOCABULARIES:
         name = f"vocab/ggml-vocab-{vocabulary}.gguf"
         keep(name, (root / name).read_bytes(), merges_recipe(root / name))
 

@@ -15,7 +15,7 @@ from tensorgraph.compiler import CompileOptions, PlanCache
 from tensorgraph.engine import Engine
 from tensorgraph.models.architecture import Model, model_from_gguf
 from tensorgraph.models.text.gguf import GGUF
-from tensorgraph.models.text.model import find_smollm2
+from tensorgraph.models.text.packaged import find_packaged
 from tensorgraph.session import Session
 from tests.models import tiny
 
@@ -35,7 +35,7 @@ cases = pytest.mark.parametrize(("name", "kind", "exact"), CASES)
 
 @cache
 def model(name: str, kind: str) -> Model:
-    return model_from_gguf(GGUF.open(find_smollm2())) if name == "smollm2" else tiny.model(name, kind)
+    return model_from_gguf(GGUF.open(find_packaged("smollm2"))) if name == "smollm2" else tiny.model(name, kind)
 
 
 def text(of: Model, n: int, seed: int) -> list[int]:

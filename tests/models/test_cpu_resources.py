@@ -48,9 +48,9 @@ print(json.dumps(resident))
 """
 PEAK = """
 from pathlib import Path
-from tensorgraph.models import find_smollm2
+from tensorgraph.models import find_packaged
 state_bytes = use(1024, 20)
-print(json.dumps({"peak": status("VmHWM"), "weights": find_smollm2().stat().st_size, "state": state_bytes}))
+print(json.dumps({"peak": status("VmHWM"), "weights": find_packaged('smollm2').stat().st_size, "state": state_bytes}))
 """
 
 

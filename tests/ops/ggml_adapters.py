@@ -41,11 +41,12 @@ def _over(x: Node, axis: int) -> Node:
 @adapter(
     *("abs", "neg", "sgn", "step", "sqr", "sqrt", "exp", "expm1", "log", "sin", "cos", "tanh", "floor", "ceil", "trunc"),
     *("round", "relu", "leaky_relu", "elu", "sigmoid", "silu", "gelu", "gelu_quick", "gelu_erf", "hardsigmoid"),
-    *("hardswish", "softplus", "clamp", "scale", "cumsum", "mean", "sum_rows", "rms_norm", "norm", "l2_norm"),
+    *("hardswish", "softplus", "clamp", "scale", "cumsum", "mean", "sum_rows", "rms_norm", "norm", "l2_norm", "group_norm"),
+    *("xielu", "diag", "diag_mask_inf", "diag_mask_zero"),
 )
 def same_name(case: Case, x: Operands) -> Node:
-    attrs = _attrs(case, "negative_slope", "min", "max", "scale", "bias", "eps")
-    return registry.ops.get(case["op"])(x["x"], **attrs)
+    op = registry.ops.get(case["op"])
+    return op(x["x"], **_attrs(case, *op.attrs))
 
 
 @adapter("sum")
@@ -69,6 +70,11 @@ def add_id(case: Case, x: Operands) -> Node:
 def gated(case: Case, x: Operands) -> Node:
     swapped = bool(case["params"]["swapped"])
     return registry.ops.get(case["op"])(x["a"], x.get("b"), swapped=swapped, **_attrs(case, "alpha", "limit"))
+
+
+@adapter("argmax")
+def argmax(case: Case, x: Operands) -> Node:
+    return ops.argmax(x["x"]).reshape(*case["out"]["numpy_shape"])
 
 
 @adapter("argsort")
@@ -127,6 +133,56 @@ def concat(case: Case, x: Operands) -> Node:
 @adapter("repeat")
 def repeat(case: Case, x: Operands) -> Node:
     return ops.repeat(x["x"], shape=case["out"]["numpy_shape"])
+
+
+@adapter("pad")
+def pad(case: Case, x: Operands) -> Node:
+    before, after = ([case["params"][f"{side}{d}"] for d in (3, 2, 1, 0)] for side in ("lp", "rp"))
+    return ops.pad(x["x"], before=before, after=after, mode="circular" if case["params"]["circular"] else "zeros")
+
+
+@adapter("pad_reflect_1d")
+def pad_reflect_1d(case: Case, x: Operands) -> Node:
+    return ops.pad(x["x"], before=(case["params"]["p0"],), after=(case["params"]["p1"],), mode="reflect")
+
+
+@adapter("roll")
+def roll(case: Case, x: Operands) -> Node:
+    return ops.roll(x["x"], shifts=[case["params"][f"shift{d}"] for d in (3, 2, 1, 0)])
+
+
+@adapter("tri")
+def tri(case: Case, x: Operands) -> Node:
+    return ops.tri(x["x"], kind=case["params"]["type"])
+
+
+@adapter("acc", "set")
+def window(case: Case, x: Operands) -> Node:
+    left, offset = case["params"]["offset_bytes"], []
+    for n_bytes in (*(case["params"][f"nb{d}"] for d in (3, 2, 1)), x["a"].dtype.block_bytes):
+        at, left = divmod(left, n_bytes)
+        offset.append(at)
+    return registry.ops.get(case["op"])(x["a"], x["b"], offset=offset)
+
+
+@adapter("repeat_back")
+def repeat_back(case: Case, x: Operands) -> Node:
+    wanted = case["out"]["numpy_shape"]
+    tiles = x["x"].reshape(*(n for pair in zip(case["params"]["repeats"][::-1], wanted, strict=True) for n in pair))
+    for axis in (6, 4, 2, 0):
+        tiles = _over(tiles, axis)
+    return tiles
+
+
+@adapter("out_prod")
+def out_prod(case: Case, x: Operands) -> Node:
+    a = ops.cast(x["a"], dtype="f32") if x["a"].dtype.is_block else x["a"]
+    return ops.mul_mat(a.permute(0, 1, 3, 2), x["b"].permute(0, 1, 3, 2))
+
+
+@adapter("arange")
+def arange(case: Case, x: Operands) -> Node:
+    return ops.arange(**_attrs(case, "start", "stop", "step")).reshape(*case["out"]["numpy_shape"])
 
 
 @adapter("fill")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -17,8 +18,11 @@ from tensorgraph.backends.cpu import target as cpu_targets
 from tensorgraph.errors import GraphError, InputError, UnknownNameError
 from tensorgraph.op import Op
 from tensorgraph.tools.conformance import check, coverage
-from tensorgraph.tools.conformance.check import Report
+from tensorgraph.tools.conformance.case import draw_any
+from tensorgraph.tools.conformance.case_text import Recorder, case_text, parse_case
+from tensorgraph.tools.conformance.check import Report, run_drawn
 from tensorgraph.tools.conformance.criterion import judge
+from tensorgraph.tools.conformance.draw import draw_case
 from tests.core.devices import StrictDevice
 from tests.ops import kernel_devices as planted
 from tests.ops.kernel_devices import Float32Device, KernelDevice, registered
@@ -112,6 +116,37 @@ def test_rows_that_do_not_stand_alone_fail(axes: str, rows: tuple[str, ...] | No
     finally:
         registry.ops.remove("added_rows")
     assert report.failure is not None and report.failure.part == "rows"
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_case_is_a_line_of_text(name: str) -> None:
+    """Read again it draws the same case, of every op."""
+    op, seen = registry.ops.get(name), []
+
+    def one(data: Any) -> None:
+        recorder = Recorder(data.draw)
+        case, drawn = draw_any(op, recorder)
+        read, replay = parse_case(case_text(name, recorder.given))
+        again, redrawn = draw_any(op, replay)
+        assert read == name and [*again.lines()] == [*case.lines()] and replay.at == len(recorder.given)
+        for first, second in ((drawn, redrawn), (case.stored, again.stored)):
+            assert first.keys() == second.keys() and all(first[s].tobytes() == second[s].tobytes() for s in first)
+        seen.append(case)
+
+    run_drawn(hypothesis, one, 12, 5)
+    assert len(seen) >= 12
+
+
+def test_special_values_and_long_axes_are_drawn() -> None:
+    seen: list[tuple[Array, tuple[int, ...]]] = []
+    run_drawn(
+        hypothesis, lambda data: seen.append((x := draw_case(registry.ops.get("silu"), data.draw)[0]["x"], x.shape)), 300, 5
+    )
+    wide = [x.astype(np.float64) for x, _ in seen if x.dtype == np.float32]
+    assert any(np.isnan(x).any() for x in wide) and any(np.isinf(x).any() for x in wide)
+    tiny = float(np.finfo(np.float32).tiny)
+    assert any(((x != 0) & (np.abs(x) < tiny)).any() for x in wide) and any((np.abs(x) > 1e11).any() for x in wide)
+    assert any(0 in shape for _, shape in seen) and any(max(shape, default=0) > 1000 for _, shape in seen)
 
 
 def test_the_unchanged_device_passes() -> None:

@@ -12,7 +12,9 @@ from tensorgraph import ops
 from tensorgraph.compiler import run_op
 from tensorgraph.dims import Dim
 from tensorgraph.errors import AttributeValueError, DTypeError, ShapeError
-from tensorgraph.graph import input
+from tensorgraph.graph import constant, input
+from tensorgraph.ops.formats import FORMATS, decode, encode
+from tests.ops.evaluate import evaluate
 
 POINTS = np.array(
     [-80.0, -20.5, -3.5, -3.0, -2.5, -1.5, -1.0, -0.5, -0.25, -1e-3, -1e-30, 0.0, 1e-30, 1e-3, 0.25, 0.49999997, 0.5, 1.0]
@@ -90,6 +92,18 @@ def test_slope_bounds_and_scale() -> None:
     np.testing.assert_array_equal(run_op("clamp", array, min=-1.0, max=0.5), [-1, -0.5, 0, 0.25, 0.5])
     np.testing.assert_array_equal(run_op("clamp", array, min=-math.inf, max=0.0), [-2, -0.5, 0, 0, 0])
     np.testing.assert_array_equal(run_op("scale", array, scale=2.0, bias=1.0), [2 * v + 1 for v in x])
+
+
+def test_xielu() -> None:
+    alpha_n, alpha_p, beta, eps = 0.75, -0.25, 0.5, -1e-6
+    below, above = (math.log1p(math.exp(a)) for a in (alpha_n, alpha_p))
+    x = POINTS[np.abs(POINTS) < 50]
+    want = []
+    for v in x.tolist():
+        curved = above * v * v if v > 0 else (math.expm1(min(v, eps)) - v) * (beta + below)
+        want.append(curved + beta * v)
+    got = run_op("xielu", x, alpha_n=alpha_n, alpha_p=alpha_p, beta=beta, eps=eps)
+    np.testing.assert_allclose(got, np.array(want, np.float32), rtol=2e-7)
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
@@ -196,6 +210,19 @@ def test_fill() -> None:
         ops.fill(shape=(32,), value=0.0, dtype="q8_0")
 
 
+def test_arange() -> None:
+    assert run_op("arange", stop=4.0).tolist() == [0, 1, 2, 3]
+    assert run_op("arange", start=5.0, stop=2.5, step=-1.0, dtype="i32").tolist() == [5, 4, 3]
+    assert run_op("arange", stop=-1.0).shape == (0,)
+    tenths = run_op("arange", start=1.0, stop=2.0, step=0.1, dtype="f64")
+    np.testing.assert_array_equal(tenths, [1.0 + 0.1 * i for i in range(10)])
+    for wrong in ({"stop": math.inf}, {"stop": 1.0, "step": 0.0}, {"stop": math.nan}):
+        with pytest.raises(AttributeValueError, match=r"\[arange\] start, stop and step must be finite, and step not 0; got"):
+            ops.arange(**wrong)
+    with pytest.raises(DTypeError, match=r"\[arange\] dtype must be a real or int type; got bool"):
+        ops.arange(stop=1.0, dtype="bool")
+
+
 def test_cast() -> None:
     x = np.array([-2.75, -0.5, 0.5, 1.5, 2049.0, 3.9], np.float32)
     assert run_op("cast", x, dtype="i32").tolist() == [-2, 0, 0, 1, 2049, 3]
@@ -203,6 +230,38 @@ def test_cast() -> None:
     assert run_op("cast", np.array([257.0, 259.0], np.float32), dtype="bf16").tolist() == [256.0, 260.0]  # ties to even
     assert run_op("cast", np.array([7, -7], np.int32), dtype="f32").tolist() == [7.0, -7.0]
     assert run_op("cast", np.array([True, False]), dtype="f32").tolist() == [1.0, 0.0]
+
+
+def test_cast_of_what_an_integer_type_does_not_hold() -> None:
+    x = np.array([math.nan, math.inf, -math.inf, 1e30, -1e30, 127.9, -128.9, 255.5, -0.9, 2.0**31, -(2.0**31)])
+    for name, low, high in (("i8", -128, 127), ("u8", 0, 255), ("i16", -(2**15), 2**15 - 1), ("i32", -(2**31), 2**31 - 1)):
+        held = [0 if v != v else int(min(max(v, low), high)) for v in x.tolist()]
+        for dtype in (np.float64, np.float32):
+            assert run_op("cast", x.astype(dtype), dtype=name).tolist() == held
+    wide = np.array([1e30, -1e30, 2.0**63, 2.0**62, math.nan])
+    assert run_op("cast", wide, dtype="i64").tolist() == [2**63 - 1, -(2**63), 2**63 - 1, 2**62, 0]
+    assert run_op("cast", np.array([300, -1, 128], np.int32), dtype="u8").tolist() == [44, 255, 128]
+    assert run_op("cast", np.array([300, -1, 128], np.int32), dtype="i8").tolist() == [44, -1, -128]
+    assert run_op("cast", np.array([0.0, -0.0, math.nan, 1e-40], np.float32), dtype="bool").tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "cpu:baseline"])
+@pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if form.encode])
+def test_cast_to_and_from_blocks_to_the_bit(name: str, backend: str) -> None:
+    """Of numbers of all sizes, with ties, zeros and numbers too small for a scale, in rows that lie apart."""
+    rng, size = np.random.default_rng(5), FORMATS[name].dtype.block_size
+    x = (rng.standard_normal((64, 2 * size)) * 10 ** rng.uniform(-6, 4, (64, 1))).astype(np.float32)
+    x[:8] = rng.integers(-4, 5, (8, 2 * size)) / 2
+    x[8:12], x[12:14], x[14:16, 1:] = np.abs(x[8:12]), 0, 0
+    x[16:18] *= np.float32(1e-36)
+    want = decode(encode(x, name), name)
+    given = {"x": np.repeat(x, 2, axis=1)}
+    got = evaluate(ops.cast(input("x", [64, 4 * size])[:, ::2], dtype=name), given, backend)
+    np.testing.assert_array_equal(got, want)
+    raw = {"x": encode(x, name)}
+    for dtype in ("f32", "f16", "bf16", "f64", "i32"):
+        read = evaluate(ops.cast(constant("x", shape=x.shape, dtype=name), dtype=dtype), raw, backend)
+        np.testing.assert_array_equal(read, run_op("cast", want, dtype=dtype))
 
 
 def test_cast_to_blocks() -> None:

@@ -38,6 +38,23 @@ def test_norms(d: int, eps: float) -> None:
         np.testing.assert_allclose(run_op("norm", x, weight, bias, eps=eps)[i], want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("n_groups", "groups"), [(1, [5]), (2, [3, 2]), (3, [2, 2, 1]), (4, [2, 2, 1]), (9, [1] * 5)])
+def test_group_norm(n_groups: int, groups: list[int]) -> None:
+    """Groups of five channels, as many as `groups` says."""
+    x = normal(2, 5, 3, 4) + 0.5
+    got = run_op("group_norm", x, n_groups=n_groups, eps=1e-5)
+    for b in range(2):
+        first = 0
+        for n in groups:
+            part = [float(v) for v in x[b, first : first + n].reshape(-1)]
+            mean = math.fsum(part) / len(part)
+            deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in part) / len(part) + 1e-5)
+            want = np.reshape([(v - mean) / deviation for v in part], (n, 3, 4))
+            np.testing.assert_allclose(got[b, first : first + n], want, rtol=1e-5, atol=1e-6)
+            first += n
+        assert first == 5
+
+
 def test_norms_of_what_would_overflow() -> None:
     x = np.array([[3e38, -3e38, 0, 0]], np.float32)
     np.testing.assert_allclose(run_op("rms_norm", x, eps=1e-6), [[math.sqrt(2), -math.sqrt(2), 0, 0]], rtol=1e-6)
@@ -50,6 +67,10 @@ def test_norm_refusals() -> None:
         ops.rms_norm(x, input("attn_norm", [5]), eps=1e-6)
     with pytest.raises(AttributeValueError, match=r"\[rms_norm\] eps must be within"):
         ops.rms_norm(x, eps=-1.0)
+    with pytest.raises(ShapeError, match=r"\[group_norm\] x must be \[.*C, H, W\]; got \[T, 4\]"):
+        ops.group_norm(x, n_groups=1, eps=1e-6)
+    with pytest.raises(AttributeValueError, match=r"\[group_norm\] n_groups must be within"):
+        ops.group_norm(x, n_groups=0, eps=1e-6)
 
 
 def soft_max_by_hand(x: np.ndarray, mask: np.ndarray | None, sinks: np.ndarray | None, scale: float, bias: float) -> np.ndarray:

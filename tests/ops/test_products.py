@@ -33,9 +33,7 @@ def dots(a: Array, b: Array) -> Array:
     missing=st.integers(0, 2),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_mul_mat_repeats_a_blockwise(
-    sizes: tuple[int, int, int], batch: list[tuple[int, int]], missing: int, seed: int
-) -> None:
+def test_mul_mat_repeats_a_blockwise(sizes: tuple[int, int, int], batch: list[tuple[int, int]], missing: int, seed: int) -> None:
     m, n, k = sizes
     mine = [few for few, _ in batch]
     many = [few * times for few, times in batch]

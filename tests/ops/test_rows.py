@@ -9,12 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tensorgraph.compiler import run_op
 from tensorgraph.dims import Dim
+from tensorgraph.dtypes import DType, as_dtype
 from tensorgraph.errors import AttributeValueError, DTypeError, InputError, ShapeError
-from tensorgraph.graph import input
+from tensorgraph.graph import constant, input
 from tensorgraph.op import Op
-from tensorgraph.ops.formats import decode, encode
+from tensorgraph.ops.elementwise.cast import SCALARS
+from tensorgraph.ops.formats import FORMATS, decode, encode
 from tensorgraph.ops.rows import gather, get_rows, scatter, set_rows
+from tests.ops.evaluate import evaluate
 
 Array = np.ndarray[Any, Any]
 few = settings(deadline=None, max_examples=40)
@@ -92,6 +96,48 @@ def test_set_rows_rounds_what_it_writes_to_a_block_type() -> None:
         set_rows(input("a", (3, 5, 64)), input("b", (3, 2, 64)), input("ids", (2, 2), "i32"))
     with pytest.raises(InputError, match="below 5"):
         set_rows.compute({"a": stored, "b": new, "ids": np.array([5, 0])}, {"block": None})
+
+
+WRITABLE = [dtype for dtype in (*SCALARS, *(form.dtype for form in FORMATS.values() if form.encode)) if dtype.kind != "bool"]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", WRITABLE, ids=str)
+def test_rows_of_every_type_are_written_and_read(dtype: DType, backend: str) -> None:
+    """What was written is read as `cast` rounds it, everything else as it was; row numbers of both widths."""
+    rng, width = np.random.default_rng(8), 2 * dtype.block_size
+    old, new = ((rng.standard_normal((2, n, width)) * 9).astype(np.float32) for n in (7, 3))
+    ids = np.argsort(rng.random((2, 7)), -1)[:, :3]
+    ids[0, 1] = -1
+    wanted, rounded = (run_op("cast", x, dtype=dtype) for x in (old, new))
+    for at in np.ndindex(2, 3):
+        if ids[at] >= 0:
+            wanted[at[0], ids[at]] = rounded[at]
+    if dtype.is_block:
+        a, stored = constant("a", shape=old.shape, dtype=dtype), encode(old, dtype)
+    else:
+        a, stored = input("a", old.shape, dtype), run_op("cast", old, dtype=dtype)
+    if dtype.kind == "int":
+        new = rounded
+    for width_of_ids in ("i32", "i64"):
+        numbers, places = input("ids", ids.shape, width_of_ids), input("places", (2, 7), width_of_ids)
+        written = set_rows(a, input("b", new.shape, as_dtype(new.dtype)), numbers)
+        assert written.dtype == dtype
+        given = {"a": stored, "b": new, "ids": ids.astype(width_of_ids.replace("i", "int"))}
+        order = np.stack([np.arange(7)[::-1]] * 2).astype(given["ids"].dtype)
+        np.testing.assert_array_equal(evaluate(written, given, backend), wanted)
+        read = evaluate(get_rows(written, places), {**given, "places": order}, backend)
+        np.testing.assert_array_equal(read, wanted[:, ::-1].astype(read.dtype))
+
+
+def test_set_rows_takes_numbers_of_one_kind() -> None:
+    ids = input("ids", (2,), "i32")
+    with pytest.raises(DTypeError, match=r"\[set_rows\] b must be i32, as a; got f32"):
+        set_rows(input("a", (5, 8), "i32"), input("b", (2, 8)), ids)
+    with pytest.raises(DTypeError, match=r"\[set_rows\] b must be float; got i32"):
+        set_rows(input("a", (5, 8)), input("b", (2, 8), "i32"), ids)
+    assert get_rows(input("a", (5, 8), "i64"), ids).dtype.name == "i64"
+    assert get_rows(input("a", (5, 8), "u8"), ids).dtype.name == "i32"
 
 
 @few

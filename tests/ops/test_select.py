@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tensorgraph.dims import Dim
 from tensorgraph.errors import AttributeValueError, DTypeError
 from tensorgraph.graph import input
-from tensorgraph.ops.select import argsort, top_k
+from tensorgraph.ops.select import argmax, argsort, top_k
 
 Array = np.ndarray[Any, Any]
 
@@ -79,3 +79,27 @@ def test_argsort(row: list[float], descending: bool) -> None:
 def test_argsort_shapes() -> None:
     y = argsort(input("x", (Dim("T", 64), 7), "f16"), descending=True)
     assert str(y.shape) == "(T, 7)" and y.dtype.name == "i32"
+
+
+@settings(deadline=None, max_examples=100)
+@given(row=st.lists(VALUES, max_size=40))
+def test_argmax_takes_the_last_of_equals_and_no_nan(row: list[float]) -> None:
+    x = np.array([row, row[::-1]])
+    want = []
+    for values in x.tolist():
+        best = -1
+        for i, v in enumerate(values):
+            if not math.isnan(v) and (best < 0 or v >= values[best]):
+                best = i
+        want.append(best)
+    got = argmax.compute({"x": x}, {})
+    assert got.dtype == np.int32 and got.tolist() == want
+
+
+def test_argmax_shapes() -> None:
+    y = argmax(input("x", (Dim("T", 64), 7), "f16"))
+    assert str(y.shape) == "(T,)" and y.dtype.name == "i32"
+    assert argmax.compute({"x": np.array([2.0, 9, 9, -np.inf])}, {}).tolist() == 2
+    assert argmax.cost(argmax(input("x", (3, 7))), {}).flops == 21
+    with pytest.raises(DTypeError, match="x must be float; got i32"):
+        argmax(input("x", (3, 7), "i32"))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
 from tensorgraph import ops
 from tensorgraph.compiler import run_op
 from tensorgraph.dims import Dim
-from tensorgraph.errors import DTypeError, GraphError, ShapeError
+from tensorgraph.errors import AttributeValueError, DTypeError, GraphError, ShapeError
 from tensorgraph.graph import input
 
 
@@ -65,6 +68,106 @@ def test_repeat_refusals_and_runtime_extents() -> None:
             ops.repeat(input("x", [2, 3]), shape=shape)
     with pytest.raises(ShapeError, match=r"\[repeat\]"):
         ops.repeat(input("x", [0, 3]), shape=(2, 3))
+
+
+@pytest.mark.parametrize("mode", ["zeros", "circular", "reflect"])
+@pytest.mark.parametrize(("before", "after"), [((0, 0, 0), (0, 0, 0)), ((1, 0, 2), (0, 2, 3)), ((1, 2, 3), (1, 2, 3))])
+def test_pad(before: tuple[int, ...], after: tuple[int, ...], mode: str) -> None:
+    x = np.arange(1, 25, dtype=np.int32).reshape(2, 3, 4)
+    got = run_op("pad", x, before=before, after=after, mode=mode)
+    assert got.shape == tuple(n + low + high for n, low, high in zip(x.shape, before, after, strict=True))
+    ways: dict[str, Callable[[int, int], int]] = {
+        "zeros": lambda j, n: j if 0 <= j < n else -1,
+        "circular": lambda j, n: j % n,
+        "reflect": lambda j, n: -j if j < 0 else j if j < n else 2 * (n - 1) - j,
+    }
+    for i in np.ndindex(got.shape):
+        at = tuple(ways[mode](j - low, n) for j, low, n in zip(i, before, x.shape, strict=True))
+        assert got[i] == (0 if min(at) < 0 else x[at])
+
+
+def test_pad_of_the_last_axes_and_its_refusals() -> None:
+    t = Dim("T", 8)
+    x = input("x", [t, 4])
+    assert ops.pad(x, before=(1,), after=(2,)).shape == (t, 7)
+    assert ops.pad(x, after=(2, 0)).shape == (t + 2, 4)
+    assert ops.pad(x, before=(4,), mode="circular").attrs["before"] == (0, 4)
+    for wrong in ((-1,), (1, 1, 1), (1.5,), (True,)):
+        with pytest.raises(AttributeValueError, match=r"\[pad\] before must be numbers that are not negative"):
+            ops.pad(x, before=wrong)  # type: ignore[arg-type]
+    for mode, most in (("circular", 4), ("reflect", 3)):
+        assert ops.pad(x, after=(most,), mode=mode).shape == (t, 4 + most)
+        for many in ((most + 1,), (1, 0)):
+            with pytest.raises(ShapeError, match=rf"\[pad\] {mode} wanted an axis of x \[T, 4\] that has so many"):
+                ops.pad(x, before=many, mode=mode)
+    with pytest.raises(AttributeValueError, match=r"\[pad\] mode must be one of"):
+        ops.pad(x, before=(1,), mode="edge")
+    with pytest.raises(DTypeError, match=r"\[pad\] x must not be of a block type; got q8_0"):
+        ops.pad(input("x", [32], "q8_0"), before=(1,))
+
+
+@pytest.mark.parametrize("shifts", [(0, 0, 0), (1, -1, 2), (-7, 5, 0), (0, 0, 4)])
+def test_roll(shifts: tuple[int, ...]) -> None:
+    x = np.arange(24, dtype=np.int32).reshape(2, 3, 4)
+    got = run_op("roll", x, shifts=shifts)
+    for i in np.ndindex(x.shape):
+        assert got[tuple((j + by) % n for j, by, n in zip(i, shifts, x.shape, strict=True))] == x[i]
+
+
+def test_roll_shapes_and_refusals() -> None:
+    x = input("x", [Dim("T", 8), 4])
+    assert ops.roll(x, shifts=(3,)).attrs["shifts"] == (0, 3)
+    with pytest.raises(ShapeError, match=r"\[roll\] wanted a known length of every axis that is rolled; got shifts \(1, 0\)"):
+        ops.roll(x, shifts=(1, 0))
+    with pytest.raises(AttributeValueError, match=r"\[roll\] shifts must be whole numbers, at most one for each axis"):
+        ops.roll(x, shifts=(1, 1, 1))
+
+
+def test_diagonals_and_triangles() -> None:
+    x = np.arange(1, 16, dtype=np.float32).reshape(3, 5)
+    by_kind: dict[str, Callable[[int, int], bool]] = {
+        "upper_diag": lambda r, c: c >= r,
+        "upper": lambda r, c: c > r,
+        "lower_diag": lambda r, c: c <= r,
+        "lower": lambda r, c: c < r,
+    }
+    for kind, keeps in by_kind.items():
+        want = [[x[r, c] if keeps(r, c) else 0 for c in range(5)] for r in range(3)]
+        assert run_op("tri", x, kind=kind).tolist() == want
+    for name, other in (("diag_mask_inf", -math.inf), ("diag_mask_zero", 0.0)):
+        want = [[x[r, c] if c <= r + 1 else other for c in range(5)] for r in range(3)]
+        assert run_op(name, x, n_past=1).tolist() == want
+    assert run_op("diag", x[1:2]).tolist() == [[x[1, c] if c == r else 0 for c in range(5)] for r in range(5)]
+    t = Dim("T", 8)
+    assert ops.diag(input("x", [3, 1, t])).shape == (3, t, t)
+    with pytest.raises(ShapeError, match=r"\[diag\] x must be \[1, 5\]; got \[3, 5\]"):
+        ops.diag(input("x", [3, 5]))
+    with pytest.raises(AttributeValueError, match=r"\[tri\] kind must be one of"):
+        ops.tri(input("x", [3, 5]), kind="middle")
+
+
+@pytest.mark.parametrize(("name", "of_a"), [("set", 0), ("acc", 1)])
+def test_windows(name: str, of_a: int) -> None:
+    a, b = np.arange(40, dtype=np.float32).reshape(2, 4, 5), np.full((1, 2, 3), 100, np.float32)
+    got = run_op(name, a, b, offset=(1, 2, 0))
+    for i in np.ndindex(a.shape):
+        inside = i[0] == 1 and i[1] >= 2 and i[2] < 3
+        assert got[i] == (100 + of_a * a[i] if inside else a[i])
+    assert run_op(name, a, b, offset=(2, 2)).shape == a.shape
+
+
+def test_windows_lie_within() -> None:
+    t, s = Dim("T", 8), Dim("S", 8)
+    a = input("a", [t, 4])
+    assert ops.set(a, input("b", [t, 2]), offset=(1,)).shape == (t, 4)
+    assert ops.acc(input("a", [t + 3, 4]), input("b", [t, 4]), offset=(2, 0)).shape == (t + 3, 4)
+    for b, offset in (([t, 2], (0, 3)), ([t, 2], (1, 0)), ([s, 4], (0, 0)), ([4], ())):
+        with pytest.raises(ShapeError, match=r"\[set\] b must lie within a \[T, 4\], from .* on; got"):
+            ops.set(a, input("b", b), offset=offset)
+    with pytest.raises(AttributeValueError, match=r"\[acc\] offset must be numbers that are not negative"):
+        ops.acc(a, input("b", [t, 2]), offset=(-1,))
+    with pytest.raises(DTypeError, match=r"\[set\] b must be f32, as a, and no block type; got f16"):
+        ops.set(a, input("b", [t, 2], "f16"))
 
 
 def test_cont_is_dense_and_its_own() -> None:

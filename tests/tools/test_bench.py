@@ -40,7 +40,7 @@ def fixed_roofs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # What the fake peer's functions do is written to LOG, a line of JSON each. Flash attention (context 2) takes less of its clock.
-FAKE = '''
+FAKE = """
 import json, os, sys, time
 from types import SimpleNamespace as Space
 LOG, MODE = {log!r}, {mode!r}
@@ -89,7 +89,7 @@ def llama_decode(context, batch):
     clock += 0.5 if context == 2 else 0.75
     return 0
 def llama_synchronize(context): note(synchronize=context)
-'''
+"""
 
 
 class FakePeer:

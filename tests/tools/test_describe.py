@@ -28,7 +28,7 @@ from tests.models.tiny import ARCHITECTURES
 from tests.reference import reference_path
 from tests.tools.commands import as_json, gguf, ok, refused, tg
 
-COMMANDS = ("run", "logits", "tokenize", "inspect", "plan", "bench", "profile")
+COMMANDS = ("run", "embed", "logits", "tokenize", "inspect", "plan", "bench", "profile")
 WITHOUT_MODEL = ("test-ops", "ops")
 
 
@@ -214,7 +214,7 @@ def test_a_plan_that_cannot_be_is_a_sentence(arguments: tuple[object, ...], said
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ('{"architectures": ["Mamba9ForCausalLM"]}', "there is no Mamba9ForCausalLM. Known: DeepseekV2ForCausalLM"),
+        ('{"architectures": ["Mamba9ForCausalLM"]}', "there is no Mamba9ForCausalLM. Known: BertForMaskedLM, "),
         ('{"architectures": ["LlamaForCausalLM"]}', "no 'vocab_size'"),
         ("{}", "config.json"),
         ("[1]", "config.json"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+
 import pytest
 
 import tensorgraph.ops  # noqa: F401  (importing registers)
@@ -16,7 +19,18 @@ from tests.tools.commands import as_json, ok, refused, tg
 def test_help_has_examples_and_every_option() -> None:
     text = ok("test-ops", "--help")
     assert "tensorgraph test-ops --backend cpu --op mul_mat --op rms_norm --examples 300" in text
-    for option in ("--op", "--backend", "--examples", "--seed", "--list", "--coverage", "--json"):
+    for option in (
+        "--op",
+        "--backend",
+        "--examples",
+        "--seed",
+        "--case",
+        "--type",
+        "-t, --threads",
+        "--list",
+        "--coverage",
+        "--json",
+    ):
         assert f"  {option} " in text
     assert "test-ops" in ok("--help")
 
@@ -62,11 +76,39 @@ def test_a_failure_is_told_and_is_the_exit_code() -> None:
 def test_what_a_backend_has_no_kernel_for_is_said() -> None:
     with registered("strict", lambda name: StrictDevice(name, refused=("neg",))):
         text = ok("test-ops", "--op", "neg", "--backend", "strict", "--examples", 4)
-        coverage = ok("test-ops", "--coverage", "--op", "neg", "--op", "abs", "--backend", "strict").splitlines()
-        nested = as_json("test-ops", "--coverage", "--op", "neg", "--backend", "strict")["coverage"]
+        shown = tg("test-ops", "--coverage", "--op", "neg", "--op", "abs", "--backend", "strict")
+        told = tg("test-ops", "--coverage", "--op", "neg", "--backend", "strict", "--json")
     assert text.splitlines()[1].split() == ["neg", "strict", "0", "4", "no", "kernel"]
-    assert [line.split() for line in coverage] == [["op", "strict"], ["neg", "no"], ["abs", "yes"]]
-    assert nested == {"neg": {"strict": {"how": "no", "supported": 0, "samples": 20}}}
+    rows = [line.split() for line in shown.stdout.splitlines()]
+    assert (shown.exit_code, told.exit_code) == (1, 1)
+    assert [row[:3] for row in rows[:3]] == [["op", "strict", "laws"], ["neg", "no", "1"], ["abs", "yes", "2"]]
+    assert rows[-3:] == ["neg lacks a kernel on strict".split(), [], "2 ops, 1 without a kernel, a law or strided cases".split()]
+    found = json.loads(told.stdout)
+    assert found["coverage"] == {"neg": {"strict": {"how": "no", "supported": 0, "samples": 20}}}
+    assert found["tests"]["neg"]["lacks"] == ["a kernel on strict"] and found["tests"]["neg"]["strided"] > 0
+
+
+def test_no_op_lacks_a_kernel_a_law_or_strided_cases() -> None:
+    last = ok("test-ops", "--coverage").splitlines()[-1]
+    assert last == f"{len(list(registry.ops))} ops, 0 without a kernel, a law or strided cases"
+
+
+def test_a_failing_case_runs_again_from_its_line() -> None:
+    with registered("mistaken", lambda name: KernelDevice(name, finish=planted.tail_of_16)):
+        text = tg("test-ops", "--op", "mul", "--backend", "mistaken", "--examples", 60, "--seed", 3).stdout
+        (line,) = [line for line in text.splitlines() if line.startswith("tensorgraph test-ops ")]
+        _, *arguments = shlex.split(line)
+        again = tg(*arguments)
+        told = json.loads(tg(*arguments, "--json").stdout)["results"][0]
+    assert again.exit_code == 1 and "1 tested, 1 failed" in again.stdout and "differs first at [0]" in again.stdout
+    assert told["failure"]["again"] == line and told["failure"]["text"] == arguments[-1]
+    right = ok(*[a if a != "mistaken" else "cpu" for a in arguments])
+    assert right.splitlines()[1].split()[:3] == ["mul", "cpu", "1"] and "1 tested, 0 failed" in right
+    assert "wanted it alone" in refused(*arguments, "--seed", 4)
+    for wrong in ("mul(", "mul", "mul(open)", "mul(1 + 1)", "mul(__import__('os'))", ""):
+        assert "[case] wanted a line as a failing test prints it" in refused("test-ops", "--case", wrong)
+    assert "the case was drawn from another declaration" in refused("test-ops", "--case", "mul([], 0)")
+    assert "did you mean 'mul'?" in refused("test-ops", "--case", "mull([], 0)")
 
 
 def test_a_terminal_is_told_what_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:

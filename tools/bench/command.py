@@ -30,9 +30,7 @@ ROOFS_S = 0.15
 
 
 def bench(
-    models: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODEL]...", help=options.MODEL, show_default="smollm2")
-    ] = None,
+    models: Annotated[list[str] | None, typer.Argument(metavar="[MODEL]...", help=options.MODEL, show_default="smollm2")] = None,
     prompt: Annotated[Counts, typer.Option("-p", "--prompt", min=0, help="Tokens of a prompt.", show_default="512")] = None,
     tokens: Annotated[Counts, typer.Option("-n", "--tokens", min=0, help="Tokens to decode.", show_default="128")] = None,
     depth: Annotated[Counts, typer.Option("-d", "--depth", min=0, help="Tokens there before.", show_default="0")] = None,
@@ -146,7 +144,7 @@ class Settings:
 
     def _open_peer(self, name: str, model: TextModel, threads: int, context: int) -> Peer | None:
         """The peer with its file; None, and a sentence on stderr, where it cannot be had."""
-        from tensorgraph.models.text.model import find_model
+        from tensorgraph.models.text.packaged import find_model
         from tensorgraph.tools.bench.peer_process import Peer, PeerError
 
         if self.python is None:

@@ -6,7 +6,7 @@ Drawing takes the package hypothesis, which the extra `test` installs; nothing e
 
 from __future__ import annotations
 
-from tensorgraph.tools.conformance.check import Failure, Report, check
-from tensorgraph.tools.conformance.coverage import Support, coverage
+from tensorgraph.tools.conformance.check import Failure, Report, check, check_case
+from tensorgraph.tools.conformance.coverage import Support, Tested, coverage, tested
 
-__all__ = ["Failure", "Report", "Support", "check", "coverage"]
+__all__ = ["Failure", "Report", "Support", "Tested", "check", "check_case", "coverage", "tested"]

@@ -18,7 +18,8 @@ from tensorgraph.tools.conformance.draw import Array, Draw, Slots, draw_case
 KINDS = ("dense", "padded", "sliced", "permuted", "scattered", "broadcast", "constant", "blocks")
 """How an input is held: as it is; with elements around it; with one between any two; its axes in another order; both; one
 entry along an axis, repeated; as a weight; as a weight of a block type."""
-BLOCK_TYPES = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "mxfp4")
+OFTEN = 4
+"""How many times likelier than another kind the blocks of a weight are, where an input may be one: few inputs may."""
 SLACK = (1, 5, 64)
 
 
@@ -78,6 +79,7 @@ def draw_any(op: Op, draw: Draw) -> tuple[Case, Slots]:
         kinds = [kind for kind in KINDS if _possible(op, slot, x, shapes[slot], kind)]
         if shapes[slot] != x.shape:  # strides that are known only when a step runs
             kinds += [kind for kind in kinds if kind in ("permuted", "scattered")] * 2
+        kinds += ["blocks"] * OFTEN * ("blocks" in kinds)
         operands[slot] = present(slot, x, shapes[slot], draw(st.sampled_from(kinds)), draw)
     node = op.apply({slot: operand.node for slot, operand in operands.items()}, symbolic)
     return Case(op, operands, attrs, node, dims), slots
@@ -89,13 +91,13 @@ def _possible(op: Op, slot: str, x: Array, shape: Shape, kind: str) -> bool:
         return static
     if kind == "blocks":
         whole = x.dtype == np.float32 and x.ndim > 1 and x.shape[-1] % 32 == 0 and x.size > 0
-        return static and whole and _takes_blocks(op, slot)
+        return static and whole and takes_blocks(op, slot)
     if kind == "broadcast":
         return as_dtype(x.dtype).is_float and any(n > 1 for n in x.shape)
     return kind == "dense" or (x.ndim > 1 if kind in ("permuted", "scattered") else x.ndim > 0)
 
 
-def _takes_blocks(op: Op, slot: str) -> bool:
+def takes_blocks(op: Op, slot: str) -> bool:
     """Whether an input may be of a block type by the signature, and nothing else is then to be of it."""
     if op.signature is None:
         return False
@@ -112,7 +114,7 @@ def present(name: str, x: Array, shape: Shape, kind: str, draw: Draw) -> Operand
     if kind == "constant":
         return Operand(constant(name, shape=x.shape, dtype=dtype), x, x, kind)
     if kind == "blocks":
-        return _encoded(name, x, as_dtype(draw(st.sampled_from(BLOCK_TYPES))))
+        return _blocks(name, x, as_dtype(draw(st.sampled_from(_block_types(x.shape[-1])))), draw(st.integers(0, 2**32 - 1)))
     if kind == "broadcast":
         axis = draw(st.sampled_from([i for i, n in enumerate(x.shape) if n > 1]))
         first = np.ascontiguousarray(x.take([0], axis))
@@ -141,16 +143,30 @@ def _gap(kind: str, draw: Draw) -> tuple[int, int, int]:
     return (1, 2, 0) if kind in ("sliced", "scattered") else (0, 1, 0)
 
 
-def _encoded(name: str, x: Array, dtype: DType) -> Operand:
-    """A weight of a block type; x itself where the type's scales cannot hold it."""
+def _block_types(n: int) -> list[str]:
+    """The block types of which whole blocks make a row of n elements; those that can be written first."""
+    from tensorgraph.ops.formats import FORMATS
+
+    fitting = [form for form in FORMATS.values() if n % form.dtype.block_size == 0]
+    return [form.dtype.name for form in sorted(fitting, key=lambda form: form.encode is None)]
+
+
+def _blocks(name: str, x: Array, dtype: DType, seed: int) -> Operand:
+    """A weight of a block type: x rounded to it, or any bytes where nothing writes the type or its scales cannot hold x."""
     from tensorgraph.ops.formats import block_format, decode, encode
 
+    node = constant(name, shape=x.shape, dtype=dtype)
     if block_format(dtype).encode is not None:
         raw = encode(x, dtype)
         held = decode(raw, dtype)
         if np.isfinite(held).all():
-            return Operand(constant(name, shape=x.shape, dtype=dtype), raw, held, "blocks")
-    return Operand(constant(name, shape=x.shape, dtype=as_dtype(x.dtype)), x, x, "constant")
+            return Operand(node, raw, held, "blocks")
+    raw = np.random.default_rng(seed).integers(0, 256, (*x.shape[:-1], dtype.size_bytes(x.shape[-1])), np.uint8)
+    blocks = raw.reshape(-1, dtype.block_bytes)
+    with np.errstate(all="ignore"):
+        finite = np.isfinite(decode(blocks, dtype)).all(axis=-1)
+    blocks[~finite] = 0  # scales that are infinite or NaN
+    return Operand(node, raw, decode(raw, dtype), "blocks")
 
 
 def _runtime_extents(

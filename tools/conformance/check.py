@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,11 +15,14 @@ from tensorgraph.device import Device, get_devices
 from tensorgraph.dims import evaluate_shape
 from tensorgraph.dtypes import as_dtype
 from tensorgraph.errors import InputError, UnsupportedError
+from tensorgraph.graph import Graph
 from tensorgraph.op import Op
 from tensorgraph.tools.conformance.case import Case, draw_any
+from tensorgraph.tools.conformance.case_text import Recorder, case_text, parse_case
 from tensorgraph.tools.conformance.criterion import judge
-from tensorgraph.tools.conformance.draw import Array, Slots
-from tensorgraph.tools.conformance.evaluate import Meaning, evaluate_twice, runner
+from tensorgraph.tools.conformance.draw import Array, Draw, Slots, is_finite
+from tensorgraph.tools.conformance.evaluate import OPTIONS, Meaning, runner
+from tensorgraph.tools.conformance.watched import Watched, in_place, on_other_threads
 
 Attrs = Mapping[str, Any]
 
@@ -29,16 +33,22 @@ SHOWN_LINES = 12
 class Failure:
     """What went wrong and for which case, the smallest found.
 
-    `part` is "reference", "law NAME", "expansion", "rows", "second run" or "result"; `case` holds a line for each input with its
-    dtype, shape and strides, one for the attributes, and one for the Dims.
+    `part` is "reference", "expansion", "lowering NAME", "law NAME", "rows", "second run", "threads", "in place", "memory" or
+    "result"; `case` holds a line for each input with its dtype, shape and strides, one for the attributes, and one for the
+    Dims; `text` is what `check_case` takes, empty where something was drawn that has no text.
     """
 
     part: str
     message: str
     case: tuple[str, ...]
+    text: str = ""
 
     def __str__(self) -> str:
         return "\n".join((f"{self.part}: {self.message}", *(f"  {line}" for line in self.case)))
+
+    def again(self, backend: str) -> str:
+        """The command that runs the case again."""
+        return f"tensorgraph test-ops --backend {backend} --case {shlex.quote(self.text)}" if self.text else ""
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,9 @@ class Report:
 
     def __str__(self) -> str:
         head = f"{self.op} on {self.backend}: {self.cases} cases, {self.unsupported} not supported, seed {self.seed}"
-        return f"{head}, worst {self.worst:.3g} of the allowed error" if self.failure is None else f"{head}\n{self.failure}"
+        if self.failure is None:
+            return f"{head}, worst {self.worst:.3g} of the allowed error"
+        return "\n".join(filter(None, (head, str(self.failure), self.failure.again(self.backend))))
 
 
 class NotConforming(AssertionError):
@@ -79,6 +91,40 @@ class _Tally:
     unsupported: int = 0
     worst: float = 0.0
     failure: Failure | None = None
+
+    def count(self, op: Op, device: Device, draw: Draw) -> None:
+        """Draw a case, check it and keep what came of it; after a failure, only of further failures.
+
+        Raises: NotConforming: the case fails.
+        """
+        recorder = Recorder(draw)
+        case, drawn = draw_any(op, recorder)
+        worst, message = 0.0, None
+        try:
+            worst = _conform(case, drawn, device)
+        except UnsupportedError:
+            self.unsupported += self.failure is None
+            return
+        except NotConforming as error:
+            message = (error.part, error.message)
+        except Exception as error:
+            message = ("result", _short(f"{type(error).__name__}: {error}"))
+        if message is not None:
+            self.failure = Failure(*message, tuple(case.lines()), _text_of(op, recorder))
+            raise NotConforming(*message)
+        if self.failure is None:
+            self.cases, self.worst = self.cases + 1, max(self.worst, worst)
+
+    def report(self, op: Op, device: Device, seed: int) -> Report:
+        worst = float("inf") if self.failure is not None else self.worst
+        return Report(op.name, device.name, seed, self.cases, self.unsupported, worst, self.failure)
+
+
+def _text_of(op: Op, recorder: Recorder) -> str:
+    try:
+        return case_text(op.name, recorder.given)
+    except InputError:
+        return ""
 
 
 def hypothesis() -> Any:
@@ -99,8 +145,9 @@ def check(op: str | Op, backend: str | Device, *, examples: int = 30, seed: int 
 
     Each case holds its inputs densely, as views with other strides, as constants or, where the signature allows, as weights of
     a block type, and may have an axis that is known only when a step runs. The result must conform to the reference and to
-    the op's expansion by `criterion`, a second run must give the same bits, some rows alone must give some rows of the
-    reference where the op says so (`Op.row_inputs`), and the op's laws must hold.
+    the op's expansion by `criterion`, and so must every guarded form of it. It must be the same to the bit in a second run, on
+    another number of threads, and where it takes an input's memory; nothing else in memory may change. Some rows alone must
+    give some rows of the reference where the op says so (`Op.row_inputs`), and the op's laws must hold for finite numbers.
 
     Raises:
         UnknownNameError: there is no such op or backend.
@@ -112,35 +159,32 @@ def check(op: str | Op, backend: str | Device, *, examples: int = 30, seed: int 
     (device,) = get_devices(backend)
     seed = random.SystemRandom().randrange(1 << 32) if seed is None else seed
     tally = _Tally()
-
-    def one(data: Any) -> None:
-        case, drawn = draw_any(wanted, data.draw)
-        worst, message = 0.0, None
-        try:
-            worst = _conform(case, drawn, device)
-        except UnsupportedError:
-            tally.unsupported += tally.failure is None
-            return
-        except NotConforming as error:
-            message = (error.part, error.message)
-        except Exception as error:
-            message = ("result", _short(f"{type(error).__name__}: {error}"))
-        if message is not None:
-            tally.failure = Failure(*message, tuple(case.lines()))
-            raise NotConforming(*message)
-        if tally.failure is None:
-            tally.cases, tally.worst = tally.cases + 1, max(tally.worst, worst)
-
     try:
-        run_drawn(package, one, examples, seed)
+        run_drawn(package, lambda data: tally.count(wanted, device, data.draw), examples, seed)
     except NotConforming:
         pass
     except package.errors.Flaky:
         if tally.failure is None:
             raise
-        tally.failure = Failure(f"{tally.failure.part}, not every time", tally.failure.message, tally.failure.case)
-    worst = float("inf") if tally.failure is not None else tally.worst
-    return Report(wanted.name, device.name, seed, tally.cases, tally.unsupported, worst, tally.failure)
+        tally.failure = replace(tally.failure, part=f"{tally.failure.part}, not every time")
+    return tally.report(wanted, device, seed)
+
+
+def check_case(text: str, backend: str | Device) -> Report:
+    """Compare one case, which a failure before gave as its `text`.
+
+    Raises:
+        UnknownNameError: there is no such op or backend.
+        InputError: the text is no case, or its op's declaration draws other ones now; hypothesis is not installed.
+    """
+    hypothesis()
+    name, draw = parse_case(text)
+    op, (device,), tally = registry.ops.get(name), get_devices(backend), _Tally()
+    try:
+        tally.count(op, device, draw)
+    except NotConforming:
+        pass
+    return tally.report(op, device, 0)
 
 
 def run_drawn(package: Any, one: Any, examples: int, seed: int) -> None:
@@ -170,32 +214,54 @@ def _conform(case: Case, drawn: Slots, device: Device) -> float:
     Raises: NotConforming, UnsupportedError.
     """
     op, values = case.op, case.values
-    got, again = evaluate_twice(case.node, case.stored, device, case.dims)
-    dtype = np.dtype(np.float32) if case.node.dtype.is_block else case.node.dtype.numpy
-    shape = evaluate_shape(case.node.shape, case.dims)
+    watched = Watched(Graph(y=case.node), case.stored, device, case.dims)
+    got, again = watched.run(), watched.run()
+    dtypes = {slot: as_dtype(x.dtype) for slot, x in values.items()}
+    meaning = Meaning(op, case.attrs, dtypes, rounds=op.expansion is not None and not device.supports(case.node))
+    both = op.reference_fn is not None and op.expansion is not None
+    parts = ("reference", "expansion") if both else ("reference",)
+    worst = max(_judged(part, got, case, replace(meaning, expanded=part == "expansion")) for part in parts)
+    if watched.wrong:
+        raise NotConforming("memory", watched.wrong)
+    if again.tobytes() != got.tobytes():
+        raise NotConforming("second run", "the same plan gives other bits when it is run again")
+    for threads, result in on_other_threads(watched):
+        if result.tobytes() != got.tobytes():
+            raise NotConforming("threads", f"with {threads} threads the same plan gives other bits")
+    for slot in sorted(op.inplace & case.operands.keys()):
+        pair = in_place(case.node, slot, case.stored, device, case.dims)
+        if pair is not None and pair[0].tobytes() != pair[1].tobytes():
+            raise NotConforming("in place", f"the result is another one where it takes the memory of {slot}")
+    for form in op.lowerings:
+        options = replace(OPTIONS, lowerings=(form.name,))
+        lowered = Watched(watched.graph, case.stored, device, case.dims, options).run()
+        worst = max(worst, _judged(f"lowering {form.name}", lowered, case, meaning))
+    if not _rows_stand_alone(meaning, values):
+        raise NotConforming("rows", f"some rows of {', '.join(op.row_inputs)} alone do not give those rows of the result")
+    for part, error in _broken_laws(op, drawn, case.attrs, device) if is_finite(drawn) else ():
+        raise NotConforming(part, error)
+    return worst
+
+
+def _judged(part: str, got: Array, case: Case, meaning: Meaning) -> float:
+    """The largest error of a result by `meaning`, as a fraction of the allowed.
+
+    Raises: NotConforming.
+    """
+    node, values = case.node, case.values
+    dtype, shape = np.dtype(np.float32) if node.dtype.is_block else node.dtype.numpy, evaluate_shape(node.shape, case.dims)
     assert dtype is not None
     if got.shape != shape or got.dtype != dtype:
         raise NotConforming("result", f"wanted {dtype}{list(shape)}; got {got.dtype}{list(got.shape)}")
-    worst, dtypes = 0.0, {slot: as_dtype(x.dtype) for slot, x in values.items()}
-    meaning = Meaning(op, case.attrs, dtypes, rounds=op.expansion is not None and not device.supports(case.node))
-    both = op.reference_fn is not None and op.expansion is not None
-    for part in ("reference", "expansion") if both else ("reference",):
-        exact = replace(meaning, expanded=part == "expansion")(values)
-        if exact.shape != shape:
-            raise NotConforming(part, f"the {part} itself gives {list(exact.shape)} where the shape rule says {list(shape)}")
-        verdict = judge(got, exact, dtype, op.tolerance, meaning, values)
-        if not verdict.ok:
-            gone = f"got {verdict.got}, wanted {verdict.wanted}"
-            error = f"error {_fraction(verdict.worst)} of the allowed, {verdict.allowed:.3g} here"
-            raise NotConforming(part, f"differs first at {list(verdict.at)}: {gone} ({error})")
-        worst = max(worst, verdict.worst)
-    if again.tobytes() != got.tobytes():
-        raise NotConforming("second run", "the same plan gives other bits when it is run again")
-    if not _rows_stand_alone(meaning, values):
-        raise NotConforming("rows", f"some rows of {', '.join(op.row_inputs)} alone do not give those rows of the result")
-    for part, error in _broken_laws(op, drawn, case.attrs, device):
-        raise NotConforming(part, error)
-    return worst
+    exact = meaning(values)
+    if exact.shape != shape:
+        raise NotConforming(part, f"the {part} itself gives {list(exact.shape)} where the shape rule says {list(shape)}")
+    verdict = judge(got, exact, dtype, case.op.tolerance, meaning, values)
+    if not verdict.ok:
+        gone = f"got {verdict.got}, wanted {verdict.wanted}"
+        error = f"error {_fraction(verdict.worst)} of the allowed, {verdict.allowed:.3g} here"
+        raise NotConforming(part, f"differs first at {list(verdict.at)}: {gone} ({error})")
+    return verdict.worst
 
 
 def _rows_stand_alone(meaning: Meaning, slots: Slots) -> bool:

@@ -37,18 +37,59 @@ def coverage(ops: Sequence[str], backends: Sequence[str], *, samples: int = 20, 
 
     Raises: UnknownNameError, InputError: as `check`.
     """
-    devices: dict[str, Device | None] = {}
-    for name in backends:
-        registry.backends.get(name)
-        try:
-            (devices[name],) = get_devices(name)
-        except TensorGraphError:  # no such hardware on this machine
-            devices[name] = None
+    devices = devices_of(backends)
     found = []
     for name in ops:
         nodes = sample_nodes(registry.ops.get(name), samples, seed)
         found += [_support(name, backend, device, nodes) for backend, device in devices.items()]
     return found
+
+
+@dataclass(frozen=True)
+class Tested:
+    """What stands behind an op's tests: its laws, and how many of some drawn cases read an input in strides of its own.
+
+    `lacks` is what should be there and is not, in words.
+    """
+
+    op: str
+    laws: int
+    strided: int
+    samples: int
+    lacks: tuple[str, ...]
+
+
+def tested(found: Sequence[Support], *, samples: int = 20, seed: int = 0) -> list[Tested]:
+    """Of each op whose support was found, in order."""
+    by_op: dict[str, list[Support]] = {}
+    for support in found:
+        by_op.setdefault(support.op, []).append(support)
+    return [
+        _tested(registry.ops.get(name), its, sample_nodes(registry.ops.get(name), samples, seed)) for name, its in by_op.items()
+    ]
+
+
+def _tested(op: Op, found: Sequence[Support], nodes: Sequence[Node]) -> Tested:
+    strided = sum(any(i.op == "view" and not i.index_map.is_dense for i in node.inputs) for node in nodes)
+    takes_inputs = any(node.inputs for node in nodes)
+    lacks = [f"a kernel on {s.backend}" for s in found if s.how == "no"]
+    lacks += ["a law"] * (not op.laws) + ["strided cases"] * (takes_inputs and not strided)
+    return Tested(op.name, len(op.laws), strided, len(nodes), tuple(lacks))
+
+
+def devices_of(backends: Sequence[str]) -> dict[str, Device | None]:
+    """Devices by name; None where there is no such hardware on this machine.
+
+    Raises: UnknownNameError: there is no such backend.
+    """
+    devices: dict[str, Device | None] = {}
+    for name in backends:
+        registry.backends.get(name.partition(":")[0])
+        try:
+            (devices[name],) = get_devices(name)
+        except TensorGraphError:
+            devices[name] = None
+    return devices
 
 
 def sample_nodes(op: Op, count: int, seed: int) -> list[Node]:
@@ -69,12 +110,12 @@ def _support(op: str, backend: str, device: Device | None, nodes: Sequence[Node]
     own = sum(device.supports(node) for node in nodes)
     if own == len(nodes):
         return Support(op, backend, "yes", own, len(nodes))
-    supported = sum(_runs_expanded(node, device) for node in nodes)
+    supported = sum(runs_expanded(node, device) for node in nodes)
     how: How = "by expansion" if supported == len(nodes) else "partly" if supported else "no"
     return Support(op, backend, how, supported, len(nodes))
 
 
-def _runs_expanded(node: Node, device: Device) -> bool:
+def runs_expanded(node: Node, device: Device) -> bool:
     """Whether a device runs a node, or all that it expands into."""
     expanded = ExpandFused(device.supports)(Graph(y=node))
     return all(device.supports(n) for n in expanded.nodes if n.op not in ("input", "constant"))

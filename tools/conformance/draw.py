@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,14 +18,20 @@ Draw = Callable[[Any], Any]
 """As hypothesis's `data.draw`: takes a strategy."""
 Slots = dict[str, Array]
 
-EXTENTS = (0, 1, 2, 3, 5, 7, 8, 13, 16, 17, 31, 33, 64, 67, 130)  # empty, one, odd, prime, just off a vector's width
+EXTENTS = (0, 1, 2, 3, 5, 7, 8, 13, 16, 17, 31, 33, 64, 67, 130, 1031, 4099)  # empty, one, odd, prime, off a vector's width, long
 LEADING = (0, 1, 2, 3, 5)
+MANY_ROWS = 1031
+LONG = 1000
+"""An axis as long as this stands alone: the others of its input are then short."""
 TYPES = {
     "real": ("f32", "f16", "bf16"),
     "float": ("f32", "f16", "bf16"),
     "int": ("i32", "i64"),
     "any": ("f32", "f16", "bf16", "i32", "bool"),
 }
+KINDS_OF_VALUES = ("one", "ties", "zero", "mixed", "tiny", "huge", "subnormal", "infinite", "nan")
+SPECIAL = 0.1
+"""How many of some values are infinite, or NaN."""
 DECADES = 12.0
 """Powers of ten to either side of one: the squares of such values, and their sums, stay within f32."""
 
@@ -77,9 +84,7 @@ def _input(argument: Argument, axes: dict[str, tuple[int, ...]], slots: Slots, d
             continue
         if axis not in axes:
             pack = axis.startswith("*")
-            axes[axis] = (
-                tuple(draw(st.lists(st.sampled_from(LEADING), max_size=3))) if pack else (draw(st.sampled_from(EXTENTS)),)
-            )
+            axes[axis] = _leading(draw) if pack else _extent(draw, math.prod(shape))
         shape.extend(axes[axis])
     same = slots.get(argument.type)
     types = TYPES.get(argument.type, (argument.type,))
@@ -87,20 +92,34 @@ def _input(argument: Argument, axes: dict[str, tuple[int, ...]], slots: Slots, d
     return values(dtype, tuple(shape), draw, decades)
 
 
+def _leading(draw: Draw) -> tuple[int, ...]:
+    """Extents in front: mostly a few short ones, at times as many rows as keep several threads at work."""
+    st = _strategies()
+    few = tuple(draw(st.lists(st.sampled_from(LEADING), max_size=3)))
+    return (MANY_ROWS,) if len(few) == 1 and draw(st.integers(0, 7)) == 7 else few
+
+
+def _extent(draw: Draw, before: int) -> tuple[int]:
+    fitting = [n for n in EXTENTS if n < LONG or before < LONG]
+    return (draw(_strategies().sampled_from(fitting)),)
+
+
 def values(dtype: DType, shape: tuple[int, ...], draw: Draw, decades: float = DECADES) -> Array:
-    """Numbers near one, huge, tiny, of all sizes at once, with many ties, or all zero."""
+    """Numbers near one, with many ties, all zero, of all sizes at once, tiny, huge, subnormal, some infinite, or some NaN."""
     st = _strategies()
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     if not dtype.is_float:
         return rng.integers(-9, 10, shape).astype(dtype.numpy)
+    kind = draw(st.sampled_from(KINDS_OF_VALUES))
     far = 3.0 if dtype.name == "f16" else decades
-    exponent: dict[str, Any] = {"one": 0.0, "huge": far, "tiny": -far, "ties": 0.0, "zero": 0.0}
+    exponent: dict[str, Any] = {"huge": far, "tiny": -far, "subnormal": -6.0 if dtype.name == "f16" else -40.0}
     exponent["mixed"] = rng.uniform(-far, far, shape)
-    kind = draw(st.sampled_from(sorted(exponent)))
-    x = rng.standard_normal(shape) * 10.0 ** exponent[kind]
+    x = np.asarray(rng.standard_normal(shape) * 10.0 ** exponent.get(kind, 0.0))
     if kind in ("ties", "zero"):
         x = np.round(2 * x) / 2 * (kind == "ties")
-    return np.asarray(x).astype(dtype.numpy)
+    if kind in ("infinite", "nan"):
+        x = np.where(rng.random(shape) < SPECIAL, np.nan if kind == "nan" else np.copysign(np.inf, x), x)
+    return x.astype(dtype.numpy)
 
 
 def _attr(op: Op, name: str, attr: Attr, draw: Draw) -> Any:
@@ -119,3 +138,8 @@ def _attr(op: Op, name: str, attr: Attr, draw: Draw) -> Any:
     if attr.type is tuple:
         return tuple(draw(st.lists(st.sampled_from(EXTENTS[:8]), max_size=3)))
     raise GraphError(f"[{op.name}] wanted `cases`, since nothing says which {name} ({attr.type.__name__}) it takes; got none")
+
+
+def is_finite(slots: Slots) -> bool:
+    """Whether no number is infinite or NaN: what the laws of ops are stated for."""
+    return all(bool(np.isfinite(x.astype(np.float64)).all()) for x in slots.values() if as_dtype(x.dtype).is_float)

@@ -42,15 +42,6 @@ def evaluate(
     return result
 
 
-def evaluate_twice(node: Node, arrays: Mapping[str, Array], backend: str | Device, dims: Bindings) -> tuple[Array, Array]:
-    """As `evaluate`, and the value of a second run of the same plan."""
-    graph = Graph(y=node)
-    plan = compile(graph, backend, OPTIONS)
-    bound = plan.bind({k: v for k, v in arrays.items() if k in graph.constants})
-    first, second = (np.array(bound.run(_taken(plan, arrays), dims=dims)["y"]) for _ in range(2))
-    return first, second
-
-
 def _taken(plan: Plan, arrays: Mapping[str, Array]) -> dict[str, Array]:
     return {k: v for k, v in arrays.items() if k in plan.graph.inputs}
 

@@ -30,7 +30,7 @@ def attrs(**given: Any) -> dict[str, Any]:
 def prompt(rng: np.random.Generator, n: int, heads: int, kv_heads: int, width: int) -> Slots:
     """Two sequences of n tokens in all, which see each other's rows as little as later ones of their own."""
     cut = int(rng.integers(0, n + 1))
-    pos, seq = np.r_[: cut, : n - cut].astype(np.int32), np.repeat([0, 1], [cut, n - cut]).astype(np.int32)
+    pos, seq = np.r_[:cut, : n - cut].astype(np.int32), np.repeat([0, 1], [cut, n - cut]).astype(np.int32)
     slots: Slots = {"q": rng.standard_normal((n, heads, width), np.float32), "pos": pos, "seq": seq, "pos0": pos, "seq0": seq}
     return slots | {f"{name}0": rng.standard_normal((n, kv_heads, width), np.float32) for name in "kv"}
 

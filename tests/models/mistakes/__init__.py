@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.models.mistakes.decoders import DECODERS
 from tests.models.mistakes.deepseek import ROUTERS_AND_MLA, SPARSE
 from tests.models.mistakes.deepseek_v4 import COMPRESSION, STREAMS_AND_EXPERTS
+from tests.models.mistakes.encoders import ENCODERS
 from tests.models.mistakes.llama import LLAMA
 from tests.models.mistakes.ops import OPS
 from tests.models.mistakes.state import STATE
@@ -17,6 +18,7 @@ GROUPS: dict[str, tuple[Mistake, ...]] = {
     "sparse attention": SPARSE,
     "V4's attention": COMPRESSION,
     "V4's streams and experts": STREAMS_AND_EXPERTS,
+    "encoders": ENCODERS,
     "ops": OPS,
     "state": STATE,
 }

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from tests.models.planting import Mistake
 
-_DECODER, _QWEN3, _MOE, _GEMMA, _GPT_OSS = (
-    f"models/{name}.py" for name in ("decoder", "qwen3", "qwen3moe", "gemma3", "gpt_oss")
-)
+_DECODER, _QWEN3, _MOE, _GEMMA, _GPT_OSS = (f"models/{name}.py" for name in ("decoder", "qwen3", "qwen3moe", "gemma3", "gpt_oss"))
 _CLAMPED = "import gather, soft_max, swiglu_clamp\nswiglu_oai = lambda a, b, alpha, limit: swiglu_clamp(a, b, limit=limit)\n"
 
 _WEIGHTS = "tests.models.text.test_checkpoint:test_weights_are_those_of_the_gguf_file:"
@@ -51,14 +49,12 @@ DECODERS = (
     Mistake("weighed among all experts", _GPT_OSS, "soft_max(gather(logits, ids))", "gather(soft_max(logits), ids)", "gpt_oss"),
     Mistake("experts without biases", "models/experts.py", "y if bias is None else add_id(y, bias, ids)", "y", "gpt_oss"),
     Mistake("SwiGLU without the added one", _GPT_OSS, "import gather, soft_max, swiglu_oai\n", _CLAMPED, "gpt_oss"),
-    Mistake("gates are the odd rows", _GPT_OSS, "slice(0, None, 2)), \"up\"", "slice(1, None, 2)), \"up\"", "gpt_oss"),
+    Mistake("gates are the odd rows", _GPT_OSS, 'slice(0, None, 2)), "up"', 'slice(1, None, 2)), "up"', "gpt_oss"),
     Mistake("embeddings as they are stored", _GEMMA, ", math.sqrt(c.hidden_size))", ")", "gemma3"),
     Mistake("the first of six layers sees all", _GEMMA, "(layer + 1) %", "layer %", "gemma3"),
     Mistake("all layers see all", _GEMMA, "c, scale=c.scale, window=window)", "c, scale=c.scale)", "gemma3"),
     Mistake("one base for all of Gemma's layers", _GEMMA, "(c.rope_local_base_freq, Ro", "(c.rope_theta, Ro", "gemma3"),
-    Mistake(
-        "no norm after attention", _GEMMA, 'x + norm(b, "post_attention_norm", y, c.rms_norm_eps)', "x + y", "gemma3"
-    ),
+    Mistake("no norm after attention", _GEMMA, 'x + norm(b, "post_attention_norm", y, c.rms_norm_eps)', "x + y", "gemma3"),
     Mistake(
         "the norm after the feed-forward normalises the sum",
         _GEMMA,

@@ -122,8 +122,8 @@ LLAMA = (
     Mistake(
         "BOS is always added",
         "models/text/tokenizer.py",
-        "return [*self._prefix, *ids, *self._suffix] if add_special else ids",
-        "return [*self._prefix, *ids, *self._suffix]",
+        "return [*self._prefix, *ids, *self.suffix] if add_special else ids",
+        "return [*self._prefix, *ids, *self.suffix]",
         "beginning_of_text",
     ),
 )

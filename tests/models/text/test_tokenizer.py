@@ -170,6 +170,17 @@ def test_tokens_added_by_hand_are_always_parsed() -> None:
     assert chosen.decode([100002]) == "ø"
 
 
+def test_plain_text_never_ends_a_turn() -> None:
+    """Gemma lists </s> among the tokens added by hand, for what it is in HTML; the peer, too, takes it for a control token."""
+    kinds = [2, 3, 3] + [6] * 256 + [4, 4]
+    metadata = sentencepiece({"<end_of_turn>": 0.0, "<b>": 0.0}, token_type=kinds, add_space_prefix=False)
+    chosen = Tokenizer.from_gguf(metadata)
+    assert chosen.eog_ids == {2, 259} and chosen.is_special(259) and not chosen.is_special(260)
+    spelled = chosen.encode("<b><end_of_turn>", add_special=False)
+    assert spelled[0] == 260 and len(spelled) == 14 and chosen.decode(spelled) == "<b><end_of_turn>"
+    assert chosen.encode("<b><end_of_turn>", add_special=False, parse_special=True) == [260, 259]
+
+
 def sentencepiece(pieces: dict[str, float], **extra: Any) -> Metadata:
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
     return {
@@ -299,8 +310,8 @@ def test_pre_tokenizers_cut_where_their_families_do(name: str, text: str, parts:
 
 
 DAMAGED: dict[str, tuple[Metadata, type[Exception], str]] = {
-    "no kind": ({}, UnsupportedError, "the kinds that are there: gpt2.*, llama.* is None"),
-    "wordpiece": ({"tokenizer.ggml.model": "bert"}, UnsupportedError, "are there: gpt2.*, llama.* is 'bert'"),
+    "no kind": ({}, UnsupportedError, "the kinds that are there: gpt2.*, llama.*, bert.* is None"),
+    "unigram": ({"tokenizer.ggml.model": "t5"}, UnsupportedError, "are there: gpt2.*, llama.*, bert.* is 't5'"),
     "kind is a list": ({"tokenizer.ggml.model": ["gpt2"]}, UnsupportedError, "kinds that are there"),
     "no tokens": ({"tokenizer.ggml.model": "gpt2"}, FormatError, 'wanted "tokenizer.ggml.tokens"'),
     "tokens are text": (byte_level(tokens="abc"), FormatError, 'an array in "tokenizer.ggml.tokens"; got str'),
@@ -357,7 +368,7 @@ def test_tokenizer_json_special_tokens_and_damage(tmp_path: Path) -> None:
         (content[: len(content) // 2], FormatError),
         ("[1]", FormatError),
         ("{}", UnsupportedError),
-        (re.sub('"type": ?"BPE"', '"type":"WordPiece"', content), UnsupportedError),
+        (re.sub('"type": ?"BPE"', '"type":"Unigram"', content), UnsupportedError),
         ('{"model": {"type": "BPE", "vocab": 1}}', FormatError),
         ('{"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]]}}', FormatError),
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import ml_dtypes
@@ -16,9 +17,12 @@ from hypothesis.extra import numpy as hnp
 from tensorgraph.dtypes import as_dtype, f16
 from tensorgraph.errors import DTypeError, ShapeError
 from tensorgraph.ops.formats import FORMATS, block_format, decode, encode
+from tests.reference import reference_path
 
 AFFINE = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]
-ENCODABLE = [*AFFINE, "mxfp4"]
+BY_PEER = [*AFFINE, "tq1_0", "tq2_0", "mxfp4"]
+"""Types that the peer encodes too."""
+ENCODABLE = [*AFFINE, "q1_0", "q2_0", "tq1_0", "tq2_0", "mxfp4", "nvfp4", "iq4_nl"]
 BOTH = [name for name in FORMATS if name not in ("q1_0", "q2_0")]  # gguf.quants has these two not
 
 
@@ -101,11 +105,12 @@ def finite(limit: float) -> st.SearchStrategy[float]:
     return st.one_of(ties, sizes, sizes.map(lambda x: -x))
 
 
-@pytest.mark.parametrize("name", ENCODABLE)
+@pytest.mark.parametrize("name", BY_PEER)
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
 def test_encode_equals_the_peer_byte_for_byte(name: str, data: st.DataObject) -> None:
-    shape = (data.draw(st.integers(1, 3)), 32 * data.draw(st.integers(1, 5)))
+    size = block_format(name).dtype.block_size
+    shape = (data.draw(st.integers(1, 3)), size * data.draw(st.integers(1, 160 // size + 1)))
     limit = data.draw(st.sampled_from([2.0**-20, 8.0, 2.0**16]))
     x = data.draw(hnp.arrays(np.float32, shape, elements=finite(limit), fill=finite(limit)))
     got = encode(x, name)
@@ -114,23 +119,44 @@ def test_encode_equals_the_peer_byte_for_byte(name: str, data: st.DataObject) ->
         assert np.array_equal(got, peer.quantize(x, peer_type(name)))
 
 
-@pytest.mark.parametrize("name", ENCODABLE)
+@pytest.mark.parametrize("name", BY_PEER)
 def test_encode_of_normal_numbers_equals_the_peer(name: str) -> None:
     rng = np.random.default_rng(11)
-    x = rng.standard_normal((4099, 32), np.float32) * 10 ** rng.uniform(-4, 4, (4099, 1)).astype(np.float32)
+    shape = (131_072 // block_format(name).dtype.block_size + 3, block_format(name).dtype.block_size)
+    x = rng.standard_normal(shape, np.float32) * 10 ** rng.uniform(-4, 4, (shape[0], 1)).astype(np.float32)
     assert np.array_equal(encode(x, name), peer.quantize(x, peer_type(name)))
 
 
+GGML: list[dict[str, Any]] = json.loads(reference_path("ops/index.json").read_text())["cases"]
+WRITTEN = [
+    case
+    for case in GGML
+    if case["op"] == "cpy" and case["compare"]["kind"] == "quantised" and FORMATS[case["out"]["dtype"].lower()].encode
+    if case["srcs"][0]["dtype"] == "f32"  # ties, of which bf16 has many, ggml's vectors round to even in q8_0, its scalars do not
+]
+
+
+@pytest.mark.parametrize("case", WRITTEN, ids=lambda case: f"{case['id']}-{case['out']['dtype']}")
+def test_encode_equals_ggml_byte_for_byte(case: dict[str, Any]) -> None:
+    """Rows that ggml copied to a block type."""
+    name, (source, _) = case["out"]["dtype"], case["srcs"]
+    with np.load(reference_path(f"ops/{case['file']}")) as stored:
+        x, want = stored[source["decoded_key"]], stored[case["out"]["raw_key"]]
+    assert np.array_equal(encode(x, name).reshape(-1), want.reshape(-1))
+
+
 # Largest error as a part of the block's largest magnitude: half a step, a whole one where the far end is clipped
-# (q4_0, q5_0), and 8 -> 6 in mxfp4.
+# (q4_0, q5_0), 8 -> 6 in mxfp4, the far end of the least scale's range in nvfp4, a scale moved by the other values in iq4_nl.
 BOUNDS = {"q4_0": 1 / 8, "q4_1": 1 / 15, "q5_0": 1 / 16, "q5_1": 1 / 31, "q8_0": 0.5 / 127, "mxfp4": 1 / 4}
+BOUNDS |= {"q1_0": 1.0, "q2_0": 1 / 2, "tq1_0": 1 / 2, "tq2_0": 1 / 2, "nvfp4": 1 / 4, "iq4_nl": 1 / 6}
 
 
 @pytest.mark.parametrize("name", ENCODABLE)
 def test_a_round_trip_stays_within_the_step_of_the_format(name: str) -> None:
-    x = np.random.default_rng(3).standard_normal((7, 5 * 32), np.float32)
-    error = np.abs(decode(encode(x, name), name) - x).reshape(7, 5, 32)
-    largest = np.abs(x).reshape(7, 5, 32).max(axis=2, keepdims=True)
+    size = block_format(name).dtype.block_size
+    x = np.random.default_rng(3).standard_normal((7, 5 * size), np.float32)
+    error = np.abs(decode(encode(x, name), name) - x).reshape(7, 5, size)
+    largest = np.abs(x).reshape(7, 5, size).max(axis=2, keepdims=True)
     assert np.all(error <= largest * (BOUNDS[name] + 2.0**-10))  # the scale itself is rounded to f16
     for wider in (np.float64, np.float16, ml_dtypes.bfloat16):
         values = x.astype(wider)
@@ -139,21 +165,22 @@ def test_a_round_trip_stays_within_the_step_of_the_format(name: str) -> None:
 
 @pytest.mark.parametrize("name", ENCODABLE)
 def test_zeros_and_numbers_too_small_for_the_scale_become_zero(name: str) -> None:
-    assert not decode(encode(np.zeros((3, 64), np.float32), name), name).any()
-    tiny = decode(encode(np.linspace(-1e-40, 1e-40, 64, dtype=np.float32)[None], name), name)
+    assert not decode(encode(np.zeros((3, 256), np.float32), name), name).any()
+    tiny = decode(encode(np.linspace(-1e-40, 1e-40, 256, dtype=np.float32)[None], name), name)
     assert np.all(np.abs(tiny) <= 2e-38)
 
 
 @pytest.mark.parametrize("name", ENCODABLE)
 def test_empty_arrays(name: str) -> None:
-    assert decode(np.zeros((0, 2 * block_format(name).dtype.block_bytes), np.uint8), name).shape == (0, 64)
+    form = block_format(name).dtype
+    assert decode(np.zeros((0, 2 * form.block_bytes), np.uint8), name).shape == (0, 2 * form.block_size)
     assert encode(np.zeros((3, 0), np.float32), name).shape == (3, 0)
 
 
 def test_errors_name_the_format_and_what_was_given() -> None:
     with pytest.raises(DTypeError, match="wanted a block type.*q4_0.*got f16"):
         block_format(f16)
-    with pytest.raises(DTypeError, match="q4_k can only be decoded.*q4_0, q4_1, q5_0, q5_1, q8_0, mxfp4"):
+    with pytest.raises(DTypeError, match="q4_k can only be decoded.*q4_0, q4_1, q5_0, q5_1, q8_0, .*iq4_nl"):
         encode(np.zeros(256, np.float32), "Q4_K")
     with pytest.raises(ShapeError, match=r"\[decode q4_0\] wanted rows of a multiple of 18 bytes; got \(2, 17\)"):
         decode(np.zeros((2, 17), np.uint8), "q4_0")
