@@ -80,24 +80,31 @@ def run(
     before = [{"role": "system", "content": system}] if system is not None else []
     with options.working("loading"):
         loaded = load(model, backend=backend, kv_type=kv_type, options=CompileOptions(exact=exact), threads=count)
-        session = loaded.session(context=ctx, step_tokens=batch)
-    with loaded, session:
-        talk = Talk(session, sampler, tokens, stop or [], stats)
-        if talks:
-            talk.interactive(before)
-            return
-        text = sys.stdin.read() if prompt in (None, "-") else prompt
-        asked: Prompt = [*before, {"role": "user", "content": text or ""}] if chat else text or ""
+    with loaded:
         if check is not None:
             from tensorgraph.tools.run_check import Wanted
             from tensorgraph.tools.run_check import check as check_model
 
-            check_model(loaded, asked, Wanted(check, check_tokens, check_steps, check_folder), as_json=as_json)
+            wanted = Wanted(check, check_tokens, check_steps, check_folder)
+            check_model(loaded, _asked(prompt, before, chat), wanted, as_json=as_json)
             return
-        answer = talk.answer(asked, silent=as_json)
-        if as_json:
-            counters = statistics(session) if stats else None
-            typer.echo(json.dumps(as_object(answer.text, answer.generation) | ({"stats": counters} if counters else {})))
+        with options.working("loading"):
+            session = loaded.session(context=ctx, step_tokens=batch)
+        with session:
+            talk = Talk(session, sampler, tokens, stop or [], stats)
+            if talks:
+                talk.interactive(before)
+                return
+            answer = talk.answer(_asked(prompt, before, chat), silent=as_json)
+            if as_json:
+                counters = statistics(session) if stats else None
+                typer.echo(json.dumps(as_object(answer.text, answer.generation) | ({"stats": counters} if counters else {})))
+
+
+def _asked(prompt: str | None, before: list[dict[str, Any]], chat: bool) -> Prompt:
+    """The text, of stdin where none was given, or the conversation that it ends."""
+    text = sys.stdin.read() if prompt is None or prompt == "-" else prompt
+    return [*before, {"role": "user", "content": text}] if chat else text
 
 
 @dataclasses.dataclass

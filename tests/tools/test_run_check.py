@@ -59,7 +59,7 @@ def test_a_planted_wrong_node_in_a_real_model_is_found_and_named(tmp_path: Path)
         again = tg("check-node", first["reproduction"])
         assert again.exit_code == 1 and again.stdout.count(f"{LAYER}.ffn_down.weight: wrong by itself") == 2
     now = ok("check-node", first["reproduction"], "--backend", "cpu")
-    assert "now: cpu beside reference, exact, 1 step: 1 nodes agree" in now
+    assert "now: cpu beside reference, exact, 1 step: 1 node agrees" in now
 
 
 def test_a_real_model_agrees() -> None:

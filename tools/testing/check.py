@@ -78,11 +78,12 @@ class Check:
         return None
 
     def _together(self, given: Given) -> Region | Fault | None:
-        """As it is compiled: between the nodes that have names, with nothing laid open, and beside the model as it is written."""
+        """As it is compiled: between nodes that have names or select, with nothing laid open, beside the model as written."""
         pair, limits = self.pair, self.pair.limits
         self.say(f"step {self.steps}: as it is compiled")
-        named = [n for cut in pair.cuts(given) for n in cut.nodes if n.name and n.op not in STATE]
-        search = smallest_region(pair, given, named, limits.of_region)
+        nodes = [n for cut in pair.cuts(given) for n in cut.nodes if n.op not in STATE]
+        opened = [n for n in nodes if n.name or not n.dtype.is_float]
+        search = smallest_region(pair, given, opened, limits.of_region)
         if search.region is None:
             differing = [(name, apart) for name, apart in self._whole(given) if apart.beyond(limits.of_whole)]
             if differing:

@@ -94,7 +94,8 @@ def compare_model(
 ) -> Report:
     """Evaluate token ids in one step and then so many tokens one by one, each the likeliest, on two sides.
 
-    Both sides see the same rows of state: those that the side that is looked at appended, once they were compared.
+    Both sides see the same rows of state: those that the side that is looked at appended, once they were compared. Of a model
+    that gives no logits, an encoder, one step is compared, and the rows of all tokens.
 
     Raises: InputError: no ids, one outside the vocabulary, or more than the model's context holds.
     """
@@ -111,18 +112,21 @@ def compare_model(
     written = None if as_written is None else as_written(extents, kv_dtype)
     check = (terms or Terms()).check(graph, model.weight, model.states(), kv_dtype, written)
     make_inputs, fed = StepInputs(tuple(graph.inputs)), list[tuple[Array, Array]]()
-    for _ in range(1 + decode):
+    generates = LOGITS in graph.outputs
+    for _ in range(1 + decode if generates else 1):
+        out_ids = np.arange(len(tokens), dtype=np.int32)
         with check.pair.got.begin(len(tokens)) as step:
             assert step is not None
-            given = Given(*make_inputs(step, tokens.astype(np.int32), np.array([len(tokens) - 1], np.int32)), len(tokens))
+            given = Given(*make_inputs(step, tokens.astype(np.int32), out_ids[-1:] if generates else out_ids), len(tokens))
         fault, outputs = check.step(given)
         if fault is not None:
             with shared_files_shown():
                 block = model.graph(extents, kv_dtype).nodes[fault.number].where
             return check.report(replace(fault, block="" if block == fault.node.where else block))
-        fed.append((tokens, outputs[LOGITS]))
-        tokens = np.array([np.argmax(outputs[LOGITS][-1])])
-    return check.report(check.session(model, fed, kv_dtype))
+        if generates:
+            fed.append((tokens, outputs[LOGITS]))
+            tokens = np.array([np.argmax(outputs[LOGITS][-1])])
+    return check.report(check.session(model, fed, kv_dtype) if generates else None)
 
 
 def rerun(reproduction: Reproduction, backend: str | None = None, terms: Terms | None = None) -> Report:

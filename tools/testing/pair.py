@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 
 from tensorgraph.graph import Graph, Node
@@ -10,6 +10,8 @@ from tensorgraph.tools.testing.cuts import STATE, Cut, apart, cuts, label, tappe
 from tensorgraph.tools.testing.definition import conforms
 from tensorgraph.tools.testing.difference import Array, Difference, Limits, difference
 from tensorgraph.tools.testing.side import Arrays, Given, Side, Values
+
+RECENT = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,17 +46,18 @@ class Pair:
         self.graph, self.wanted, self.got, self.limits, self.limit_bytes = graph, wanted, got, limits, limit_bytes
         self.written = graph if written is None else written
         self._cuts: dict[tuple[Node, ...], list[Cut]] = {}
+        self._recent: dict[Hashable, Graph] = {}  # as each is compiled once
 
     def observed(self, run: Values, nodes: Iterable[Node]) -> dict[str, Array]:
         """What a run showed of nodes, by label."""
         named = {n: name for name, n in self.graph.outputs.items()}
         found = {}
         for node in nodes:
-            of_state = node.op in STATE
             name = label(self.graph, node)
-            found[name] = (
-                run.rows[node.attrs["stream"]] if of_state else run.outputs[name if name in run.outputs else named[node]]
-            )
+            if node.op in STATE:
+                found[name] = run.rows[node.attrs["stream"]]
+            else:
+                found[name] = run.outputs[name if name in run.outputs else named[node]]
         return found
 
     def cuts(self, given: Given, graph: Graph | None = None) -> list[Cut]:
@@ -150,14 +153,26 @@ class Pair:
 
         What the trusted side makes of the values laid open, and of rows of state, is what is wanted.
         """
-        state = [n for n in values(self.graph, given.dims) if n.op in STATE]
-        run = (got or self.got).run(tapped(self.graph, opened), given)
+        computed = values(self.graph, given.dims)
+        state = [n for n in computed if n.op in STATE]
+        shown = self._made(tuple(opened), lambda: tapped(self.graph, opened))
+        run = (got or self.got).run(shown, given)
         seen = self.observed(run, dict.fromkeys([*state, *opened]))
         ends = self.observed(run, targets)
-        wanted = self.wanted.run(apart(self.graph, targets, self.known(seen), given.dims), given, seen).outputs
+        known = self.known(seen)
+        alone = self._made((tuple(targets), known, computed), lambda: apart(self.graph, targets, known, given.dims))
+        wanted = self.wanted.run(alone, given, seen).outputs
         for node in sorted(targets, key=self.graph.number.__getitem__):
             name = label(self.graph, node)
             compared = Compared(node, difference(ends[name], wanted[name]), ends[name], wanted[name])
             if compared.difference.beyond((limit or self.limits.of_region)(node)):
                 return Suspect(compared, {k: v for k, v in seen.items() if k != name})
         return None
+
+    def _made(self, key: Hashable, make: Callable[[], Graph]) -> Graph:
+        """A graph that an earlier step may have wanted, too."""
+        if key not in self._recent:
+            while len(self._recent) >= RECENT:
+                self._recent.pop(next(iter(self._recent)))
+            self._recent[key] = make()
+        return self._recent[key]

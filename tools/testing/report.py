@@ -188,7 +188,8 @@ class Report:
             return "\n".join((f"{head}: differs", *self.first.lines()))
         worst = max(self.worst.values(), key=lambda w: w.nmse, default=None)
         most = f", worst NMSE {worst.nmse:.2g} at {worst.node}" if worst is not None and worst.nmse else ""
-        lines = [f"{head}: {self.nodes} nodes agree{most}" if self.nodes else f"{head}: no difference"]
+        agree = "1 node agrees" if self.nodes == 1 else f"{self.nodes} nodes agree"
+        lines = [f"{head}: {agree}{most}" if self.nodes else f"{head}: no difference"]
         name, whole = max(self.whole.items(), key=lambda item: item[1], default=("", 0.0))
         if name:
             lines.append(f"  the steps as they are: NMSE {whole:.2g} at most, of {name}")

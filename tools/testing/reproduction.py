@@ -60,7 +60,7 @@ class Reproduction:
     def side(self, backend: Backend, options: CompileOptions) -> Side:
         """A backend with the weights and the state; the one that computed it holds streams as it did."""
         layouts = self.options.layouts if backend == self.backend else None
-        states = self.states or None
+        states = self.states or None  # of a graph without state, no sequence
         side = Side(backend, options, self.weights, graph=self.graph, states=states, kv_dtype=self.kv_dtype, layouts=layouts)
         if self.length:
             side.keep_rows(self.rows, self.length)

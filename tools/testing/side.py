@@ -69,7 +69,7 @@ class Side:
     Attributes:
         label: what reports call it: the devices' names.
         devices, options: what graphs are compiled with.
-        store: the sequence's state; None where graphs have none.
+        store: the sequence's state; None where there is no sequence.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Side:
         if layouts is None:
             layouts = stream_layouts(graph, states, self.devices) if graph is not None and states else {}
         self.options = replace(options, layouts=layouts)
-        self.store = StateStore(states, kv_dtype=kv_dtype, layouts=layouts) if states else None
+        self.store = StateStore(states, kv_dtype=kv_dtype, layouts=layouts) if states is not None else None
         self._sequence = self.store.new() if self.store is not None else 0
         self.held: dict[tuple[str, str], Any] = {}  # weights on devices, as engines hold them
         self._bound: WeakKeyDictionary[Graph, Executable] = WeakKeyDictionary()
