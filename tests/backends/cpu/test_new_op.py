@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from tensorgraph.graph import Graph, constant, input
 from tensorgraph.op import Op
 from tensorgraph.ops import mul_mat, rms_norm
 from tensorgraph.tools.conformance import check
-from tests.tools.commands import as_json, ok
+from tests.tools.commands import as_json, ok, tg
 
 DECLARED = '''
 """Each element's share of its row."""
@@ -130,8 +131,9 @@ def test_a_mistake_in_its_kernel_is_found(imported: Import) -> None:
 def test_without_its_kernel_it_has_none_on_the_cpu(imported: Import) -> None:
     imported(None)
     assert check("user_share", "cpu", examples=5, seed=3).unsupported == 5
-    coverage = as_json("test-ops", "--coverage", "--op", "user_share")["coverage"]["user_share"]
-    assert (coverage["cpu"]["how"], coverage["reference"]["how"]) == ("no", "yes")
+    told = tg("test-ops", "--coverage", "--op", "user_share", "--json")
+    coverage = json.loads(told.stdout)["coverage"]["user_share"]
+    assert told.exit_code == 1 and (coverage["cpu"]["how"], coverage["reference"]["how"]) == ("no", "yes")
 
 
 def test_it_is_listed_and_covered(share: Op) -> None:
