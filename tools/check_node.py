@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from tensorgraph.tools import options
-
-DIFFERS = 1
+from tensorgraph.tools.run_check import DIFFERS
 
 
 def check_node(

@@ -93,7 +93,7 @@ def read_texts(given: Sequence[str], file: Path | None) -> list[str]:
         raise InputError("[embed] stdin is read once; got - twice")
     if not given and file is None and not sys.stdin.isatty():
         given = ["-"]
-    found = [line for text in given for line in (lines(sys.stdin.read()) if text == "-" else [text])]
+    found = [line for text in given for line in (lines(options.stdin_text("embed")) if text == "-" else [text])]
     if file is not None:
         try:
             found += lines(file.read_text(encoding="utf-8"))

@@ -87,6 +87,18 @@ def shown(steps: Iterable[T], total: int, what: str) -> Iterator[T]:
     yield from track(steps, what, total, console=Console(stderr=True), transient=True, auto_refresh=False)
 
 
+def stdin_text(command: str) -> str:
+    """All of standard input, as UTF-8 whatever the locale is.
+
+    Raises: InputError: it is none.
+    """
+    stream = getattr(sys.stdin, "buffer", None)  # programs may put a text in its place
+    try:
+        return sys.stdin.read() if stream is None else stream.read().decode().replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"[{command}] stdin is no UTF-8: {error}") from None
+
+
 def size_text(size_bytes: float) -> str:
     """Bytes for people: `68.6 KiB`."""
     if size_bytes < 1024:

@@ -103,7 +103,7 @@ def run(
 
 def _asked(prompt: str | None, before: list[dict[str, Any]], chat: bool) -> Prompt:
     """The text, of stdin where none was given, or the conversation that it ends."""
-    text = sys.stdin.read() if prompt is None or prompt == "-" else prompt
+    text = options.stdin_text("run") if prompt is None or prompt == "-" else prompt
     return [*before, {"role": "user", "content": text}] if chat else text
 
 

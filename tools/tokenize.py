@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Annotated
 
 import typer
@@ -29,7 +28,7 @@ def tokenize(
     """
     from tensorgraph.models.text.model import load_tokenizer
 
-    given = sys.stdin.read() if text in (None, "-") else text or ""
+    given = options.stdin_text("tokenize") if text in (None, "-") else text or ""
     with options.working("reading the vocabulary"):
         tokenizer = load_tokenizer(model)
     if decode:

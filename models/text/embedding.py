@@ -89,7 +89,7 @@ def encode(model: TextModel, texts: Sequence[Text], *, truncate: bool) -> list[l
     if isinstance(texts, str | bytes):
         raise InputError(f"[embed] wanted a list of texts; got one text, {texts[:40]!r}")
     found, most = [], model.model.context
-    for number, text in enumerate(texts):
+    for number, text in enumerate(texts, 1):
         if isinstance(text, bytes) or not isinstance(text, Sequence | np.ndarray):
             raise InputError(f"[embed] wanted texts, or lists of token ids; number {number} is {type(text).__name__}")
         ids = model.tokenizer.encode(text) if isinstance(text, str) else list(text)

@@ -64,6 +64,7 @@ def read_tokenizer_json(path: Path) -> tuple[_JSONCodec, Vocabulary, list[int], 
         raise FormatError(f"[tokenizer] wanted a tokenizer.json; {path} is damaged: {error}") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    _check(tokenizer, described["model"], path, len(content))
     steps = [step for part in ("pre_tokenizer", "decoder") for step in _steps(described.get(part))]
     byte_level = any(step.get("type") == "ByteLevel" for step in steps)
     space_prefix = any(step.get("type") == "Strip" and step.get("start", 0) > 0 for step in steps)
@@ -72,6 +73,19 @@ def read_tokenizer_json(path: Path) -> tuple[_JSONCodec, Vocabulary, list[int], 
     space_prefix = space_prefix or kind == "WordPiece"
     codec = _JSONCodec(tokenizer, vocabulary.tokens, bytes_of=bytes_of, space_prefix=space_prefix)
     return codec, vocabulary, prefix, suffix
+
+
+def _check(tokenizer: tokenizers.Tokenizer, model: dict[str, Any], path: Path, size: int) -> None:
+    """What the library takes and would fail on later: ids that no file of this size numbers, words that have no token.
+
+    Raises: FormatError.
+    """
+    most = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+    if most > size:
+        raise FormatError(f"[tokenizer] wanted ids of tokens below {size}, the characters of {path}; got {most}")
+    unknown = model.get("unk_token", "[UNK]")
+    if model["type"] == "WordPiece" and tokenizer.token_to_id(unknown) is None:
+        raise FormatError(f"[tokenizer] wanted a token for unknown words; {path} has no {unknown!r}")
 
 
 def _vocabulary(

@@ -19,6 +19,8 @@ INNER = "##"
 """How a token that goes on with a word is spelled."""
 NAMED = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 """How tokens are spelled that stand for no text, where a file does not say it."""
+SAID = {"lowercase": "do_lower_case", "strip_accents": "strip_accents", "chinese": "tokenize_chinese_chars"}
+"""What a `tokenizer_config.json` says of how text is cleaned."""
 _LONGEST_WORD = 100  # characters; longer ones are unknown
 _NO_SPACE_BEFORE = frozenset(".,!?")
 
@@ -32,8 +34,21 @@ class WordPiece:
 
     space_prefix = True
 
-    def __init__(self, spelled: Sequence[str], vocabulary: Vocabulary, *, lowercase: bool | None = None) -> None:
-        """`spelled`: the vocabulary with `##` before what goes on with a word; `lowercase`: as its letters say where None.
+    def __init__(
+        self,
+        spelled: Sequence[str],
+        vocabulary: Vocabulary,
+        *,
+        lowercase: bool | None = None,
+        strip_accents: bool | None = None,
+        chinese: bool = True,
+    ) -> None:
+        """`spelled` is the vocabulary with `##` before what goes on with a word.
+
+        Args:
+            lowercase: make letters small; as those of the vocabulary say where None.
+            strip_accents: take accents off; where None, if letters are made small.
+            chinese: each Chinese character is a word.
 
         Raises: FormatError where it has no token for unknown words.
         """
@@ -50,7 +65,9 @@ class WordPiece:
                 ids, unk_token=spelled[unknown], continuing_subword_prefix=INNER, max_input_chars_per_word=_LONGEST_WORD
             )
         )
-        self._encoder.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+        self._encoder.normalizer = normalizers.BertNormalizer(
+            lowercase=lowercase, strip_accents=strip_accents, handle_chinese_chars=chinese
+        )
         self._encoder.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
 
     def encode(self, stretches: Sequence[str]) -> list[list[int]]:
@@ -107,8 +124,8 @@ def read_vocab_txt(path: Path) -> tuple[WordPiece, Vocabulary, list[int], list[i
             kinds[i] = Kind.CONTROL.value
     first, last = named["cls"], named["sep"]
     vocabulary = Vocabulary(tokens, kinds, first, last, named["unk"], frozenset())
-    lowercase = config.get("do_lower_case")
-    model = WordPiece(tokens, vocabulary, lowercase=lowercase if isinstance(lowercase, bool) else None)
+    said = {ours: config.get(name) for ours, name in SAID.items() if isinstance(config.get(name), bool)}
+    model = WordPiece(tokens, vocabulary, **said)
     return model, vocabulary, [] if first is None else [first], [] if last is None else [last]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tensorgraph.models.text.model import TextModel, load
+from tensorgraph.models.text.packaged import PACKAGED
 from tests.models import encoder_file, tiny
 from tests.reference import reference_path
 from tests.tools.commands import as_json, gguf, ok, refused, tg
@@ -112,7 +113,7 @@ def test_ids_come_first(file: Path) -> None:
 
 def test_long_texts(file: Path) -> None:
     long = " ".join(["w1"] * 31)
-    assert "holds 32 tokens; number 1 has 33 (truncate cuts it)" in refused("embed", file, "w1", long)
+    assert "holds 32 tokens; number 2 has 33 (truncate cuts it)" in refused("embed", file, "w1", long)
     assert as_json("embed", file, "w1", long, "--truncate")["n_tokens"] == [3, 32]
 
 
@@ -179,3 +180,14 @@ def test_an_encoder_is_planned_and_described(file: Path) -> None:
     assert planned["architecture"] == "bert" and planned["state"]["streams"] == 0 and planned["steps"][0]["tokens"] == 32
     assert ok("inspect", file, "--state") == "no state: nothing outlives a step\n"
     assert ok("tokenize", file, "w1 w2").splitlines()[1] == "6\t' w1'" and tg("plan", "minilm", "--json").exit_code == 0
+
+
+@pytest.mark.parametrize("arguments", [("embed", "minilm", "-"), ("run", "smollm2", "-p", "-"), ("tokenize", "smollm2", "-")])
+def test_stdin_that_is_no_text(arguments: tuple[str, ...]) -> None:
+    assert f"[{arguments[0]}] stdin is no UTF-8" in refused(*arguments, stdin=b"a\xff\n")
+
+
+def test_help_names_every_packaged_model() -> None:
+    for command in ("run", "embed", "plan"):
+        text = " ".join(ok(command, "--help").split())
+        assert all(name in text for name in PACKAGED)

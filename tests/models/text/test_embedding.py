@@ -106,7 +106,7 @@ def test_long_texts(worded: TextModel) -> None:
     words = [f"w{i % 50}" for i in range(40)]
     held = [2, *(i % 50 + 5 for i in range(30)), 3]
     assert worded.embed([" ".join(words[:30])]).shape == (1, 32)
-    with pytest.raises(InputError, match=r"this model holds 32 tokens; number 1 has 33 \(truncate cuts it\)"):
+    with pytest.raises(InputError, match=r"this model holds 32 tokens; number 2 has 33 \(truncate cuts it\)"):
         worded.embed(["w1", " ".join(words[:31])])
     cut = worded.embed([" ".join(words), [*held, 9, 9]], truncate=True)
     np.testing.assert_array_equal(cut, worded.embed([held, held]))
@@ -208,9 +208,9 @@ def test_what_a_folder_asks_for_and_is_not_there(
     ("texts", "options", "error", "said"),
     [
         ("a text", {}, InputError, "wanted a list of texts; got one text, 'a text'"),
-        ([[2, 3], []], {}, InputError, "wanted texts of at least one token; number 1 has none"),
-        ([b"bytes"], {}, InputError, "wanted texts, or lists of token ids; number 0 is bytes"),
-        ([3], {}, InputError, "wanted texts, or lists of token ids; number 0 is int"),
+        ([[2, 3], []], {}, InputError, "wanted texts of at least one token; number 2 has none"),
+        ([b"bytes"], {}, InputError, "wanted texts, or lists of token ids; number 1 is bytes"),
+        ([3], {}, InputError, "wanted texts, or lists of token ids; number 1 is int"),
         ([[2, 64]], {}, InputError, r"token id 64 \(number 1\) is outside the vocabulary of 64"),
         ([[2.5]], {}, InputError, "at least one token id; got float64"),
         ([[2, 3]], {"batch": 0}, InputError, "wanted a batch of at least 1 token; got 0"),

@@ -182,3 +182,34 @@ def test_folders_without_a_vocabulary(tmp_path: Path) -> None:
         write_words(tmp_path, ["[UNK]", "b"])
         (tmp_path / "tokenizer_config.json").write_text("{")
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("said", "text", "words"),
+    [
+        ({}, "\u00dcber \u4e2d\u56fd", ["uber", "\u4e2d", "\u56fd"]),
+        ({"strip_accents": False}, "\u00dcber", ["\u00fcber"]),
+        ({"tokenize_chinese_chars": False}, "\u4e2d\u56fd", ["\u4e2d\u56fd"]),
+        ({"do_lower_case": False}, "\u00dcber", ["\u00dcber"]),
+        ({"do_lower_case": False, "strip_accents": True}, "\u00dcber", ["Uber"]),
+    ],
+)
+def test_text_is_cleaned_as_a_folder_says(said: dict[str, bool], text: str, words: list[str], tmp_path: Path) -> None:
+    known = ["[UNK]", "uber", "\u00fcber", "\u00dcber", "Uber", "\u4e2d", "\u56fd", "\u4e2d\u56fd"]
+    chosen = Tokenizer.from_folder(write_words(tmp_path, known, {"do_lower_case": True} | said))
+    assert [known[i] for i in chosen.encode(text, add_special=False)] == words
+
+
+@pytest.mark.parametrize(
+    ("known", "said"),
+    [
+        ({"[UNK]": 0, "a": 300_000_000}, "wanted ids of tokens below"),
+        ({"a": 0}, r"wanted a token for unknown words; .* has no '\[UNK\]'"),
+    ],
+)
+def test_a_tokenizer_json_that_the_library_takes_and_fails_on_later(known: dict[str, int], said: str, tmp_path: Path) -> None:
+    model = {"type": "WordPiece", "vocab": known, "unk_token": "[UNK]", "max_input_chars_per_word": 100}
+    model["continuing_subword_prefix"] = "##"
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+    with pytest.raises(FormatError, match=said):
+        Tokenizer.from_folder(tmp_path)
