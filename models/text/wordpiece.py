@@ -124,7 +124,7 @@ def read_vocab_txt(path: Path) -> tuple[WordPiece, Vocabulary, list[int], list[i
             kinds[i] = Kind.CONTROL.value
     first, last = named["cls"], named["sep"]
     vocabulary = Vocabulary(tokens, kinds, first, last, named["unk"], frozenset())
-    said = {ours: config.get(name) for ours, name in SAID.items() if isinstance(config.get(name), bool)}
+    said: dict[str, Any] = {ours: config[name] for ours, name in SAID.items() if isinstance(config.get(name), bool)}
     model = WordPiece(tokens, vocabulary, **said)
     return model, vocabulary, [] if first is None else [first], [] if last is None else [last]
 
