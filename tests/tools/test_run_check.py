@@ -70,6 +70,17 @@ def test_a_real_model_agrees() -> None:
     assert rounded["worst"]["flash_attn"]["nmse"] < 1e-11 and max(rounded["whole"].values()) < 0.05
 
 
+def test_an_encoder_agrees_and_a_wrong_node_of_it_is_named(tmp_path: Path) -> None:
+    """It has no state and gives no logits: one step, the rows of all tokens."""
+    (check,) = as_json("run", "minilm", "-p", "Two cats sit on a wall", "--check", "reference")["checks"]
+    assert check["ok"] and (check["steps"], check["nodes"]) == (1, 115) and 0 < check["whole"]["norm"] < 1e-11
+    with registered("wrong", lambda name: wrong_node(name, reads("blk.3.ffn_up.weight"), last_element_off)):
+        options = ("--backend", "wrong", "--check", "reference", "--check-folder", tmp_path)
+        result = tg("run", "minilm", "-p", "Two cats", *options)
+    assert result.exit_code == 1 and "bert.py:" in result.stdout
+    assert "mul_mat blk.3.ffn_up.weight: wrong by itself" in result.stdout
+
+
 def test_what_is_saved_is_computed_again(tmp_path: Path) -> None:
     with registered("wrong", lambda name: wrong_node(name, reads("blk.0.ffn_up.weight"), last_element_off)):
         options = ("--backend", "wrong", "--check", "reference", "--check-folder", tmp_path)

@@ -94,13 +94,13 @@ def take_out(pair: Pair, given: Given, region: Region, opened: tuple[Node, ...] 
 def _with_others(pair: Pair, given: Given, region: Region, alone: Alone) -> tuple[Region, Alone]:
     """A node that is right by itself, with as few of those before it as make it wrong; as it was where none do.
 
-    First with the state that it reads, which it reads where it lies then.
+    State among them is read where it lies, not given as an input.
     """
     computed = set(values(pair.graph, given.dims))
     nodes: tuple[Node, ...] = region.nodes
     end = nodes[-1]
-    for steps in range(1 + MOST_STEPS):
-        more = {n for node in nodes for n in sources(node, computed, given.dims) if steps or n.op in STATE}
+    for _ in range(MOST_STEPS):
+        more = {n for node in nodes for n in sources(node, computed, given.dims)}
         nodes = (*(n for n in values(pair.graph, given.dims) if n in more.union(nodes) and n is not end), end)
         found = _opened(pair, given, region, nodes)
         if found.wrong:

@@ -86,12 +86,12 @@ class Check:
         search = smallest_region(pair, given, opened, limits.of_region)
         if search.region is None:
             differing = [(name, apart) for name, apart in self._whole(given) if apart.beyond(limits.of_whole)]
-            if differing:
+            if differing and opened:
                 self.say(f"step {self.steps}: where it comes to differ")
                 self._note(search.amplified)
                 search = smallest_region(pair, given, (), lambda _: limits.of_whole)
-                if search.region is None and pair.is_rewritten(given):
-                    return self._end(*differing[-1], "graph", self.steps, pair.got.length)
+            if differing and search.region is None and pair.is_rewritten(given):
+                return self._end(*differing[-1], "graph", self.steps, pair.got.length)
         self._note(search.amplified)
         return search.region
 

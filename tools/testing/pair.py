@@ -26,7 +26,7 @@ class Compared:
 
 @dataclass(frozen=True, eq=False)
 class Suspect:
-    """A value that is wrong, and the values by label that it was computed from."""
+    """A value that may be wrong, and the values by label that it was computed from."""
 
     compared: Compared
     seen: Arrays
@@ -149,7 +149,15 @@ class Pair:
         got: Side | None = None,
         limit: Callable[[Node], float] | None = None,
     ) -> Suspect | None:
-        """The first of `targets` whose value is wrong when `opened` alone are laid open, and the rest is compiled as ever.
+        """The first of `targets` whose value is wrong when `opened` alone are laid open, and the rest is compiled as ever."""
+        allowed = limit or self.limits.of_region
+        found = self.with_opened(given, opened, targets, got=got)
+        return next((s for s in found if s.compared.difference.beyond(allowed(s.compared.node))), None)
+
+    def with_opened(
+        self, given: Given, opened: Collection[Node], targets: Collection[Node], *, got: Side | None = None
+    ) -> list[Suspect]:
+        """`targets` in order, on both sides, when `opened` alone are laid open, and the rest is compiled as ever.
 
         What the trusted side makes of the values laid open, and of rows of state, is what is wanted.
         """
@@ -162,12 +170,12 @@ class Pair:
         known = self.known(seen)
         alone = self._made((tuple(targets), known, computed), lambda: apart(self.graph, targets, known, given.dims))
         wanted = self.wanted.run(alone, given, seen).outputs
+        found = []
         for node in sorted(targets, key=self.graph.number.__getitem__):
             name = label(self.graph, node)
             compared = Compared(node, difference(ends[name], wanted[name]), ends[name], wanted[name])
-            if compared.difference.beyond((limit or self.limits.of_region)(node)):
-                return Suspect(compared, {k: v for k, v in seen.items() if k != name})
-        return None
+            found.append(Suspect(compared, {k: v for k, v in seen.items() if k != name}))
+        return found
 
     def _made(self, key: Hashable, make: Callable[[], Graph]) -> Graph:
         """A graph that an earlier step may have wanted, too."""

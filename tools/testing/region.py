@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 
@@ -34,11 +33,13 @@ class Region:
         nodes: in order; the last one's value is wrong.
         suspect: that value, and those that it is computed from.
         opened: what was laid open besides; the region's other nodes must not be, or it comes out right.
+        grown: the value that what began here has grown to, where it was followed to where it is small.
     """
 
     nodes: tuple[Node, ...]
     suspect: Suspect
     opened: tuple[Node, ...]
+    grown: Suspect | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,9 +65,10 @@ def between(graph: Graph, end: Node, known: Collection[Node], dims: Bindings) ->
 def smallest_region(pair: Pair, given: Given, opened: Collection[Node], limit: Callable[[Node], float]) -> Search:
     """Find nodes that are wrong together: lay one more value open at a time, in the middle of what is left.
 
-    Where what differs lies before it or behind, the rest is out of question; where nothing differs any more, the value is one
-    that must stay within. Differences that rounding explains are passed over, the first few; of values that are laid open,
-    selections are not judged: rounding chooses otherwise now and then, and what follows is judged by what was chosen.
+    Where what differs lies before it or behind, the rest is out of question. Where nothing differs any more, the value is one
+    that must stay within, unless the trusted side itself makes as much of the small difference that it has: then it is followed
+    to where it began. Differences that rounding explains are passed over, the first few; of values that are laid open, selections
+    are not judged: rounding chooses otherwise now and then, and what follows is judged by what was chosen.
     """
     computed = values(pair.graph, given.dims)
     base, amplified = list(opened), list[Suspect]()
@@ -79,8 +81,8 @@ def smallest_region(pair: Pair, given: Given, opened: Collection[Node], limit: C
         region = _narrowed(pair, given, Region((), found, tuple(base)))
         if not _is_rounding(pair, given, region):
             return Search(region, tuple(amplified))
-        amplified.append(region.suspect)
-        end = region.nodes[-1]
+        amplified.append(region.grown or region.suspect)
+        end = amplified[-1].compared.node
         if end not in computed or end in base or end.op in STATE:
             break
         base.append(end)
@@ -92,21 +94,32 @@ def _narrowed(pair: Pair, given: Given, region: Region) -> Region:
     inside: set[Node] = set()  # those that must not be laid open
     while True:
         suspect, opened = region.suspect, region.opened
-        end = suspect.compared.node
+        end, size = suspect.compared.node, suspect.compared.difference.nmse
         nodes = between(pair.graph, end, pair.known(suspect.seen) - {end}, given.dims)
         open_to = [n for n in nodes[:-1] if n not in inside and n.op not in STATE and n not in opened]
         if not open_to:
             return replace(region, nodes=nodes)
-        middle, most = open_to[len(open_to) // 2], suspect.compared.difference.nmse / LEFT
-        found = pair.first_wrong(given, [*opened, middle], [middle, end], limit=partial(_at_least, most, pair.limits))
+        middle = open_to[len(open_to) // 2]
+        at_middle, at_end = pair.with_opened(given, [*opened, middle], [middle, end])
+        found = next((s for s in (at_middle, at_end) if _remains(pair.limits, s, size)), None)
+        grown = region.grown
+        if found is None and _grows(suspect, at_end, size):
+            found, grown = at_middle, grown or suspect
         if found is None:
             inside.add(middle)
         else:
-            region = Region((), found, (*opened, middle))
+            region = Region((), found, (*opened, middle), grown)
 
 
-def _at_least(least: float, limits: Limits, node: Node) -> float:
-    return max(least, limits.of_node(node))
+def _grows(suspect: Suspect, now: Suspect, size: float) -> bool:
+    """Whether the trusted side itself makes as much of the small difference of a value that was laid open."""
+    return difference(now.compared.wanted, suspect.compared.wanted).nmse >= size / LEFT
+
+
+def _remains(limits: Limits, suspect: Suspect, size: float) -> bool:
+    """Whether a good part of a difference is left in a value."""
+    compared = suspect.compared
+    return compared.difference.beyond(max(size / LEFT, limits.of_node(compared.node)))
 
 
 def _is_rounding(pair: Pair, given: Given, region: Region) -> bool:
@@ -115,7 +128,7 @@ def _is_rounding(pair: Pair, given: Given, region: Region) -> bool:
     if len(region.nodes) == 1:
         return not pair.is_wrong(suspect, given)
     if len(region.nodes) > MOST_NODES:
-        return False
+        return not suspect.compared.difference.beyond(pair.limits.of_region(suspect.compared.node))
     known = pair.known(suspect.seen) - set(region.nodes)
     alone = [apart(graph, [node], known.union(region.nodes[:i]), given.dims) for i, node in enumerate(region.nodes)]
     compared, moved = suspect.compared, 0.0

@@ -19,6 +19,8 @@ from tensorgraph.op import Op
 from tensorgraph.ops import mul, mul_mat, relu, rms_norm, scale, silu, sin, top_k
 from tensorgraph.passes import EliminateCommon, rewrite
 from tensorgraph.tools.testing import Limits, Report, Terms, compare, load_reproduction, rerun
+from tensorgraph.tools.testing.cuts import cuts
+from tensorgraph.tools.testing.pair import Pair
 from tests.ops.kernel_devices import Float32Device, KernelDevice
 from tests.tools.testing.wrong_devices import JoiningDevice, last_element_off, reads, wrong_node
 
@@ -149,6 +151,47 @@ def test_of_many_wrong_together_the_first_are_named() -> None:
 
 
 @pytest.fixture
+def searched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many values were laid open in each run of a search."""
+    counts: list[int] = []
+    right = Pair.with_opened
+
+    def counted(self: Pair, given: Any, opened: Any, targets: Any, **more: Any) -> Any:
+        counts.append(len(opened))
+        return right(self, given, opened, targets, **more)
+
+    monkeypatch.setattr(Pair, "with_opened", counted)
+    return counts
+
+
+def test_a_search_takes_few_runs(searched: list[int]) -> None:
+    """Of 48 nodes: halves of halves, and one run for each node that stays; one to see that something is wrong."""
+    first = checked(waves(16), JoiningDevice("joining", lambda node, i: sine_of_product(node, i) and i.size != 64 * T)).first
+    assert first is not None and len(first.together) == 2
+    assert len(searched) <= 1 + 6 + 2 and searched[0] == 0
+
+
+def test_rounding_that_grows_takes_few_runs(searched: list[int]) -> None:
+    """Of 192 nodes: halves of halves, for each value that it is followed from."""
+    report = checked(waves(64), Float32Device("f32"), limits=Limits(region=1e-14, whole=1e-14))
+    assert report.ok and report.whole["y"] > 1e-10
+    assert 0 < len(report.amplified) <= 8 and len(searched) <= 24
+
+
+def test_what_rounding_selects_otherwise_is_not_blamed() -> None:
+    """Scores that are equal but for the order in which they are summed."""
+    rng = np.random.default_rng(3)
+    values = rng.standard_normal(64).astype(np.float32)
+    weights = {"w": np.stack([rng.permutation(values) for _ in range(32)]), "t": rng.standard_normal((32, 16)).astype(np.float32)}
+    x = {"x": np.full((7, 64), 0.1, np.float32) * np.arange(1, 8, dtype=np.float32)[:, None]}
+    ids = top_k(mul_mat(constant("w", shape=(32, 64)), input("x", (T, 64))), k=1).reshape(T)
+    chosen = registry.ops.get("get_rows")(constant("t", shape=(32, 16)), ids).named("chosen")
+    graph, terms = Graph(y=scale(chosen, scale=2.0).named("y")), Terms(backends=("reference", Float32Device("f32")))
+    report = compare(graph, x, weights, terms=terms)
+    assert report.ok and report.whole["y"] > 0.1 and {n.op for n in report.amplified} <= {"top_k", "get_rows", "scale"}
+
+
+@pytest.fixture
 def wrong_pattern() -> Iterator[None]:
     """A fused op that is not what it expands to."""
     op = Op("odd_glu", "a[...]: real, b[...]: a -> y[...]: a")
@@ -257,6 +300,20 @@ def test_parts_give_the_same_as_the_whole(limit_bytes: int) -> None:
     for device in (wrong_node("wrong", reads("up"), last_element_off), JoiningDevice("joining", sine_of_product)):
         one, many = (checked(waves(3), device, limit_bytes=n).first for n in (1 << 32, limit_bytes))
         assert one is not None and many == one
+
+
+@pytest.mark.parametrize("limit_bytes", [1, 40_000, 200_000, 1 << 32])
+def test_parts_take_what_they_may(limit_bytes: int) -> None:
+    """Both sides' values, and weights in float64; a part has a node at least."""
+    graph = waves(3)
+    parts = cuts(graph, {"T": 7}, limit_bytes)
+    assert [n for part in parts for n in part.nodes] == [n for n in graph.nodes if n.op in ("mul_mat", "sin")]
+    for part in parts:
+        weights = {i for n in part.nodes for i in n.inputs if i.op == "constant"}
+        size = sum(2 * 7 * int(n.shape[1]) * 4 for n in part.nodes) + len(weights) * 128 * 64 * 8  # type: ignore[arg-type]
+        assert size <= limit_bytes or len(part.nodes) == 1
+        assert set(part.apart.inputs) <= {"x", *(f"%{graph.number[n]}" for n in (*part.sources, *part.nodes))}
+    assert len(parts) == {1: 9, 40_000: 9, 200_000: 1 + (limit_bytes < 150_000), 1 << 32: 1}[limit_bytes]
 
 
 def test_limits_can_be_set() -> None:
