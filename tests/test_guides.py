@@ -97,7 +97,7 @@ def test_adding_an_op(tmp_path: Path) -> None:
     assert "1 tested, 0 failed" in guide.ok([*finds, "--examples", "150"])
     described, perf, support, coverage = map(guide.ok, shown)
     assert "does_not_see_order" in described and "row_range_cpu.py" in described
-    assert "row_range  cpu" in perf and "x f32[2048, 4096]" in perf
+    assert "row_range  cpu" in perf and "x f32[4096, 4096]" in perf
     assert [line.split() for line in support.splitlines()][1] == ["row_range", "x", "real", "all", "all"]
     assert coverage.splitlines()[-1] == "1 ops, 0 without a kernel, a law or strided cases"
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Threads = int | Literal["auto"]
 REFERENCE = "reference"
+EXAMPLES = 30
 
 
 class Mode(enum.StrEnum):
@@ -42,7 +43,7 @@ def test_ops(
         list[str] | None,
         typer.Option(help="A backend; may be repeated.", metavar="NAME", show_default="all but reference, if there are any"),
     ] = None,
-    examples: Annotated[int, typer.Option(min=1, help="test: cases drawn for each op and backend.", metavar="N")] = 30,
+    examples: Annotated[int, typer.Option(min=1, help="test: cases drawn for each op and backend.", metavar="N")] = EXAMPLES,
     seed: Annotated[
         int | None,
         typer.Option(min=0, help="test: draws the same cases again; a report names it.", metavar="K", show_default="random"),
@@ -99,6 +100,9 @@ def test_ops(
     chosen = list(dict.fromkeys(op)) if op else known
     declared = [registry.ops.get(name) for name in chosen]  # an unknown one is refused before anything runs
     others = [name for name in registry.backends if name != REFERENCE] or [REFERENCE]
+    tests = mode is Mode.test and not (list_ops or coverage)
+    _refuse(not tests, "test", seed=seed, case=case, examples=None if examples == EXAMPLES else examples)
+    _refuse(mode is not Mode.perf, "perf", type=type, threads=None if threads == options.AUTO else threads)
     if list_ops:
         _list(declared, as_json)
     elif coverage:
@@ -113,6 +117,13 @@ def test_ops(
         _test([], backend or others, examples, seed, case, as_json)
     else:
         _test(chosen, backend or others, examples, seed, None, as_json)
+
+
+def _refuse(wrong: bool, mode: str, **given: object) -> None:
+    """Raises: InputError: an option was given that belongs to another mode."""
+    named = [f"--{name}" for name, value in given.items() if value is not None]
+    if wrong and named:
+        raise InputError(f"[test-ops] {', '.join(named)} belongs to the mode {mode}; wanted it there alone")
 
 
 def _list(ops: Sequence[Op], as_json: bool) -> None:
@@ -191,9 +202,7 @@ def _show_perf(ops: Sequence[Op], backends: Sequence[str], type: str | None, thr
             for op in ops:
                 tell(f"{op.name} on {on}")
                 try:
-                    measured = list(speeds(op, device, dtype=dtype, roofs=roofs))
-                    left_out += [] if measured else [f"{op.name} on {on}: computed once, when weights are bound"]
-                    found += measured
+                    found += speeds(op, device, dtype=dtype, roofs=roofs)
                 except (GraphError, UnsupportedError) as error:
                     left_out.append(f"{op.name} on {on}: {error}")
     if as_json:

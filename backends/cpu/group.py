@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from tensorgraph.backends.cpu.kernel import Buffer, Call
@@ -33,6 +33,10 @@ class CpuGroup(Group):
     def size_of(self, node: Node) -> int:
         return stored_bytes(node)
 
+    def divided(self) -> CpuGroup:
+        """The same with its work cut into as many chunks as it can be."""
+        return replace(self, calls=divided(self.calls))
+
 
 @dataclass(frozen=True, eq=False)
 class PlainGroup(Group):
@@ -49,6 +53,14 @@ class PlainGroup(Group):
 
     def size_of(self, node: Node) -> int:
         return stored_bytes(node)
+
+    def divided(self) -> PlainGroup:
+        """As of a `CpuGroup`."""
+        return replace(self, make=lambda: divided(self.calls))
+
+
+def divided(calls: Sequence[Call]) -> tuple[Call, ...]:
+    return tuple(replace(call, grain=1) for call in calls)
 
 
 def stored_bytes(node: Node) -> int:

@@ -153,8 +153,8 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
 
 @block_pool.typical
 def typical(rng: np.random.Generator) -> list[tuple[dict[str, Array], dict[str, Any]]]:
-    """All blocks of four of 4096 tokens."""
-    pos, blocks = np.arange(4096, dtype=np.int32), np.arange(1024, dtype=np.int32)
+    """All blocks of four of 8192 tokens."""
+    pos, blocks = np.arange(8192, dtype=np.int32), np.arange(2048, dtype=np.int32)
     slots: dict[str, Array] = {name: np.zeros((len(pos), 1024), np.float32) for name in ("c", "z")} | {
         "bias": np.zeros((4, 1024), np.float32)
     }

@@ -219,7 +219,7 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
 
 @flash_attn.typical
 def typical(rng: np.random.Generator) -> list[tuple[dict[str, Array], dict[str, Any]]]:
-    """One new token after 8192 others, and a prompt of 512."""
+    """One new token after 32767 others, and a prompt of 512."""
 
     def one(n_tokens: int, n_rows: int) -> tuple[dict[str, Array], dict[str, Any]]:
         pos, row_pos = (np.arange(n_rows - n, n_rows, dtype=np.int32) for n in (n_tokens, n_rows))
@@ -227,4 +227,4 @@ def typical(rng: np.random.Generator) -> list[tuple[dict[str, Array], dict[str, 
         slots |= {name: np.zeros((n_rows, 8, 128), np.float16) for name in ("k0", "v0")}
         return slots | {"pos0": row_pos, "seq0": np.zeros_like(row_pos)}, {"scale": 128**-0.5, "segments": ((1, None, True),)}
 
-    return [one(1, 8192), one(512, 512)]
+    return [one(1, 32768), one(512, 512)]

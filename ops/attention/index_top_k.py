@@ -90,8 +90,8 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
 
 @index_top_k.typical
 def typical(rng: np.random.Generator) -> list[tuple[dict[str, Array], dict[str, Any]]]:
-    """One new token after 32768 others."""
-    row_pos = np.arange(32768, dtype=np.int32)
+    """One new token after 262143 others."""
+    row_pos = np.arange(262144, dtype=np.int32)
     slots: dict[str, Array] = {"q": np.zeros((1, 64, 128), np.float32), "k": np.zeros((len(row_pos), 128), np.float16)}
     slots |= {"w": np.zeros((1, 64), np.float32), "q_pos": row_pos[-1:], "q_seq": np.zeros(1, np.int32)}
     return [(slots | {"k_pos": row_pos, "k_seq": np.zeros_like(row_pos)}, {"top_k": 2048})]

@@ -72,4 +72,4 @@ def cases(draw: Callable[[Any], Any]) -> tuple[dict[str, Array], dict[str, Any]]
 
 @arange.typical
 def typical(rng: np.random.Generator) -> list[tuple[dict[str, Array], dict[str, Any]]]:
-    return [({}, {"start": 0.0, "stop": float(1 << 22), "step": 1.0, "dtype": f32})]
+    return [({}, {"start": 0.0, "stop": float(1 << 24), "step": 1.0, "dtype": f32})]

@@ -76,4 +76,4 @@ def cases(draw: Callable[[Any], Any]) -> tuple[dict[str, Array], dict[str, Any]]
 
 @group_norm.typical
 def typical(rng: np.random.Generator) -> list[tuple[dict[str, Array], dict[str, Any]]]:
-    return [({"x": np.zeros((1, 320, 128, 128), np.float32)}, {"n_groups": 32, "eps": 1e-6})]
+    return [({"x": np.zeros((2, 320, 128, 128), np.float32)}, {"n_groups": 32, "eps": 1e-6})]

@@ -170,7 +170,7 @@ def expand(slots: Slots, *, n_dims: int, layout: str, offset: int, **angles: Any
 
 @rope_table.typical
 def table_typical(rng: np.random.Generator) -> list[tuple[dict[str, Array], dict[str, Any]]]:
-    return [({"pos": np.arange(16384, dtype=np.int32)}, {"n_dims": 128, "base": 5e5})]
+    return [({"pos": np.arange(131072, dtype=np.int32)}, {"n_dims": 128, "base": 5e5})]
 
 
 @rotate.typical

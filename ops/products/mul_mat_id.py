@@ -101,7 +101,7 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
 @mul_mat_id.typical
 def typical(rng: np.random.Generator) -> list[tuple[dict[str, Array], dict[str, Any]]]:
     """Eight of 32 experts, of one new token and of many."""
-    a = np.zeros((32, 768, 2048), np.float32)
+    a = np.zeros((32, 1024, 2048), np.float32)
 
     def chosen(n_tokens: int) -> Array:
         return np.argsort(rng.random((n_tokens, 32)), axis=1)[:, :8].astype(np.int32)

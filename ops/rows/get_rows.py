@@ -85,4 +85,4 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
 @get_rows.typical
 def typical(rng: np.random.Generator) -> list[tuple[dict[str, Array], dict[str, Any]]]:
     table = np.zeros((16384, 2048), np.float32)
-    return [({"a": table, "ids": rng.integers(0, len(table), 2048).astype(np.int32)}, {})]
+    return [({"a": table, "ids": rng.integers(0, len(table), 8192).astype(np.int32)}, {})]

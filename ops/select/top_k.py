@@ -83,5 +83,5 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
 @top_k.typical
 def typical(rng: np.random.Generator) -> list[tuple[dict[str, Array], dict[str, Any]]]:
     """Experts of many tokens, and rows of a long context."""
-    shapes = ((4096, 256), 8), ((64, 65536), 512)
+    shapes = ((65536, 256), 8), ((256, 65536), 512)
     return [({"x": np.zeros(shape, np.float32)}, {"k": k}) for shape, k in shapes]

@@ -75,7 +75,7 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
 
 @concat.typical
 def typical(rng: np.random.Generator) -> list[tuple[dict[str, Array], dict[str, Any]]]:
-    return [({f"x{i}": np.zeros((2048, 2048), np.float32) for i in range(2)}, {"axis": -1})]
+    return [({f"x{i}": np.zeros((4096, 2048), np.float32) for i in range(2)}, {"axis": -1})]
 
 
 @concat.law

@@ -53,4 +53,4 @@ def cases(draw: Callable[[Any], Any]) -> tuple[dict[str, Array], dict[str, Any]]
 
 @diag.typical
 def typical(rng: np.random.Generator) -> list[tuple[dict[str, Array], dict[str, Any]]]:
-    return [({"x": np.zeros((2, 1, 2048), np.float32)}, {})]
+    return [({"x": np.zeros((4, 1, 2048), np.float32)}, {})]

@@ -115,14 +115,56 @@ def table_of_the_first_token(calls: Sequence[Call]) -> Sequence[Call]:
     return [replace(call, operands={**call.operands, "table": replace(ref, index_map=still)})]
 
 
-def summed_by_threads(op: Op) -> None:
-    """What a thread adds to a sum depends on which thread it is."""
+def rounded_by_threads(op: Op) -> None:
+    """The last bits depend on which thread computes a row."""
 
-    @cpu_kernel(op, rows=lambda node: node.shape, work=lambda node: 1 << 14)
-    def emit(k: Kernel, x: Operand, y: Operand, **attrs: Any) -> None:
-        with k.rows(y.shape) as index:
-            thread = k.convert(k.thread, F64)
-            y.store(index, k.convert(k.convert(x.load(index), F64) * (thread * 1e-3 + 1.0), y.type))
+    @cpu_kernel(op)
+    def emit(k: Kernel, x: Operand, y: Operand) -> None:
+        with k.rows(y.shape[:-1]) as index:
+            row, out = x.row(index), y.row(index)
+            with k.loop(0, k.i64(y.shape[-1]), 1, [k.zero(F64)]) as loop:
+                total = loop.values[0] + k.convert(row.load(loop.i), F64)
+                out.store(loop.i, k.convert(total * (k.convert(k.thread, F64) * 2e-7 + 1.0), y.type))
+                loop.next(total)
+
+
+def cleared_first(op: Op) -> None:
+    """The result is cleared before the input is read: right only while they lie apart."""
+
+    @cpu_kernel(op)
+    def emit(k: Kernel, x: Operand, y: Operand, *, eps: float) -> None:
+        with k.rows(y.shape[:-1]) as index:
+            row, out = x.row(index), y.row(index)
+
+            def clear(i: Value, mask: Value | None, _: list[Value]) -> None:
+                out.store(i, k.zero(y.type.x(k.lanes)), mask)
+
+            def square(i: Value, mask: Value | None, sums: list[Value]) -> list[Value]:
+                v = k.convert(row.load(i, k.lanes, mask), F64)
+                return [k.fma(v, v, sums[0])]
+
+            k.sweep(y.shape[-1], clear)
+            (squares,) = k.sweep(y.shape[-1], square, [k.zero(F64.x(k.lanes))])
+            divisor = k.max(k.unary("sqrt", k.sum(squares)), eps)
+
+            def write(i: Value, mask: Value | None, _: list[Value]) -> None:
+                out.store(i, k.convert(k.convert(row.load(i, k.lanes, mask), F64) / divisor, y.type), mask)
+
+            k.sweep(y.shape[-1], write)
+
+
+def uses_its_input_up(op: Op) -> None:
+    """Rows are summed in their own memory."""
+
+    @cpu_kernel(op, work=lambda node: 64)
+    def emit(k: Kernel, x: Operand, y: Operand) -> None:
+        with k.rows(y.shape[:-1]) as index:
+            row = x.row(index)
+            with k.loop(0, k.i64(x.shape[-1]), 1, [k.zero(F64)]) as loop:
+                total = loop.values[0] + k.convert(row.load(loop.i), F64)
+                row.store(loop.i, k.convert(total, x.type))
+                loop.next(total)
+            y.store([*index, 0], k.convert(loop.results[0] / k.convert(k.i64(x.shape[-1]), F64), y.type))
 
 
 def summed_onto_what_is_there(op: Op) -> None:
@@ -158,26 +200,32 @@ def last_one_left_out(calls: Sequence[Call]) -> Sequence[Call]:
     return calls[:-1] if len(calls) > 1 else calls
 
 
-BROKEN: list[tuple[str, Callable[[Op], Any], tuple[str, ...]]] = [
-    ("flash_attn", tampered(window_one_short), ("reference",)),
-    ("silu", single_precision_sigmoid, ("reference",)),
-    ("l2_norm", whole_vectors_only, ("memory", "reference")),
-    ("rotate", tampered(table_of_the_first_token), ("reference",)),
-    ("fwht", summed_by_threads, ("threads", "second run", "reference")),
-    ("sum_rows", summed_onto_what_is_there, ("second run", "reference")),
-    ("scatter", tampered(never_copied), ("reference", "second run")),
-    ("argsort", tampered(strides_ignored), ("reference",)),
-    ("concat", tampered(last_one_left_out), ("reference", "second run")),
+BROKEN: list[tuple[str, Callable[[Op], Any], str]] = [
+    ("flash_attn", tampered(window_one_short), "reference"),
+    ("silu", single_precision_sigmoid, "reference"),
+    ("l2_norm", whole_vectors_only, "memory"),
+    ("rotate", tampered(table_of_the_first_token), "reference"),
+    ("fwht", tampered(strides_ignored), "reference"),
+    ("sum_rows", summed_onto_what_is_there, "reference"),
+    ("scatter", tampered(never_copied), "reference"),
+    ("argsort", tampered(strides_ignored), "reference"),
+    ("concat", tampered(last_one_left_out), "reference"),
+    ("cumsum", rounded_by_threads, "threads"),
+    ("l2_norm", cleared_first, "in place"),
+    ("mean", uses_its_input_up, "memory"),
 ]
 
 
-@pytest.mark.parametrize(("name", "make", "parts"), BROKEN, ids=[name for name, _, _ in BROKEN])
-def test_a_broken_kernel_is_caught(name: str, make: Callable[[Op], Any], parts: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("name", "make", "part"), BROKEN, ids=[name for name, _, _ in BROKEN])
+def test_a_broken_kernel_is_caught(name: str, make: Callable[[Op], Any], part: str) -> None:
     with broken(name, make):
         report = check(name, "cpu", examples=200, seed=3)
-        assert report.failure is not None and report.failure.part in parts, str(report)
-        again = check_case(report.failure.text, "cpu")
-        assert again.failure is not None and again.failure.part in parts, str(again)
+        found = report.failure.part.partition(",")[0] if report.failure is not None else ""
+        chance = part == "threads"  # who computes which row, in a second run too
+        assert report.failure is not None and found in (part, "second run" if chance else part), str(report)
+        if not chance:
+            again = check_case(report.failure.text, "cpu")
+            assert again.failure is not None and again.failure.part == part, str(again)
     right = check_case(report.failure.text, "cpu")
     assert right.ok and right.cases == 1, str(right)
 
@@ -202,4 +250,4 @@ def test_a_broken_format_is_caught() -> None:
 
 def test_each_family_has_one() -> None:
     families = {family_of(registry.ops.get(name)) for name in registry.ops}
-    assert {family_of(registry.ops.get(name)) for name, _, _ in BROKEN} == families
+    assert {family_of(registry.ops.get(name)) for name, _, _ in BROKEN} >= families - {"user_family"}

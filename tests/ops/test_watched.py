@@ -21,7 +21,7 @@ class WatchedArena(ReferenceDevice):
     def __init__(self, name: str, compute: Any) -> None:
         super().__init__(name)
         self.arena, self.threads, self.compute = np.zeros(1 << 24, np.uint8), 1, compute
-        self.copied: int | None = None
+        self.buffers: dict[Any, Any] = {}
 
     def set_threads(self, threads: Any) -> None:
         self.threads = threads
@@ -31,10 +31,11 @@ class WatchedArena(ReferenceDevice):
 
         def run(values: Any, step: Any) -> None:
             right(values, step)
-            self.copied = None
+            self.buffers = part.memory.buffers
             for node in part.nodes:
                 if node.op not in STRUCTURAL:
-                    self.compute(self, node, part.memory.buffers[node].offset, values, step)
+                    compute = nothing_wrong if node.op == "cont" else self.compute
+                    compute(self, node, part.memory.buffers[node].offset, values, step)
 
         return run
 
@@ -57,13 +58,26 @@ def one_byte_before(device: Any, node: Any, offset: int, values: Any, step: Any)
     device.arena[offset - 1] = 0
 
 
+def minus_one_behind(device: Any, node: Any, offset: int, values: Any, step: Any) -> None:
+    """What memory is filled with, but not always."""
+    nothing_wrong(device, node, offset, values, step)
+    if node in values:
+        device.arena[offset + values[node].nbytes] = 0xFF
+
+
+def too_many_on_three_threads(device: Any, node: Any, offset: int, values: Any, step: Any) -> None:
+    (one_byte_too_many if device.threads == 3 else nothing_wrong)(device, node, offset, values, step)
+
+
 def writes_its_input(device: Any, node: Any, offset: int, values: Any, step: Any) -> None:
+    nothing_wrong(device, node, offset, values, step)
     x = values[node.inputs[0].base]
-    if x.size and node.inputs[0].base.op == "input":
+    if x.size:
         x.reshape(-1).view(np.uint8)[:1] ^= 1
 
 
 def by_threads(device: Any, node: Any, offset: int, values: Any, step: Any) -> None:
+    nothing_wrong(device, node, offset, values, step)
     if node in values:
         values[node] = values[node] + np.asarray(device.threads == 3, values[node].dtype)
 
@@ -74,7 +88,9 @@ def by_threads(device: Any, node: Any, offset: int, values: Any, step: Any) -> N
         (nothing_wrong, None, ""),
         (one_byte_too_many, "memory", "1 bytes outside of results were written, the first at byte"),
         (one_byte_before, "memory", "1 bytes outside of results were written, the first at byte"),
-        (writes_its_input, "memory", "byte 0 of the input x has changed"),
+        (minus_one_behind, "memory", "1 bytes outside of results were written, the first at byte"),
+        (too_many_on_three_threads, "memory", "1 bytes outside of results were written, the first at byte"),
+        (writes_its_input, "memory", "byte 0 of the copy of the input x has changed"),
         (by_threads, "threads", "with 3 threads the same plan gives other bits"),
     ],
 )
@@ -88,9 +104,9 @@ def test_a_result_in_its_inputs_memory_is_compared() -> None:
     """Of an op that reads its input's first element after it has written it, where both are one."""
 
     def read_late(device: Any, node: Any, offset: int, values: Any, step: Any) -> None:
-        if node.op == "cont":
-            device.copied = offset
-        elif offset == device.copied and values[node].size:
+        nothing_wrong(device, node, offset, values, step)
+        below = device.buffers.get(node.inputs[0].base)
+        if below is not None and below.offset == offset and values[node].size:
             values[node] = np.array(values[node])
             values[node].reshape(-1)[-1:] = 7
 

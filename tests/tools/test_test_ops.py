@@ -105,9 +105,23 @@ def test_a_failing_case_runs_again_from_its_line() -> None:
     right = ok(*[a if a != "mistaken" else "cpu" for a in arguments])
     assert right.splitlines()[1].split()[:3] == ["mul", "cpu", "1"] and "1 tested, 0 failed" in right
     assert "wanted it alone" in refused(*arguments, "--seed", 4)
+    other = {
+        "--seed": (4, "perf"),
+        "--case": ("neg(1)", "support"),
+        "--examples": (7, "perf"),
+        "--type": ("q4_0", "test"),
+        "-t": (1, "test"),
+    }
+    for option, (value, mode) in other.items():
+        assert "belongs to the mode" in refused("test-ops", mode, "--op", "neg", option, value)
+    assert "wanted 6 values, as silu is declared now; got 8" in refused(
+        "test-ops", "--case", 'silu([5], 7, "f32", 1, "nan", false, "dense", 1)'
+    )
+    assert "wanted values one, ties" in refused("test-ops", "--case", 'silu([5], 7, "f32", 1, "wat", false, "dense")')
+    assert "wanted a case as mul is declared now" in refused("test-ops", "--case", 'mul("x", "y", 3, 4, 5, 6, 7)')
     for wrong in ("mul(", "mul", "mul(open)", "mul(1 + 1)", "mul(__import__('os'))", ""):
         assert "[case] wanted a line as a failing test prints it" in refused("test-ops", "--case", wrong)
-    assert "the case was drawn from another declaration" in refused("test-ops", "--case", "mul([], 0)")
+    assert "[case] wanted a case as mul is declared now" in refused("test-ops", "--case", "mul([], 0)")
     assert "did you mean 'mul'?" in refused("test-ops", "--case", "mull([], 0)")
 
 

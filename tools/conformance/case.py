@@ -10,7 +10,7 @@ import numpy as np
 
 from tensorgraph.dims import Dim, Extent, Shape, shape_text
 from tensorgraph.dtypes import DType, as_dtype
-from tensorgraph.errors import TensorGraphError
+from tensorgraph.errors import InputError, TensorGraphError
 from tensorgraph.graph import Node, constant, input
 from tensorgraph.op import Op
 from tensorgraph.tools.conformance.draw import Array, Draw, Slots, draw_case
@@ -111,6 +111,8 @@ def present(name: str, x: Array, shape: Shape, kind: str, draw: Draw) -> Operand
     from hypothesis import strategies as st
 
     dtype = as_dtype(x.dtype)
+    if kind not in KINDS:
+        raise InputError(f"[case] wanted an input held {', '.join(KINDS)}; got {kind!r}")
     if kind == "constant":
         return Operand(constant(name, shape=x.shape, dtype=dtype), x, x, kind)
     if kind == "blocks":

@@ -15,14 +15,13 @@ from tensorgraph.device import Device, get_devices
 from tensorgraph.dims import evaluate_shape
 from tensorgraph.dtypes import as_dtype
 from tensorgraph.errors import InputError, UnsupportedError
-from tensorgraph.graph import Graph
 from tensorgraph.op import Op
 from tensorgraph.tools.conformance.case import Case, draw_any
-from tensorgraph.tools.conformance.case_text import Recorder, case_text, parse_case
+from tensorgraph.tools.conformance.case_text import Recorder, Replay, case_text, parse_case
 from tensorgraph.tools.conformance.criterion import judge
 from tensorgraph.tools.conformance.draw import Array, Draw, Slots, is_finite
 from tensorgraph.tools.conformance.evaluate import OPTIONS, Meaning, runner
-from tensorgraph.tools.conformance.watched import Watched, in_place, on_other_threads
+from tensorgraph.tools.conformance.watched import Overwritten, Watched, in_place, on_other_threads
 
 Attrs = Mapping[str, Any]
 
@@ -107,6 +106,8 @@ class _Tally:
             return
         except NotConforming as error:
             message = (error.part, error.message)
+        except Overwritten as error:
+            message = ("memory", str(error))
         except Exception as error:
             message = ("result", _short(f"{type(error).__name__}: {error}"))
         if message is not None:
@@ -181,7 +182,13 @@ def check_case(text: str, backend: str | Device) -> Report:
     name, draw = parse_case(text)
     op, (device,), tally = registry.ops.get(name), get_devices(backend), _Tally()
     try:
-        tally.count(op, device, draw)
+        draw_any(op, draw)
+    except Exception as error:
+        raise InputError(f"[case] wanted a case as {name} is declared now; got {text} ({error})") from error
+    if draw.at != len(draw.given):
+        raise InputError(f"[case] wanted {draw.at} values, as {name} is declared now; got {len(draw.given)}: {text}")
+    try:
+        tally.count(op, device, Replay(draw.given))
     except NotConforming:
         pass
     return tally.report(op, device, 0)
@@ -214,15 +221,13 @@ def _conform(case: Case, drawn: Slots, device: Device) -> float:
     Raises: NotConforming, UnsupportedError.
     """
     op, values = case.op, case.values
-    watched = Watched(Graph(y=case.node), case.stored, device, case.dims)
+    watched = Watched(case.node, case.stored, device, case.dims)
     got, again = watched.run(), watched.run()
     dtypes = {slot: as_dtype(x.dtype) for slot, x in values.items()}
     meaning = Meaning(op, case.attrs, dtypes, rounds=op.expansion is not None and not device.supports(case.node))
     both = op.reference_fn is not None and op.expansion is not None
     parts = ("reference", "expansion") if both else ("reference",)
     worst = max(_judged(part, got, case, replace(meaning, expanded=part == "expansion")) for part in parts)
-    if watched.wrong:
-        raise NotConforming("memory", watched.wrong)
     if again.tobytes() != got.tobytes():
         raise NotConforming("second run", "the same plan gives other bits when it is run again")
     for threads, result in on_other_threads(watched):
@@ -234,7 +239,7 @@ def _conform(case: Case, drawn: Slots, device: Device) -> float:
             raise NotConforming("in place", f"the result is another one where it takes the memory of {slot}")
     for form in op.lowerings:
         options = replace(OPTIONS, lowerings=(form.name,))
-        lowered = Watched(watched.graph, case.stored, device, case.dims, options).run()
+        lowered = Watched(case.node, case.stored, device, case.dims, options).run()
         worst = max(worst, _judged(f"lowering {form.name}", lowered, case, meaning))
     if not _rows_stand_alone(meaning, values):
         raise NotConforming("rows", f"some rows of {', '.join(op.row_inputs)} alone do not give those rows of the result")

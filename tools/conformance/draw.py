@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tensorgraph.dtypes import DType, as_dtype
-from tensorgraph.errors import GraphError
+from tensorgraph.errors import GraphError, InputError
 from tensorgraph.op import Attr, Op
 from tensorgraph.signature import Argument
 
@@ -111,6 +111,8 @@ def values(dtype: DType, shape: tuple[int, ...], draw: Draw, decades: float = DE
     if not dtype.is_float:
         return rng.integers(-9, 10, shape).astype(dtype.numpy)
     kind = draw(st.sampled_from(KINDS_OF_VALUES))
+    if kind not in KINDS_OF_VALUES:
+        raise InputError(f"[case] wanted values {', '.join(KINDS_OF_VALUES)}; got {kind!r}")
     far = 3.0 if dtype.name == "f16" else decades
     exponent: dict[str, Any] = {"huge": far, "tiny": -far, "subnormal": -6.0 if dtype.name == "f16" else -40.0}
     exponent["mixed"] = rng.uniform(-far, far, shape)

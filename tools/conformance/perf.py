@@ -12,7 +12,6 @@ import numpy as np
 
 from tensorgraph.compiler import CompileOptions, compile
 from tensorgraph.device import Device
-from tensorgraph.dims import Bindings, Dim
 from tensorgraph.dtypes import DType, as_dtype
 from tensorgraph.errors import GraphError, TensorGraphError
 from tensorgraph.graph import Graph, Node, constant, input
@@ -23,7 +22,7 @@ from tensorgraph.tools.conformance.case import takes_blocks
 from tensorgraph.tools.conformance.draw import Array, Slots
 from tensorgraph.tools.conformance.typical import filled, typical_cases
 
-OPTIONS = CompileOptions(fuse=False)
+OPTIONS = CompileOptions(fuse=False, without=("fold_constants",))
 LEAST_RUNS = 5
 
 
@@ -48,36 +47,32 @@ class Speed:
 def speeds(
     op: Op, device: Device, *, dtype: DType | None = None, seconds: float = 0.3, roofs: Roofs | None = None
 ) -> Iterator[Speed]:
-    """Measure each typical case of an op; none of what is computed when a plan is bound, being of constants alone.
+    """Measure each typical case of an op.
 
     `dtype`: of the first input that takes it as a weight. Without one, a first input that may be a weight is one, of f32.
 
     Raises: GraphError: the op says too little, or takes no such weight. UnsupportedError: the device has no kernel for it.
     """
     for slots, attrs in typical_cases(op):
-        node, arrays, dims = _case(op, filled(slots), attrs, dtype)
-        plan = compile(Graph(y=node), device, OPTIONS)
-        if node.op in {n.op for n in plan.graph.nodes} or op.expansion is not None:
-            yield _speed(op, node, plan, arrays, dims, device, seconds, roofs)
+        node, arrays = _case(op, filled(slots), attrs, dtype)
+        yield _speed(op, node, compile(Graph(y=node), device, OPTIONS), arrays, device, seconds, roofs)
 
 
-def _case(op: Op, slots: Slots, attrs: Mapping[str, Any], dtype: DType | None) -> tuple[Node, Slots, dict[str, int]]:
+def _case(op: Op, slots: Slots, attrs: Mapping[str, Any], dtype: DType | None) -> tuple[Node, Slots]:
     nodes = {slot: input(slot, x.shape, as_dtype(x.dtype)) for slot, x in slots.items()}
-    if not nodes and isinstance(attrs.get("shape"), tuple) and attrs["shape"]:  # else it would be a constant
-        n = int(attrs["shape"][0])
-        return op.apply({}, {**attrs, "shape": (Dim("T", n), *attrs["shape"][1:])}), {}, {"T": n}
     first = next(iter(slots), "")
-    tried = slots if dtype is not None else [first] if len(slots) > 1 and takes_blocks(op, first) else []
+    floats = [slot for slot, x in slots.items() if as_dtype(x.dtype).is_float]
+    tried = floats if dtype is not None else [first] if len(slots) > 1 and takes_blocks(op, first) else []
     for slot in tried:
         held = as_dtype(slots[slot].dtype) if dtype is None else dtype
         try:
             node = op.apply({**nodes, slot: constant(slot, shape=slots[slot].shape, dtype=held)}, attrs)
         except TensorGraphError:
             continue
-        return node, {**slots, slot: _weight(slots[slot], held)}, {}
+        return node, {**slots, slot: _weight(slots[slot], held)}
     if dtype is not None:
         raise GraphError(f"[{op.name}] wanted an input that may be a weight of {dtype}; it has none")
-    return op.apply(nodes, attrs), slots, {}
+    return op.apply(nodes, attrs), slots
 
 
 def _weight(x: Array, dtype: DType) -> Array:
@@ -96,7 +91,6 @@ def _speed(
     node: Node,
     plan: Plan,
     arrays: Slots,
-    dims: Bindings,
     device: Device,
     seconds: float,
     roofs: Roofs | None,
@@ -106,8 +100,8 @@ def _speed(
     taken: list[float] = []
     began = time.perf_counter()
     while len(taken) <= LEAST_RUNS or time.perf_counter() - began < seconds:
-        taken.append(_run(bound, given, dims, device))
-    spent, cost = statistics.median(taken[1:]), op.cost(node, dims)
+        taken.append(_run(bound, given, device))
+    spent, cost = statistics.median(taken[1:]), op.cost(node, {})
     by_memory = cost.size_bytes / (roofs.stream_gbs * 1e9) if roofs else 0.0
     by_arithmetic = cost.flops / (_rate_of_products(node, roofs) * 1e9) if roofs else 0.0
     return Speed(
@@ -128,16 +122,16 @@ def _rate_of_products(node: Node, roofs: Roofs) -> float:
     return roofs.dot_gops if blocks and roofs.dot_gops is not None else roofs.fma_gflops
 
 
-def _run(bound: Executable, given: Slots, dims: Bindings, device: Device) -> float:
+def _run(bound: Executable, given: Slots, device: Device) -> float:
     """Seconds of a run: of its kernels alone, where the device can tell, so that copies to and from it do not count."""
     spent: list[float] = []
     profiling = getattr(device, "profiling", None)
     began = time.perf_counter()
     if profiling is None:
-        bound.run(given, dims=dims)
+        bound.run(given)
         return time.perf_counter() - began
     with profiling(lambda calls, dims, seconds, whole: spent.append(float(seconds.sum()))):
-        bound.run(given, dims=dims)
+        bound.run(given)
     return sum(spent)
 
 

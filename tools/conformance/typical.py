@@ -13,8 +13,8 @@ from tensorgraph.op import Attr, Op
 from tensorgraph.tools.conformance.draw import TYPES, Array, Slots
 
 MOST_ELEMENTS = 1 << 26
-ROWS, WIDTH = 2048, 4096
-"""Of what a signature says no more about: 32 MiB as f32, more than caches hold."""
+ROWS, WIDTH = 4096, 4096
+"""Of what a signature says no more about: 64 MiB as f32, more than caches hold."""
 
 
 def typical_cases(op: Op) -> list[tuple[Slots, dict[str, Any]]]:

@@ -1,13 +1,15 @@
 """A node run in memory that is watched, and run again in every other way that must not change a bit.
 
-A plan's values are moved apart in its arena, the gaps filled, and each input lies in the middle of memory of its own, aligned
-to its elements only. What is not the node's result, or the scratch of a kernel, must be there unchanged when the run is over.
+The plan is an ordinary one, but that values lie apart in its arena with gaps around them, inputs are copied into it, and work is
+cut into as many chunks as it can be. All of it is filled before a run; what is not the node's result, or the scratch of a kernel,
+must be there unchanged when it is over. So must be what was copied, and the arrays that were given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -18,54 +20,78 @@ from tensorgraph.device import Device
 from tensorgraph.dims import Bindings
 from tensorgraph.dtypes import as_dtype
 from tensorgraph.graph import STRUCTURAL, Graph, Node
-from tensorgraph.memory import Buffer, MemoryPlan
+from tensorgraph.memory import Buffer, Group, MemoryPlan
 from tensorgraph.op import node_bytes
-from tensorgraph.plan import Executable, Plan
+from tensorgraph.passes import rewrite
+from tensorgraph.plan import Plan
 from tensorgraph.tools.conformance.evaluate import OPTIONS
 
 Array = np.ndarray[Any, Any]
 
 GUARD_BYTES = 256
-PATTERN = 0xFF
-"""Everywhere where nothing is to be read or written: NaN as any float, -1 as any integer."""
+PATTERNS = (0xFF, 0x5A)
+"""By turns, what lies where nothing is to be read or written: NaN as any float, and -1, which an op may mean; and neither."""
 THREADS = (1, 3)
 
 
-@dataclass
+class Overwritten(AssertionError):
+    """Something was written that should not be; the message says where."""
+
+
 class Watched:
-    """A graph of one result `y` on one device, bound to its constants; `wrong` says what was written that should not be."""
+    """A node on one device, bound to its constants.
 
-    graph: Graph
-    arrays: Mapping[str, Array]
-    device: Device
-    dims: Bindings
-    options: CompileOptions = OPTIONS
-    wrong: str = field(default="", init=False)
+    Args:
+        copied: its inputs are copied into the arena, where kernels read them, and kept to be compared.
+        kept: another value that is needed after it.
+    """
 
-    def __post_init__(self) -> None:
-        plan = compile(self.graph, self.device, self.options)
-        self.plan = replace(plan, memory={name: apart(memory) for name, memory in plan.memory.items()})
-        self.bound: Executable = self.plan.bind({k: v for k, v in self.arrays.items() if k in self.graph.constants})
-        given = {name: _surrounded(x) for name, x in self.arrays.items() if name in self.plan.graph.inputs}
-        self._inputs = {name: x for name, (x, _) in given.items()}
-        self._memory = {name: (memory, memory.copy()) for name, (_, memory) in given.items()}
+    def __init__(
+        self,
+        node: Node,
+        arrays: Mapping[str, Array],
+        device: Device,
+        dims: Bindings,
+        options: CompileOptions = OPTIONS,
+        *,
+        copied: bool = True,
+        kept: Node | None = None,
+    ) -> None:
+        self.device, self.dims = device, dims
+        graph = Graph({"y": node} if kept is None else {"y": node, "kept": kept})
+        if copied and all(device.supports(_copy(i)) for i in graph.inputs.values()):
+            graph = rewrite(graph, lambda now, original: _copy(now) if original.op == "input" else None)
+            graph = Graph({**graph.outputs, **{f"{name} copied": _copy(i) for name, i in graph.inputs.items()}})
+        plan = compile(graph, device, options)
+        memory = {name: apart(each) for name, each in plan.memory.items()}
+        self.plan = replace(plan, memory=memory, groups=tuple(tuple(map(_divided, split)) for split in plan.groups))
+        self.bound = self.plan.bind({k: v for k, v in arrays.items() if k in graph.constants})
+        self._given = {name: np.array(arrays[name]) for name in self.plan.graph.inputs}
+        self._before = {name: x.copy() for name, x in self._given.items()}
+        self._patterns = cycle(PATTERNS)
 
     def run(self) -> Array:
-        """The result; once more memory is filled before, and looked through after it."""
-        memory = self.plan.memory.get(self.device.name, MemoryPlan())
-        arena: Array = getattr(self.device, "arena", np.zeros(0, np.uint8))[: memory.peak_bytes]
-        arena[...] = PATTERN
-        result = np.array(self.bound.run(self._inputs, dims=self.dims)["y"])
-        if len(arena) == memory.peak_bytes:  # else it was too short before the run, and is another one now
-            self._look(arena, memory)
-        for name, (now, before) in self._memory.items():
-            if not np.array_equal(now, before):
-                where = np.flatnonzero(now != before) - GUARD_BYTES - as_dtype(self.arrays[name].dtype).block_bytes
-                self.wrong = f"byte {int(where[0])} of the input {name} has changed (it has {self.arrays[name].nbytes})"
-        return result
+        """The result, every NaN in it the same.
 
-    def _look(self, arena: Array, memory: MemoryPlan) -> None:
-        touched = arena != PATTERN
+        Raises: Overwritten.
+        """
+        memory, pattern = self.plan.memory.get(self.device.name, MemoryPlan()), next(self._patterns)
+        if hasattr(self.device, "arena") and len(self.device.arena) < memory.peak_bytes:
+            self.bound.run(self._given, dims=self.dims)  # which makes room
+        arena: Array = getattr(self.device, "arena", np.zeros(0, np.uint8))[: memory.peak_bytes]
+        arena[...] = pattern
+        results = self.bound.run(self._given, dims=self.dims)
+        if len(arena):
+            self._look(arena != pattern, memory)
+        for name, before in self._before.items():
+            found = {"the array of the input": self._given[name], "the copy of the input": results.get(f"{name} copied", before)}
+            for what, now in found.items():
+                if now.tobytes() != before.tobytes():
+                    at = np.flatnonzero(np.frombuffer(now.tobytes(), np.uint8) != np.frombuffer(before.tobytes(), np.uint8))
+                    raise Overwritten(f"byte {int(at[0])} of {what} {name} has changed (it has {before.nbytes})")
+        return one_nan(results["y"])
+
+    def _look(self, touched: Array, memory: MemoryPlan) -> None:
         for thing, buffer in memory.buffers.items():
             plain = isinstance(thing, Node) and not thing.dtype.is_block
             used = min(node_bytes(thing, self.dims), buffer.size_bytes) if plain else buffer.size_bytes  # type: ignore[arg-type]
@@ -75,7 +101,28 @@ class Watched:
             before = [(b.offset, t) for t, b in memory.buffers.items() if b.offset <= at and isinstance(t, Node)]
             offset, node = max(before, key=lambda found: found[0], default=(0, None))
             what = f"the result of {node.op} ({node_bytes(node, self.dims)} bytes)" if node is not None else "the arena"
-            self.wrong = f"{int(touched.sum())} bytes outside of results were written, the first at byte {at - offset} of {what}"
+            raise Overwritten(
+                f"{int(touched.sum())} bytes outside of results were written, the first at byte {at - offset} of {what}"
+            )
+
+
+def one_nan(x: Array) -> Array:
+    """A copy in which every NaN is the same: their signs are nobody's to promise."""
+    result = np.array(x)
+    if as_dtype(x.dtype).is_float:
+        result[np.isnan(result)] = np.nan
+    return result
+
+
+def _copy(node: Node) -> Node:
+    return registry.ops.get("cont")(node)
+
+
+def _divided(group: Group) -> Group:
+    """A group cut into as many chunks as it can be, where its device cuts work at all."""
+    cut = getattr(group, "divided", None)
+    found: Group = cut() if cut is not None else group
+    return found
 
 
 def apart(memory: MemoryPlan) -> MemoryPlan:
@@ -87,15 +134,6 @@ def apart(memory: MemoryPlan) -> MemoryPlan:
         top += place[1] + GUARD_BYTES
     moved = {t: Buffer(at[b.offset, b.size_bytes], b.size_bytes, b.start, b.end) for t, b in memory.buffers.items()}
     return MemoryPlan(moved, top if at else 0, memory.total_bytes)
-
-
-def _surrounded(x: Array) -> tuple[Array, Array]:
-    """A dense copy of an array in the middle of other memory, and all of that memory as bytes."""
-    start = GUARD_BYTES + x.itemsize
-    memory = np.full(start + x.nbytes + GUARD_BYTES, PATTERN, np.uint8)
-    copy = memory[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
-    copy[...] = x
-    return copy, memory
 
 
 def on_other_threads(watched: Watched) -> Iterator[tuple[int, Array]]:
@@ -117,16 +155,15 @@ def in_place(node: Node, slot: str, arrays: Mapping[str, Array], device: Device,
     assert source is not None
     if source.shape != node.shape or source.op in STRUCTURAL - {"view", "input"}:
         return None
-    copied = registry.ops.get("cont")(source)
+    copied = _copy(source)
     inputs = tuple(copied if i is source and s == slot else i for s, i in zip(node.slots, node.inputs, strict=True))
     over = replace(node, inputs=inputs)
     if not (device.supports(copied) and device.supports(over)):
         return None
-    shared, both = Graph(y=over), Graph(y=over, kept=copied)
-    plan = compile(shared, device, OPTIONS)
-    if not _share(plan, device):
+    shared = Watched(over, arrays, device, dims, copied=False)
+    if not _share(shared.plan, device):
         return None
-    return Watched(shared, arrays, device, dims).run(), Watched(both, arrays, device, dims).run()
+    return shared.run(), Watched(over, arrays, device, dims, copied=False, kept=copied).run()
 
 
 def _share(plan: Plan, device: Device) -> bool:
