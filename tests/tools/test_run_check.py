@@ -62,9 +62,10 @@ def test_a_planted_wrong_node_in_a_real_model_is_found_and_named(tmp_path: Path)
     assert "now: cpu beside reference, exact, 1 step: 1 node agrees" in now
 
 
-def test_a_real_model_agrees() -> None:
+def test_a_real_model_agrees(tmp_path: Path) -> None:
     """The model that `make run` asks, exactly and as it runs."""
-    exact, rounded = as_json("run", "smollm2", "--chat", "-p", "Hello", "--check", "reference", "--check-steps", 1)["checks"]
+    options = ("--check", "reference", "--check-steps", 1, "--check-folder", tmp_path)
+    exact, rounded = as_json("run", "smollm2", "--chat", "-p", "Hello", *options)["checks"]
     assert exact["ok"] and rounded["ok"] and exact["nodes"] == rounded["nodes"] == 514
     assert max(worst["nmse"] for worst in exact["worst"].values()) < 1e-11 and max(exact["whole"].values()) < 1e-5
     assert rounded["worst"]["flash_attn"]["nmse"] < 1e-11 and max(rounded["whole"].values()) < 0.05
