@@ -16,7 +16,7 @@ from tensorgraph.dims import Dim
 from tensorgraph.errors import InputError, UnknownNameError
 from tensorgraph.graph import Graph, Node, append, choose, constant, input, structure_line
 from tensorgraph.op import Op
-from tensorgraph.ops import mul, mul_mat, relu, rms_norm, scale, silu, sin, top_k
+from tensorgraph.ops import cos, mul, mul_mat, relu, rms_norm, scale, silu, sin, top_k
 from tensorgraph.passes import EliminateCommon, rewrite
 from tensorgraph.tools.testing import Limits, Report, Terms, compare, load_reproduction, rerun
 from tensorgraph.tools.testing.cuts import cuts
@@ -264,6 +264,29 @@ def test_a_wrong_node_before_amplified_rounding_is_still_found() -> None:
     device = wrong_node("wrong", reads("down"), lambda y: y * (1 + 1e-3))
     first = checked(Graph(z=sin(scale(h, scale=1e6))), device).first
     assert first is not None and first.node.name == "down" and first.difference.nmse == pytest.approx(1e-6, rel=1e-3)
+
+
+def amplified_beside_wrong(n: int) -> Graph:
+    """Sines that make the most of rounding, and a cosine of a product."""
+    x, up, down, outputs = input("x", (T, 64)), weight("up"), weight("down"), dict[str, Node]()
+    for i in range(n):
+        h = mul_mat(down, mul_mat(up, rms_norm(scale(x, scale=1.0 + i), eps=1e-6)))
+        outputs[f"z{i}"] = sin(scale(h, scale=1e6 + i))
+    return Graph({**outputs, "y": mul_mat(down, cos(mul_mat(up, x)))})
+
+
+@pytest.mark.parametrize("n", [1, 3, 9])
+def test_a_wrong_node_beside_amplified_rounding_is_still_found(n: int) -> None:
+    device = JoiningDevice("joining", lambda node, i: (node.op, i.op) == ("cos", "mul_mat"), rounds=True)
+    report = checked(amplified_beside_wrong(n), device)
+    assert report.first is not None and [node.op for node in report.first.together] == ["mul_mat", "cos"]
+
+
+def test_a_search_that_ends_early_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tensorgraph.tools.testing.region.MOST_EXCUSED", 2)
+    full, early = (checked(amplified_beside_wrong(n), Float32Device("f32")) for n in (2, 3))
+    assert full.ok and not full.ended and len(full.amplified) == 2 and "nodes agree, worst" in str(full)
+    assert early.ended and len(early.amplified) == 2 and "not all was looked at" in str(early)
 
 
 def test_selections_are_compared_as_they_are() -> None:
