@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tensorgraph.compiler import PASSES
-from tensorgraph.errors import InputError, TensorGraphError
+from tensorgraph.errors import TensorGraphError
 from tensorgraph.graph import Graph, Node
 from tensorgraph.tools.testing.cuts import STATE, apart, kept, kept_name, label, sources, values
 from tensorgraph.tools.testing.difference import Statistics, difference
@@ -70,7 +70,7 @@ def blame(pair: Pair, given: Given, region: Region, step: int, folder: Path | No
     name = f"{step}-{end.op}-{pair.graph.number[end]}.npz"
     try:
         return replace(fault, reproduction=str(_saved(pair, given, region, alone, tuple(fault.lines()), folder / name)))
-    except InputError as error:  # what was found counts more
+    except TensorGraphError as error:  # what was found counts more
         return replace(fault, unsaved=str(error))
 
 

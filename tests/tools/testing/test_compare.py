@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tensorgraph.compiler import CompileOptions
 from tensorgraph.dims import Dim
 from tensorgraph.errors import InputError, UnknownNameError
 from tensorgraph.graph import Graph, Node, append, choose, constant, input, structure_line
-from tensorgraph.op import Op
+from tensorgraph.op import Attr, Op
 from tensorgraph.ops import cos, mul, mul_mat, relu, rms_norm, scale, silu, sin, top_k
 from tensorgraph.passes import EliminateCommon, rewrite
 from tensorgraph.tools.testing import Limits, Report, Terms, compare, load_reproduction, rerun
@@ -119,6 +120,27 @@ def test_what_was_found_is_told_where_it_cannot_be_saved(tmp_path: Path) -> None
     report = checked(gated(), wrong_node("wrong", reads("up"), last_element_off), folder=tmp_path / "file")
     assert report.first is not None and report.first.node.name == "up" and report.first.reproduction is None
     assert "not saved: [reproduction]" in str(report) and "cannot be written" in report.first.unsaved
+
+
+class Kind(Enum):
+    ONE = 1
+
+
+@pytest.mark.parametrize("value", [Kind.ONE, (np.float32(1.5),), (np.int64(3),)])
+def test_what_was_found_is_told_whatever_attributes_its_node_has(tmp_path: Path, value: object) -> None:
+    """NumPy's numbers are written as numbers; what cannot be written is said."""
+    op = Op("odd_scale", "x[...]: float -> y[...]: x", attrs={"kind": Attr(type(value))})
+    op.reference(lambda x, kind: x * 2)
+    try:
+        device = wrong_node("wrong", lambda node: node.op == "odd_scale", last_element_off)
+        first = checked(Graph(y=op(input("x", (T, 64)), kind=value)), device, folder=tmp_path).first
+        assert first is not None and first.node.op == "odd_scale"
+        if isinstance(value, Kind):
+            assert first.reproduction is None and "wanted an attribute that can be written; got <Kind.ONE: 1>" in first.unsaved
+        else:
+            assert rerun(load_reproduction(str(first.reproduction)), device).first is not None
+    finally:
+        registry.ops.remove("odd_scale")
 
 
 def sine_of_product(node: Node, source: Node) -> bool:
