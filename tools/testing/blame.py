@@ -87,7 +87,8 @@ def take_out(pair: Pair, given: Given, region: Region, opened: tuple[Node, ...] 
     name, judged = label(pair.graph, end), wanted
     if opened:
         judged = pair.wanted.run(apart(pair.graph, [end], known.union(opened), given.dims), given, {**seen, **got}).outputs
-    wrong = difference(got[name], judged[name]).beyond(_limit(pair, region)(end))
+    found, limits = difference(got[name], judged[name]), pair.limits
+    wrong = limits.is_far(end, found) if len(region.nodes) == 1 else found.beyond(limits.of_region(end))
     return Alone(graph, opened, got, wanted, wrong)
 
 
@@ -144,7 +145,7 @@ def _saved(pair: Pair, given: Given, region: Region, alone: Alone, about: tuple[
         got={kept_name(name): x for name, x in alone.got.items()},
         wanted={kept_name(name): x for name, x in alone.wanted.items()},
         backend=got.label,
-        options=got.options,
+        options=replace(got.options, layouts={k: v for k, v in got.options.layouts.items() if k in streams}),
         states={stream: specs[stream] for stream in streams},
         rows=got.rows(streams),
         length=got.length if streams else 0,

@@ -188,3 +188,18 @@ def test_more_tokens_than_the_context_holds_are_refused() -> None:
 def test_what_are_no_tokens_is_refused(ids: Any) -> None:
     with pytest.raises(InputError, match="wanted token ids below 512"):
         compare_model(tiny.model("llama"), ids)
+
+
+@pytest.mark.parametrize("decode", [-1, 1.5, "2"])
+def test_what_is_no_number_of_steps_is_refused(decode: Any) -> None:
+    with pytest.raises(InputError, match="wanted decode as a number of steps >= 0"):
+        compare_model(tiny.model("llama"), tiny.tokens("llama")[:4], decode=decode)
+
+
+def test_an_encoder_takes_as_many_tokens_as_its_context_holds() -> None:
+    """It makes no steps: none are counted."""
+    model = tiny.model("bert")
+    ids = np.resize(tiny.reference("bert")["ids/0"], model.context + 1)
+    assert compare_model(model, ids[:-1]).steps == 1
+    with pytest.raises(InputError, match=f"at most {model.context} tokens with the steps; got {model.context + 1} and 0 steps"):
+        compare_model(model, ids)
