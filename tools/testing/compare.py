@@ -145,7 +145,10 @@ def compare_model(
 
 
 def rerun(reproduction: Reproduction, backend: str | None = None, terms: Terms | None = None) -> Report:
-    """Compare a saved reproduction again, on the backend that it was wrong on or on another one."""
+    """Compare a saved reproduction again, on the backend that it was wrong on or on another one.
+
+    Raises: InputError: there is not enough memory for it.
+    """
     on = backend or reproduction.backend
     terms = terms or Terms()
     pair = Pair(
@@ -156,5 +159,8 @@ def rerun(reproduction: Reproduction, backend: str | None = None, terms: Terms |
         terms.limit_bytes,
     )
     check = Check(pair, None, terms.say)
-    fault, _ = check.step(reproduction.given)
+    try:
+        fault, _ = check.step(reproduction.given)
+    except MemoryError as error:
+        raise InputError(f"[reproduction] wanted a graph that this machine has the memory for; {error}") from error
     return check.report(fault)

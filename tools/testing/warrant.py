@@ -10,6 +10,7 @@ import numpy as np
 from tensorgraph.dims import Bindings, evaluate_shape
 from tensorgraph.errors import FormatError
 from tensorgraph.graph import Graph, Node
+from tensorgraph.op import node_bytes
 from tensorgraph.state import StateSpec
 from tensorgraph.tools.testing.cuts import taken
 from tensorgraph.tools.testing.side import Arrays
@@ -18,6 +19,8 @@ from tensorgraph.verify import verify
 MOST_BYTES = 1 << 28
 MOST_TIMES = 64
 """How many times as large as its file what is in it may be, besides."""
+MOST_PLANNED = 1 << 34
+"""What a plan may set aside for the largest extents; most of it is never written."""
 ELEMENT_BYTES = 8
 PAGES_ROWS = 256  # a store begins with so many
 TOKEN_BYTES = 64  # of vectors that a step of a sequence makes
@@ -37,7 +40,7 @@ def check_graph(graph: Graph, dims: Bindings, most_bytes: int) -> None:
     for name, dim in graph.dims.items():
         if not 0 <= dims.get(name, -1) <= dim.max:
             raise FormatError(f"[graph] wanted the extent {name} from 0 to {dim.max}; got {dims.get(name)}")
-    total = 0
+    total = planned = 0
     for node in _computed(graph, dims):
         shape = evaluate_shape(node.shape, dims)
         if node.op == "copy" or min(shape, default=0) < 0:
@@ -46,6 +49,9 @@ def check_graph(graph: Graph, dims: Bindings, most_bytes: int) -> None:
             _check_view(node, dims)
         elif node.op != "choose":
             total += math.prod(shape) * ELEMENT_BYTES
+            planned += node_bytes(node)
+            if planned > MOST_PLANNED + most_bytes:
+                raise FormatError(f"[graph] wanted a plan of {MOST_PLANNED} bytes at most; got more, with {node!r} at most")
             if total > most_bytes:
                 raise FormatError(
                     f"[graph] wanted values of {most_bytes} bytes at most; got more, with {node!r} as {list(shape)}"

@@ -204,6 +204,10 @@ def fill_large(text: dict[str, Any], _: object) -> None:
     text["graph"] |= {"outputs": {"value 7": 0}, "effects": []}
 
 
+def with_largest_extent(text: dict[str, Any], _: object) -> None:
+    text["graph"] = json.loads(json.dumps(text["graph"]).replace('["T", 8]', f'["T", {1 << 40}]'))
+
+
 def without_input(text: dict[str, Any], arrays: dict[str, Array]) -> None:
     del text["dtypes"]["input:value 4"], arrays["input:value 4"]
 
@@ -221,6 +225,7 @@ def without_input(text: dict[str, Any], arrays: dict[str, Array]) -> None:
         (lambda _, arrays: arrays.update({"constant:w": np.zeros(1 << 29, np.uint8)}), "bytes at most"),
         (lambda _, arrays: arrays.update({"constant:w": np.zeros((32, 60), np.uint8)}), "wanted w as q8_0"),
         (without_input, "wanted the arrays value 4"),
+        (with_largest_extent, "wanted a plan of"),
         (fill_large, "damaged"),
     ],
 )
