@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tensorgraph.compiler import PASSES
-from tensorgraph.errors import InputError, TensorGraphError
+from tensorgraph.errors import TensorGraphError
 from tensorgraph.graph import Graph, Node
 from tensorgraph.tools.testing.cuts import STATE, apart, kept, kept_name, label, sources, values
 from tensorgraph.tools.testing.difference import Statistics, difference
@@ -70,7 +70,7 @@ def blame(pair: Pair, given: Given, region: Region, step: int, folder: Path | No
     name = f"{step}-{end.op}-{pair.graph.number[end]}.npz"
     try:
         return replace(fault, reproduction=str(_saved(pair, given, region, alone, tuple(fault.lines()), folder / name)))
-    except InputError as error:  # what was found counts more
+    except TensorGraphError as error:  # what was found counts more
         return replace(fault, unsaved=str(error))
 
 
@@ -87,7 +87,8 @@ def take_out(pair: Pair, given: Given, region: Region, opened: tuple[Node, ...] 
     name, judged = label(pair.graph, end), wanted
     if opened:
         judged = pair.wanted.run(apart(pair.graph, [end], known.union(opened), given.dims), given, {**seen, **got}).outputs
-    wrong = difference(got[name], judged[name]).beyond(_limit(pair, region)(end))
+    found, limits = difference(got[name], judged[name]), pair.limits
+    wrong = limits.is_far(end, found) if len(region.nodes) == 1 else found.beyond(limits.of_region(end))
     return Alone(graph, opened, got, wanted, wrong)
 
 
@@ -144,7 +145,7 @@ def _saved(pair: Pair, given: Given, region: Region, alone: Alone, about: tuple[
         got={kept_name(name): x for name, x in alone.got.items()},
         wanted={kept_name(name): x for name, x in alone.wanted.items()},
         backend=got.label,
-        options=got.options,
+        options=replace(got.options, layouts={k: v for k, v in got.options.layouts.items() if k in streams}),
         states={stream: specs[stream] for stream in streams},
         rows=got.rows(streams),
         length=got.length if streams else 0,

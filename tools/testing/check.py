@@ -15,8 +15,8 @@ from tensorgraph.session import Session
 from tensorgraph.tools.testing.blame import blame
 from tensorgraph.tools.testing.cuts import STATE
 from tensorgraph.tools.testing.difference import REGION_NMSE, Difference, difference
-from tensorgraph.tools.testing.pair import Compared, Pair, Suspect
-from tensorgraph.tools.testing.region import Region, smallest_region
+from tensorgraph.tools.testing.pair import Compared, Pair
+from tensorgraph.tools.testing.region import Region, Search, smallest_region
 from tensorgraph.tools.testing.report import Described, Fault, Report, Stage, Worst
 from tensorgraph.tools.testing.side import Array, Arrays, Given
 
@@ -46,6 +46,7 @@ class Check:
     worst: dict[str, Compared] = field(default_factory=dict)
     whole: dict[str, float] = field(default_factory=dict)
     amplified: dict[Node, None] = field(default_factory=dict)
+    ended: bool = False
 
     def step(self, given: Given) -> tuple[Fault | None, Arrays]:
         """Compare a step, and make both sequences longer by what the side that is looked at computed; its outputs."""
@@ -88,11 +89,11 @@ class Check:
             differing = [(name, apart) for name, apart in self._whole(given) if apart.beyond(limits.of_whole)]
             if differing and opened:
                 self.say(f"step {self.steps}: where it comes to differ")
-                self._note(search.amplified)
+                self._note(search)
                 search = smallest_region(pair, given, (), lambda _: limits.of_whole)
             if differing and search.region is None and pair.is_rewritten(given):
                 return self._end(*differing[-1], "graph", self.steps, pair.got.length)
-        self._note(search.amplified)
+        self._note(search)
         return search.region
 
     def _whole(self, given: Given) -> list[tuple[str, Difference]]:
@@ -135,8 +136,9 @@ class Check:
             stage=stage,
         )
 
-    def _note(self, amplified: Sequence[Suspect]) -> None:
-        self.amplified.update(dict.fromkeys(suspect.compared.node for suspect in amplified))
+    def _note(self, search: Search) -> None:
+        self.amplified.update(dict.fromkeys(suspect.compared.node for suspect in search.amplified))
+        self.ended |= search.ended
 
     def report(self, first: Fault | None = None) -> Report:
         """All of it."""
@@ -149,5 +151,6 @@ class Check:
             worst={op: Worst(Described.of(c.node), c.difference.nmse) for op, c in sorted(self.worst.items())},
             whole=dict(self.whole),
             amplified=tuple(map(Described.of, self.amplified)),
+            ended=self.ended,
             first=first,
         )

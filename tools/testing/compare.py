@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -51,6 +52,12 @@ class Terms:
     limit_bytes: int = LIMIT_BYTES
     say: Say = quiet
 
+    def __post_init__(self) -> None:
+        given: Any = self.backends
+        if not isinstance(given, tuple | list) or len(given) != 2:
+            wanted = 'two backends, as in backends=("reference", "cpu")'
+            raise InputError(f"[compare] wanted {wanted}; got {given!r:.60}")
+
     def check(
         self,
         graph: Graph,
@@ -80,8 +87,13 @@ def compare(
 
     `dims` gives extents that no input has.
 
-    Raises: InputError: an input is missing or does not fit, or the graph has state: see `compare_model`.
+    Raises: InputError: an input is missing, unknown or does not fit, or the graph has state: see `compare_model`.
     """
+    if not isinstance(graph, Graph):
+        raise InputError(f"[compare] wanted a Graph; got {graph!r:.60}: name the outputs, Graph(y=...)")
+    for what, known, named in (("inputs", graph.inputs, inputs), ("dims", graph.dims, dims or {})):
+        if unknown := [name for name in named if name not in known]:
+            raise InputError(f"[compare] there are no {what} {', '.join(map(str, unknown))}; known: {', '.join(known) or 'none'}")
     if graph.streams:
         raise InputError(f"[compare] wanted a graph without state, or compare_model; got the streams {', '.join(graph.streams)}")
     check = (terms or Terms()).check(graph, constants)
@@ -97,23 +109,26 @@ def compare_model(
     Both sides see the same rows of state: those that the side that is looked at appended, once they were compared. Of a model
     that gives no logits, an encoder, one step is compared, and the rows of all tokens.
 
-    Raises: InputError: no ids, one outside the vocabulary, or more than the model's context holds.
+    Raises: InputError: no ids, one outside the vocabulary, or more than the model's context holds, with the steps.
     """
+    if not isinstance(decode, int) or decode < 0:
+        raise InputError(f"[compare] wanted decode as a number of steps >= 0; got {decode!r:.60}")
     tokens = np.asarray(ids)
     fits = tokens.ndim == 1 and len(tokens) > 0 and tokens.dtype.kind in "iu"
     if not fits or tokens.min() < 0 or tokens.max() >= model.vocab_size:
         raise InputError(f"[compare] wanted token ids below {model.vocab_size}; got {ids!r:.60}")
-    if len(tokens) + decode > model.context:
-        raise InputError(f"[compare] wanted at most {model.context} tokens with the steps; got {len(tokens)} and {decode} steps")
     kv_dtype = as_dtype(kv_type)
-    extents = Extents(len(tokens), len(tokens) + decode)
+    extents = Extents(len(tokens), max(len(tokens), min(len(tokens) + decode, model.context)))
     graph = model.graph(extents, kv_dtype)
+    generates = LOGITS in graph.outputs
+    steps = decode if generates else 0
+    if len(tokens) + steps > model.context:
+        raise InputError(f"[compare] wanted at most {model.context} tokens with the steps; got {len(tokens)} and {steps} steps")
     as_written = getattr(model, "graph_as_written", None)  # not every GraphModel rewrites its graph
     written = None if as_written is None else as_written(extents, kv_dtype)
     check = (terms or Terms()).check(graph, model.weight, model.states(), kv_dtype, written)
     make_inputs, fed = StepInputs(tuple(graph.inputs)), list[tuple[Array, Array]]()
-    generates = LOGITS in graph.outputs
-    for _ in range(1 + decode if generates else 1):
+    for _ in range(1 + steps):
         out_ids = np.arange(len(tokens), dtype=np.int32)
         with check.pair.got.begin(len(tokens)) as step:
             assert step is not None
@@ -130,7 +145,10 @@ def compare_model(
 
 
 def rerun(reproduction: Reproduction, backend: str | None = None, terms: Terms | None = None) -> Report:
-    """Compare a saved reproduction again, on the backend that it was wrong on or on another one."""
+    """Compare a saved reproduction again, on the backend that it was wrong on or on another one.
+
+    Raises: InputError: there is not enough memory for it.
+    """
     on = backend or reproduction.backend
     terms = terms or Terms()
     pair = Pair(
@@ -141,5 +159,8 @@ def rerun(reproduction: Reproduction, backend: str | None = None, terms: Terms |
         terms.limit_bytes,
     )
     check = Check(pair, None, terms.say)
-    fault, _ = check.step(reproduction.given)
+    try:
+        fault, _ = check.step(reproduction.given)
+    except MemoryError as error:
+        raise InputError(f"[reproduction] wanted a graph that this machine has the memory for; {error}") from error
     return check.report(fault)

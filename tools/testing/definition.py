@@ -14,7 +14,7 @@ from tensorgraph.dtypes import as_dtype
 from tensorgraph.graph import STRUCTURAL, Node
 from tensorgraph.tools.conformance.criterion import DRAWS, MULTIPLE, STEP, judge
 from tensorgraph.tools.conformance.evaluate import Meaning
-from tensorgraph.tools.testing.difference import Array, difference, is_float, reads_blocks
+from tensorgraph.tools.testing.difference import INT8_PEAK, Array, difference, is_float, reads_blocks
 
 MOST_FLOPS = 1e8
 """Of a node; the criterion computes it a hundred times."""
@@ -30,7 +30,8 @@ def conforms(node: Node, slots: Mapping[str, Array], got: Array, dims: Bindings,
 
     A whole number is right, too, where a rounding of the inputs changes the one that is wanted: a selection by scores that are
     computed. Where products are not exact, those with quantised weights are right if they are off by no more than four times
-    the squared error that rounding activations to 8 bits costs. Of nodes that are too large for the criterion, none is excused.
+    the squared error that rounding activations to 8 bits costs, and their worst element by four times its worst. Of nodes that
+    are too large for the criterion, none is excused.
     """
     if node.op in STRUCTURAL:
         return False
@@ -50,7 +51,9 @@ def conforms(node: Node, slots: Mapping[str, Array], got: Array, dims: Bindings,
         weights = {slot for slot, source in zip(node.slots, node.inputs, strict=True) if source.base.op == "constant"}
         rng = np.random.default_rng(0)
         draws = [{k: x if k in weights else dithered(x, rng) for k, x in slots.items()} for _ in range(NOISE_DRAWS)]
-        return difference(got, wanted).nmse <= NOISE * max(difference(meaning(draw), wanted).nmse for draw in draws)
+        found, moved = difference(got, wanted), [difference(meaning(draw), wanted) for draw in draws]
+        most = max(INT8_PEAK, NOISE * max(each.peak for each in moved))
+        return found.nmse <= NOISE * max(each.nmse for each in moved) and found.peak <= most
     if flops > MOST_FLOPS:
         return False
     if is_float(got):

@@ -17,6 +17,7 @@ Array = np.ndarray[Any, Any]
 UNDERFLOW = 2.0**-118
 PEAK = 100.0
 INT8_NMSE = 2e-4  # of a product whose activations are rounded to 8 bits, without looking at it further
+INT8_PEAK = 0.1  # of its worst element
 REGION_NMSE, REGION_INT8_NMSE = 1e-8, 5e-2
 WHOLE_NMSE, WHOLE_INT8_NMSE = 1e-5, 1e-1
 
@@ -108,6 +109,11 @@ class Limits:
             return self.node
         own = 0.0 if node.op in STRUCTURAL else registry.ops.get(node.op).tolerance
         return max(own, _rounding(node), 0.0 if self.exact or not reads_blocks(node) else INT8_NMSE)
+
+    def is_far(self, node: Node, found: Difference) -> bool:
+        """Whether a node's value is to be looked at further, or one element of it."""
+        rounded = self.node is None and not self.exact and reads_blocks(node)
+        return found.beyond(self.of_node(node)) or (rounded and found.peak > INT8_PEAK)
 
 
 def reads_blocks(node: Node) -> bool:

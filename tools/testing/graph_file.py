@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from typing import Any
 
-from tensorgraph.dims import Dim, Extent, FloorDiv, Guard, Poly, Symbol
+import numpy as np
+
+from tensorgraph.dims import Dim, Extent, FloorDiv, Guard, Poly, Shape, Symbol
 from tensorgraph.dtypes import DType, as_dtype
 from tensorgraph.errors import FormatError
 from tensorgraph.graph import Graph, Node
 from tensorgraph.views import IndexMap
+
+MOST = 1 << 62
 
 
 def graph_as_json(graph: Graph) -> dict[str, Any]:
@@ -40,7 +45,7 @@ def graph_from_json(found: Mapping[str, Any]) -> Graph:
         nodes: list[Node] = []
         for n in found["nodes"]:
             inputs = tuple(nodes[_index(i, len(nodes))] for i in n["inputs"])
-            shape = tuple(_decoded(e) for e in n["shape"])
+            shape = tuple(_extent(e) for e in n["shape"])
             attrs = {str(name): _decoded(value) for name, value in n["attrs"].items()}
             slots = tuple(map(str, n["slots"]))
             nodes.append(Node(str(n["op"]), inputs, shape, as_dtype(n["dtype"]), attrs, slots, str(n["name"]), str(n["where"])))
@@ -71,9 +76,11 @@ def _encoded(value: Any) -> Any:
         return {"map": [_encoded(part) for part in (value.shape, value.strides, value.offset, value.within)]}
     if isinstance(value, Guard):
         return {"guard": [[_encoded(extent), low, high] for extent, low, high in value.bounds]}
+    if isinstance(value, np.generic):
+        return _encoded(value.item())
     if isinstance(value, tuple | list):
         return {"tuple": [_encoded(item) for item in value]}
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or (isinstance(value, bool | int | float | str) and not isinstance(value, Enum)):
         return value
     raise FormatError(f"[graph] wanted an attribute that can be written; got {value!r}")
 
@@ -85,20 +92,54 @@ def _decoded(value: Any) -> Any:
         raise ValueError(f"an attribute {value!r}")
     ((kind, content),) = value.items()
     if kind == "dim":
-        return Dim(str(content[0]), int(content[1]))
+        return Dim(str(content[0]), _number(content[1]))
     if kind == "quotient":
-        return _decoded(content[0]) // int(content[1])
+        return _symbol(content[0]) // _number(content[1])
     if kind == "sum":
-        return _sum([(int(factor), [_decoded(s) for s in symbols]) for factor, *symbols in content])
+        return _sum([(_number(factor), [_factor(s) for s in symbols]) for factor, *symbols in content])
     if kind == "dtype":
         return as_dtype(content)
     if kind == "map":
-        return IndexMap(*(_decoded(part) for part in content))
+        shape, strides, offset, within = content
+        return IndexMap(_extents(shape), _extents(strides), _extent(offset), tuple(map(_symbol, within["tuple"])))
     if kind == "guard":
-        return Guard(tuple((_decoded(extent), low, high) for extent, low, high in content))
+        return Guard(tuple((_symbol(extent), _bound(low), _bound(high)) for extent, low, high in content))
     if kind == "tuple":
         return tuple(_decoded(item) for item in content)
     raise ValueError(f"an attribute of kind {kind!r}")
+
+
+def _number(value: Any) -> int:
+    if type(value) is not int or abs(value) > MOST:
+        raise ValueError(f"a number {value!r:.60}")
+    return value
+
+
+def _bound(value: Any) -> int | None:
+    return None if value is None else _number(value)
+
+
+def _extent(value: Any) -> Extent:
+    return _symbol(value) if isinstance(value, dict) else _number(value)
+
+
+def _extents(value: Any) -> Shape:
+    return tuple(map(_extent, value["tuple"]))
+
+
+def _symbol(value: Any) -> Symbol:
+    found = _decoded(value)
+    if not isinstance(found, Symbol):
+        raise ValueError(f"an extent {value!r:.60}")
+    return found
+
+
+def _factor(value: Any) -> Symbol:
+    """A symbol that is no sum, so that products stay small."""
+    found = _symbol(value)
+    if isinstance(found, Poly):
+        raise ValueError(f"a factor {value!r:.60}")
+    return found
 
 
 def _sum(terms: Sequence[tuple[int, Sequence[Symbol]]]) -> Extent:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 
+from tensorgraph.errors import InputError
 from tensorgraph.graph import Graph, Node
 from tensorgraph.tools.testing.cuts import STATE, Cut, apart, cuts, label, tapped, values
 from tensorgraph.tools.testing.definition import conforms
@@ -43,6 +44,9 @@ class Pair:
     def __init__(
         self, graph: Graph, wanted: Side, got: Side, limits: Limits, limit_bytes: int, written: Graph | None = None
     ) -> None:
+        taken = [name for name in (*graph.inputs, *graph.outputs) if name.startswith("%")]
+        if taken:
+            raise InputError(f"[compare] wanted names of inputs and outputs that begin with no %; got {', '.join(taken)}")
         self.graph, self.wanted, self.got, self.limits, self.limit_bytes = graph, wanted, got, limits, limit_bytes
         self.written = graph if written is None else written
         self._cuts: dict[tuple[Node, ...], list[Cut]] = {}
@@ -85,7 +89,7 @@ class Pair:
     def is_wrong(self, suspect: Suspect, given: Given) -> bool:
         """Whether a node's value is farther off than rounding takes it, from the values that it was computed from."""
         compared = suspect.compared
-        if not compared.difference.beyond(self.limits.of_node(compared.node)):
+        if not self.limits.is_far(compared.node, compared.difference):
             return False
         slots = self.inputs_of(compared.node, suspect.seen, given)
         exact, device = self.limits.exact, self.got.devices[0]

@@ -22,7 +22,7 @@ ROUNDING = 2.0**-24
 LEFT = 16.0
 """The part of a difference that is left where its cause is: what adds up from node to node is halved instead."""
 MOST_NODES = 64
-MOST_EXCUSED = 8
+MOST_EXCUSED = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,10 +44,15 @@ class Region:
 
 @dataclass(frozen=True, eq=False)
 class Search:
-    """What was found: a region, if any, and values that differ no more than rounding does, amplified."""
+    """What was found: a region, if any, and values that differ no more than rounding does, amplified.
+
+    Attributes:
+        ended: there were too many of these, and what differs besides was not looked at.
+    """
 
     region: Region | None
     amplified: tuple[Suspect, ...]
+    ended: bool = False
 
 
 def between(graph: Graph, end: Node, known: Collection[Node], dims: Bindings) -> tuple[Node, ...]:
@@ -67,26 +72,27 @@ def smallest_region(pair: Pair, given: Given, opened: Collection[Node], limit: C
 
     Where what differs lies before it or behind, the rest is out of question. Where nothing differs any more, the value is one
     that must stay within, unless the trusted side itself makes as much of the small difference that it has: then it is followed
-    to where it began. Differences that rounding explains are passed over, the first few; of values that are laid open, selections
-    are not judged: rounding chooses otherwise now and then, and what follows is judged by what was chosen.
+    to where it began. Values whose difference rounding explains are laid open and judged no more, the first few; of values that
+    are laid open, selections are not judged: rounding chooses otherwise now and then, and what follows is judged by what was
+    chosen.
     """
     computed = values(pair.graph, given.dims)
-    base, amplified = list(opened), list[Suspect]()
-    while len(amplified) < MOST_EXCUSED:
+    base, amplified, excused = list(opened), list[Suspect](), set[Node]()
+    while True:
         judged = [n for n in base if n.dtype.is_float]
         ends = dict.fromkeys([*(n for n in computed if n.op in STATE), *judged, *pair.graph.outputs.values()])
-        found = pair.first_wrong(given, base, list(ends), limit=limit)
-        if found is None:
-            break
+        targets = [n for n in ends if n not in excused]
+        found = pair.first_wrong(given, base, targets, limit=limit) if targets else None
+        if found is None or len(amplified) == MOST_EXCUSED:
+            return Search(None, tuple(amplified), found is not None)
         region = _narrowed(pair, given, Region((), found, tuple(base)))
         if not _is_rounding(pair, given, region):
             return Search(region, tuple(amplified))
         amplified.append(region.grown or region.suspect)
         end = amplified[-1].compared.node
-        if end not in computed or end in base or end.op in STATE:
-            break
-        base.append(end)
-    return Search(None, tuple(amplified))
+        excused.add(end)
+        if end in computed and end not in base and end.op not in STATE:
+            base.append(end)
 
 
 def _narrowed(pair: Pair, given: Given, region: Region) -> Region:

@@ -157,6 +157,7 @@ class Report:
         worst: of each op, as it agrees.
         whole: NMSE of what a step gave as it is, the largest of all outputs and streams.
         amplified: nodes whose difference rounding explains, as far as it grew there.
+        ended: there were so many of these that what differs besides was not looked at.
         first: the first value that is wrong.
     """
 
@@ -168,6 +169,7 @@ class Report:
     worst: Mapping[str, Worst]
     whole: Mapping[str, float]
     amplified: tuple[Described, ...] = ()
+    ended: bool = False
     first: Fault | None = None
 
     @property
@@ -189,6 +191,8 @@ class Report:
         worst = max(self.worst.values(), key=lambda w: w.nmse, default=None)
         most = f", worst NMSE {worst.nmse:.2g} at {worst.node}" if worst is not None and worst.nmse else ""
         agree = "1 node agrees" if self.nodes == 1 else f"{self.nodes} nodes agree"
+        if self.ended:
+            agree += " by themselves; together not all was looked at, as rounding grows at many"
         lines = [f"{head}: {agree}{most}" if self.nodes else f"{head}: no difference"]
         name, whole = max(self.whole.items(), key=lambda item: item[1], default=("", 0.0))
         if name:

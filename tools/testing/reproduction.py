@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import zipfile
-import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from tensorgraph.compiler import CompileOptions
 from tensorgraph.dtypes import DType, as_dtype
-from tensorgraph.errors import FormatError, InputError, TensorGraphError
+from tensorgraph.errors import FormatError, InputError
 from tensorgraph.graph import Graph
-from tensorgraph.state import StateSpec
-from tensorgraph.tools.testing.graph_file import graph_as_json, graph_from_json
-from tensorgraph.tools.testing.side import Arrays, Backend, Given, Side
+from tensorgraph.state import MAX_LENGTH, Layout, StateSpec
+from tensorgraph.tools.testing.graph_file import MOST, graph_as_json, graph_from_json
+from tensorgraph.tools.testing.side import Array, Arrays, Backend, Given, Side
+from tensorgraph.tools.testing.warrant import check_arrays, check_graph, check_state, limit_bytes
 
 ABOUT = "about.json"
+OPTIONS = ("exact", "fuse", "without", "lowerings", "scratch_bytes", "placement", "layouts")
 KINDS = ("input", "constant", "row", "got", "wanted")
-DAMAGE = (
-    *(zipfile.BadZipFile, zlib.error, OSError, EOFError, TensorGraphError, LookupError, TypeError, ValueError, AttributeError),
-    *(RecursionError, ArithmeticError, NotImplementedError, MemoryError),
-)
-"""What reading a damaged file raises."""
+MOST_TEXT = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +76,7 @@ class Reproduction:
             "dims": dict(self.given.dims),
             "tokens": self.given.n_tokens,
             "backend": self.backend,
-            "options": {"exact": self.options.exact, "fuse": self.options.fuse, "without": list(self.options.without)},
-            "layouts": dict(self.options.layouts),
+            "options": {name: getattr(self.options, name) for name in OPTIONS},
             "states": {name: _as_list(spec, self.kv_dtype) for name, spec in self.states.items()},
             "length": self.length,
             "dtypes": {name: as_dtype(x.dtype).name for name, x in arrays.items()},
@@ -93,10 +90,12 @@ class Reproduction:
             with part.open("wb") as file:
                 np.savez_compressed(file, **{ABOUT: np.frombuffer(json.dumps(text, indent=1).encode(), np.uint8), **plain})
             os.replace(part, target)
-        except OSError as error:
+        except BaseException as error:  # an interrupt, too, leaves nothing behind
             with suppress(OSError):
                 part.unlink()
-            raise InputError(f"[reproduction] {target} cannot be written: {error}") from error
+            if isinstance(error, OSError):
+                raise InputError(f"[reproduction] {target} cannot be written: {error}") from error
+            raise
         return target
 
 
@@ -112,39 +111,108 @@ def load_reproduction(path: str | os.PathLike[str]) -> Reproduction:
     if not Path(path).is_file():
         raise InputError(f"[reproduction] there is no file {os.fspath(path)!r}")
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = dict(stored)
-        text = json.loads(arrays.pop(ABOUT).tobytes())
-        groups: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
-        for name, dtype in text["dtypes"].items():
-            kind, _, own = name.partition(":")
-            wanted = as_dtype(dtype).numpy
-            groups[kind][own] = arrays[name] if arrays[name].dtype == wanted else arrays[name].view(wanted)
-        states = {
-            name: StateSpec(tuple(map(int, shape)), as_dtype(dtype), int(every), None if keep is None else int(keep))
-            for name, (shape, dtype, every, keep) in text["states"].items()
-        }
-        options, length = text["options"], int(text["length"])
-        dims = {str(name): int(n) for name, n in text["dims"].items()}
-        return Reproduction(
-            graph=graph_from_json(text["graph"]),
-            given=Given(groups["input"], dims, int(text["tokens"])),
-            weights=groups["constant"],
-            got=groups["got"],
-            wanted=groups["wanted"],
-            backend=str(text["backend"]),
-            options=CompileOptions(
-                fuse=bool(options["fuse"]),
-                exact=bool(options["exact"]),
-                without=tuple(options["without"]),
-                layouts=text["layouts"],
-            ),
-            states=states,
-            rows=groups["row"],
-            length=length,
-            about=tuple(map(str, text["about"])),
-        )
-    except FormatError:
-        raise
-    except DAMAGE as error:
+        most = limit_bytes(Path(path).stat().st_size)
+        with zipfile.ZipFile(path) as stored:
+            text = json.loads(_array(stored, ABOUT, np.dtype(np.uint8), min(most, MOST_TEXT)).tobytes())
+            groups = _groups(stored, {str(name): as_dtype(dtype) for name, dtype in text["dtypes"].items()}, most)
+        return _checked(text, groups, most)
+    except Exception as error:  # files hold anything
         raise FormatError(f"[reproduction] {os.fspath(path)} is damaged, or no reproduction: {error}") from error
+
+
+def _groups(stored: zipfile.ZipFile, dtypes: Mapping[str, DType], most: int) -> dict[str, dict[str, Array]]:
+    """The arrays that a file lists, by kind and name."""
+    if sorted(stored.namelist()) != sorted(f"{name}.npy" for name in (ABOUT, *dtypes)):
+        raise FormatError(f"wanted the arrays {', '.join(dtypes)}; got {', '.join(stored.namelist())}")
+    groups: dict[str, dict[str, Array]] = {kind: {} for kind in KINDS}
+    for name, dtype in dtypes.items():
+        kind, _, own = name.partition(":")
+        if dtype.numpy is None:
+            raise FormatError(f"wanted an element type of NumPy; got {dtype}")
+        groups[kind][own] = _array(stored, name, dtype.numpy, most)
+        most -= groups[kind][own].nbytes
+    return groups
+
+
+def _array(stored: zipfile.ZipFile, name: str, dtype: np.dtype[Any], most: int) -> Array:
+    """One array, once its header says that it is of this type and takes so many bytes at most."""
+    with stored.open(f"{name}.npy") as file:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise FormatError(f"wanted {name} as version 1.0 of .npy")
+        shape, _, held = np.lib.format.read_array_header_1_0(file)
+    if held not in (dtype, np.dtype(f"u{dtype.itemsize}")) or min(shape, default=0) < 0:
+        raise FormatError(f"wanted {name} as {dtype}; got {held}{list(shape)}")
+    if math.prod(shape) * held.itemsize > most:
+        raise FormatError(f"wanted arrays of {most} bytes at most; got {name} as {held}{list(shape)}")
+    with stored.open(f"{name}.npy") as file:
+        found: Array = np.lib.format.read_array(file, allow_pickle=False)
+    return found if held == dtype else found.view(dtype)
+
+
+def _checked(text: Mapping[str, Any], groups: Mapping[str, Mapping[str, Array]], most: int) -> Reproduction:
+    """What the text and the arrays of a file are, if they fit together."""
+    graph = graph_from_json(text["graph"])
+    dims = {str(name): _whole(n) for name, n in text["dims"].items()}
+    length, n_tokens = _whole(text["length"]), _whole(text["tokens"])
+    states = {
+        name: StateSpec(tuple(map(_whole, shape)), as_dtype(_text(dtype)), _whole(every), None if keep is None else _whole(keep))
+        for name, (shape, dtype, every, keep) in text["states"].items()
+    }
+    check_graph(graph, dims, most)
+    check_arrays(graph.inputs, groups["input"], dims)
+    check_arrays(graph.constants, groups["constant"], dims)
+    check_state(graph, states, groups["row"], length, n_tokens, most)
+    if not groups["got"].keys() | groups["wanted"].keys() <= graph.outputs.keys():
+        raise FormatError(f"wanted values of {', '.join(graph.outputs)}; got {', '.join(groups['got'])}")
+    return Reproduction(
+        graph=graph,
+        given=Given(groups["input"], dims, n_tokens),
+        weights=groups["constant"],
+        got=groups["got"],
+        wanted=groups["wanted"],
+        backend=_text(text["backend"]),
+        options=_options(text["options"], states),
+        states=states,
+        rows=groups["row"],
+        length=length,
+        about=tuple(map(_text, text["about"])),
+    )
+
+
+def _options(found: Mapping[str, Any], states: Mapping[str, StateSpec]) -> CompileOptions:
+    placement, layouts = ({_text(k): _text(v) for k, v in found[name].items()} for name in ("placement", "layouts"))
+    if not layouts.keys() <= states.keys() or not set(layouts.values()) <= set(get_args(Layout)):
+        raise FormatError(f"wanted layouts of streams; got {layouts}")
+    return CompileOptions(
+        placement=placement,
+        scratch_bytes=_whole(found["scratch_bytes"], MOST),
+        lowerings=_texts(found["lowerings"]),
+        fuse=_bool(found["fuse"]),
+        exact=_bool(found["exact"]),
+        layouts=layouts,  # type: ignore[arg-type]
+        without=_texts(found["without"]),
+    )
+
+
+def _whole(value: Any, most: int = MAX_LENGTH) -> int:
+    if type(value) is not int or not 0 <= value <= most:
+        raise FormatError(f"wanted a whole number from 0 to {most}; got {value!r:.60}")
+    return value
+
+
+def _bool(value: Any) -> bool:
+    if type(value) is not bool:
+        raise FormatError(f"wanted true or false; got {value!r:.60}")
+    return value
+
+
+def _text(value: Any) -> str:
+    if type(value) is not str:
+        raise FormatError(f"wanted a text; got {value!r:.60}")
+    return value
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    if type(value) is not list:
+        raise FormatError(f"wanted a list of texts; got {value!r:.60}")
+    return tuple(map(_text, value))

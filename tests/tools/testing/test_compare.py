@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,12 +18,14 @@ from tensorgraph.compiler import CompileOptions
 from tensorgraph.dims import Dim
 from tensorgraph.errors import InputError, UnknownNameError
 from tensorgraph.graph import Graph, Node, append, choose, constant, input, structure_line
-from tensorgraph.op import Op
-from tensorgraph.ops import mul, mul_mat, relu, rms_norm, scale, silu, sin, top_k
+from tensorgraph.op import Attr, Op
+from tensorgraph.ops import cos, mul, mul_mat, relu, rms_norm, scale, silu, sin, top_k
+from tensorgraph.ops.formats.blocks import encode_rows
 from tensorgraph.passes import EliminateCommon, rewrite
 from tensorgraph.tools.testing import Limits, Report, Terms, compare, load_reproduction, rerun
 from tensorgraph.tools.testing.cuts import cuts
 from tensorgraph.tools.testing.pair import Pair
+from tensorgraph.tools.testing.source_lines import source_text
 from tests.ops.kernel_devices import Float32Device, KernelDevice
 from tests.tools.testing.wrong_devices import JoiningDevice, last_element_off, reads, wrong_node
 
@@ -119,6 +124,27 @@ def test_what_was_found_is_told_where_it_cannot_be_saved(tmp_path: Path) -> None
     report = checked(gated(), wrong_node("wrong", reads("up"), last_element_off), folder=tmp_path / "file")
     assert report.first is not None and report.first.node.name == "up" and report.first.reproduction is None
     assert "not saved: [reproduction]" in str(report) and "cannot be written" in report.first.unsaved
+
+
+class Kind(Enum):
+    ONE = 1
+
+
+@pytest.mark.parametrize("value", [Kind.ONE, (np.float32(1.5),), (np.int64(3),)])
+def test_what_was_found_is_told_whatever_attributes_its_node_has(tmp_path: Path, value: object) -> None:
+    """NumPy's numbers are written as numbers; what cannot be written is said."""
+    op = Op("odd_scale", "x[...]: float -> y[...]: x", attrs={"kind": Attr(type(value))})
+    op.reference(lambda x, kind: x * 2)
+    try:
+        device = wrong_node("wrong", lambda node: node.op == "odd_scale", last_element_off)
+        first = checked(Graph(y=op(input("x", (T, 64)), kind=value)), device, folder=tmp_path).first
+        assert first is not None and first.node.op == "odd_scale"
+        if isinstance(value, Kind):
+            assert first.reproduction is None and "wanted an attribute that can be written; got <Kind.ONE: 1>" in first.unsaved
+        else:
+            assert rerun(load_reproduction(str(first.reproduction)), device).first is not None
+    finally:
+        registry.ops.remove("odd_scale")
 
 
 def sine_of_product(node: Node, source: Node) -> bool:
@@ -238,6 +264,38 @@ def test_a_wrong_pass_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.first.node.attrs["scale"] == "3" and not report.first.alone and "right by itself" in report.first.verdict
 
 
+def one_dead(y: Array) -> Array:
+    """An element of the usual size is zero."""
+    y = np.array(y)
+    y.reshape(-1)[np.abs(np.abs(y) - np.sqrt(np.square(y).mean())).argmin()] = 0
+    return y
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_one_dead_element_of_a_quantised_product_is_found(exact: bool, tmp_path: Path) -> None:
+    """Of 8192, which is less than rounding activations to 8 bits costs all of them."""
+    w = encode_rows(RNG.standard_normal((8192, 64)).astype(np.float32), "q4_0")
+    graph = Graph(y=mul_mat(constant("w", shape=(8192, 64), dtype="q4_0"), input("x", (T, 64))))
+    x, options = {"x": X["x"][:1]}, CompileOptions(exact=exact)
+    device = wrong_node("wrong", reads("w"), one_dead)
+    found, right = (
+        compare(graph, x, {"w": w}, terms=Terms(backends=("reference", on), options=options, folder=tmp_path))
+        for on in (device, "cpu")
+    )
+    assert found.first is not None and found.first.difference.nmse == pytest.approx(1 / 8192, rel=1e-2)
+    assert found.first.alone and found.first.difference.got == 0 and right.ok
+    assert rerun(load_reproduction(str(found.first.reproduction)), device).first is not None
+
+
+def test_users_lines_come_before_those_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.py").write_text("first\nsecond\n")
+    own, users = (ModuleType(name) for name in ("tensorgraph.models.own.model", "model"))
+    own.__file__, users.__file__ = str(tmp_path / "own" / "model.py"), str(tmp_path / "model.py")
+    for module in (own, users):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert source_text("model.py:2") == "second"
+
+
 def test_with_and_without_a_pass(wrong_pattern: None) -> None:
     """One backend, the first side without the pass: they differ exactly where the pass is at fault."""
     device = KernelDevice("fusing")
@@ -264,6 +322,29 @@ def test_a_wrong_node_before_amplified_rounding_is_still_found() -> None:
     device = wrong_node("wrong", reads("down"), lambda y: y * (1 + 1e-3))
     first = checked(Graph(z=sin(scale(h, scale=1e6))), device).first
     assert first is not None and first.node.name == "down" and first.difference.nmse == pytest.approx(1e-6, rel=1e-3)
+
+
+def amplified_beside_wrong(n: int) -> Graph:
+    """Sines that make the most of rounding, and a cosine of a product."""
+    x, up, down, outputs = input("x", (T, 64)), weight("up"), weight("down"), dict[str, Node]()
+    for i in range(n):
+        h = mul_mat(down, mul_mat(up, rms_norm(scale(x, scale=1.0 + i), eps=1e-6)))
+        outputs[f"z{i}"] = sin(scale(h, scale=1e6 + i))
+    return Graph({**outputs, "y": mul_mat(down, cos(mul_mat(up, x)))})
+
+
+@pytest.mark.parametrize("n", [1, 3, 9])
+def test_a_wrong_node_beside_amplified_rounding_is_still_found(n: int) -> None:
+    device = JoiningDevice("joining", lambda node, i: (node.op, i.op) == ("cos", "mul_mat"), rounds=True)
+    report = checked(amplified_beside_wrong(n), device)
+    assert report.first is not None and [node.op for node in report.first.together] == ["mul_mat", "cos"]
+
+
+def test_a_search_that_ends_early_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tensorgraph.tools.testing.region.MOST_EXCUSED", 2)
+    full, early = (checked(amplified_beside_wrong(n), Float32Device("f32")) for n in (2, 3))
+    assert full.ok and not full.ended and len(full.amplified) == 2 and "nodes agree, worst" in str(full)
+    assert early.ended and len(early.amplified) == 2 and "not all was looked at" in str(early)
 
 
 def test_selections_are_compared_as_they_are() -> None:
@@ -324,6 +405,18 @@ def test_limits_can_be_set() -> None:
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
+    with pytest.raises(InputError, match="there are no inputs z; known: x"):
+        compare(gated(), {**X, "z": X["x"]}, WEIGHTS)
+    with pytest.raises(InputError, match="there are no dims Q; known: T"):
+        compare(gated(), X, WEIGHTS, dims={"Q": 5})
+    with pytest.raises(InputError, match="wanted a Graph; got <relu"):
+        compare(relu(input("x", (T, 64))), X)  # type: ignore[arg-type]
+    for backends in (("reference",), "cpu", None):
+        with pytest.raises(InputError, match="wanted two backends"):
+            Terms(backends=backends)  # type: ignore[arg-type]
+    for graph in (Graph(y=relu(input("%1", (T, 64)))), Graph({"%1": relu(input("x", (T, 64)))})):
+        with pytest.raises(InputError, match="begin with no %; got %1"):
+            compare(graph, dict.fromkeys(graph.inputs, X["x"]))
     with pytest.raises(InputError, match=r"wanted the inputs x; missing: x"):
         compare(gated(), {}, WEIGHTS)
     stored = append("k", input("x", (T, 64)), Dim("S", 64), input("x", (T, 64)).dtype)

@@ -16,7 +16,7 @@ from tensorgraph.graph import Graph
 from tensorgraph.ops import scale
 from tensorgraph.tools.testing import Report, Terms, compare_model, load_reproduction, rerun
 from tests.models import tiny
-from tests.ops.kernel_devices import Float32Device
+from tests.ops.kernel_devices import Float32Device, registered
 from tests.tools.testing.wrong_devices import JoiningDevice, WrongCpu, WrongStateDevice, last_element_off, reads, wrong_node
 
 Array = np.ndarray[Any, Any]
@@ -57,13 +57,17 @@ def test_other_arithmetic_agrees() -> None:
     assert report.ok and 0 < max(worst.nmse for worst in report.worst.values()) < 1e-11 and report.whole["logits"] < 1e-6
 
 
-def test_several_devices_agree_and_the_wrong_one_is_found() -> None:
-    """The second layer on another device: copies between them, and a node that is wrong on that one alone."""
+def test_several_devices_agree_and_the_wrong_one_is_found(tmp_path: Path) -> None:
+    """The second layer on another device: copies between them, and a node that is wrong on that one alone, and again so."""
     placed = CompileOptions(exact=True, placement={"blk.1.*": "second"})
     for change, name in ((lambda y: y, None), (lambda y: y * 1.01, "blk.1.ffn_up.weight")):
         second = wrong_node("second", lambda node: any("ffn_up" in i.base.name for i in node.inputs), change)
-        report = checked("llama", [get_devices("cpu")[0], second], options=placed)
+        report = checked("llama", [get_devices("cpu")[0], second], options=placed, folder=tmp_path)
         assert (report.first and report.first.node.name) == name and report.got == "cpu,second"
+        if report.first is not None:
+            with registered("second", lambda _, device=second: device):  # type: ignore[misc]
+                again = rerun(load_reproduction(str(report.first.reproduction)))
+            assert again.first is not None and again.first.node.name == name
 
 
 def test_a_wrong_node_is_named_with_the_line_of_the_model_and_of_its_block(tmp_path: Path) -> None:
@@ -184,3 +188,18 @@ def test_more_tokens_than_the_context_holds_are_refused() -> None:
 def test_what_are_no_tokens_is_refused(ids: Any) -> None:
     with pytest.raises(InputError, match="wanted token ids below 512"):
         compare_model(tiny.model("llama"), ids)
+
+
+@pytest.mark.parametrize("decode", [-1, 1.5, "2"])
+def test_what_is_no_number_of_steps_is_refused(decode: Any) -> None:
+    with pytest.raises(InputError, match="wanted decode as a number of steps >= 0"):
+        compare_model(tiny.model("llama"), tiny.tokens("llama")[:4], decode=decode)
+
+
+def test_an_encoder_takes_as_many_tokens_as_its_context_holds() -> None:
+    """It makes no steps: none are counted."""
+    model = tiny.model("bert")
+    ids = np.resize(tiny.reference("bert")["ids/0"], model.context + 1)
+    assert compare_model(model, ids[:-1]).steps == 1
+    with pytest.raises(InputError, match=f"at most {model.context} tokens with the steps; got {model.context + 1} and 0 steps"):
+        compare_model(model, ids)
