@@ -83,7 +83,7 @@ def flops(node: Node) -> Extent:
 @set_rows.law
 def nothing_written(run: Callable[..., Array], a: Array, b: Array, ids: Array, **attrs: Any) -> None:
     """Rows of -1 leave everything as it was."""
-    np.testing.assert_array_equal(run(a, b, np.full_like(ids, -1)), a)
+    np.testing.assert_array_equal(run(a, b, np.full_like(ids, -1, np.int32)), a)
 
 
 @set_rows.cases
