@@ -67,7 +67,12 @@ def cases(draw: Callable[[Any], Any]) -> tuple[dict[str, Array], dict[str, Any]]
     start = float(draw(st.integers(-20, 20) if whole else st.floats(-20, 20, width=16)))
     step = draw(st.sampled_from((1.0, 2.0, -1.0) if whole else (0.25, -0.5, 3.0, 0.828125)))
     stop = start + step * draw(st.sampled_from((-1.0, 0.0, 0.5, 1.0, 7.0, 33.0, 130.25)))
-    return {}, {"start": start, "stop": stop, "step": step, "dtype": draw(st.sampled_from(("f32", "f16", "f64", "i32", "i64")))}
+    return {}, {
+        "start": start,
+        "stop": stop,
+        "step": step,
+        "dtype": draw(st.sampled_from(("f32", "f16", "bf16", "f64", "i32", "i64", "i16", "i8", "u8"))),
+    }
 
 
 @arange.typical

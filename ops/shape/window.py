@@ -13,6 +13,7 @@ from tensorgraph.dtypes import DType
 from tensorgraph.errors import AttributeValueError, DTypeError, ShapeError
 from tensorgraph.graph import Node
 from tensorgraph.op import Attr, Op, Prepared, Slots
+from tensorgraph.ops.cases import ANY, REALS, a_type, numbers
 from tensorgraph.source import source_line
 
 Array = NDArray[Any]
@@ -68,11 +69,10 @@ def _window(name: str, kind: str, write: Callable[[Array, Array], Array]) -> Op:
     def cases(draw: Callable[[Any], Any]) -> tuple[dict[str, Array], dict[str, Any]]:
         from hypothesis import strategies as st
 
-        rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
         shape = draw(st.lists(st.sampled_from((0, 1, 2, 5, 8, 33)), max_size=4))
         sizes = [draw(st.integers(0, n)) for n in shape]
-        dtype = draw(st.sampled_from((np.float32, np.float16, *((np.int32, np.bool_) if kind == "any" else ()))))
-        a, b = ((9 * rng.standard_normal(n)).astype(dtype) for n in (shape, sizes))
+        types = [a_type(draw, ANY if kind == "any" else REALS)]
+        a, b = (numbers(draw, n, types) for n in (shape, sizes))
         return {"a": a, "b": b}, {"offset": tuple(draw(st.integers(0, n - m)) for n, m in zip(shape, sizes, strict=True))}
 
     @op.typical
