@@ -27,16 +27,18 @@ arange = Op(
 
 Shapes: -> [ceil((stop - start) / step)].
 Dtypes: -> `dtype`, f32 where not given; integers toward zero.
-Raises: AttributeValueError: step is 0, or numbers are not finite.
+Raises: AttributeValueError: step is 0, or one of these numbers or their quotient is not finite.
 """
 
 
 @arange.shape
 def as_many(slots: Slots, attrs: Mapping[str, Any]) -> tuple[Shape, DType]:
     start, stop, step, dtype = (attrs[name] for name in ("start", "stop", "step", "dtype"))
+    given = f"start {start}, stop {stop}, step {step} ({source_line()})"
     if step == 0 or not all(map(math.isfinite, (start, stop, step))):
-        given = f"start {start}, stop {stop}, step {step} ({source_line()})"
         raise AttributeValueError(f"[arange] start, stop and step must be finite, and step not 0; got {given}")
+    if not math.isfinite((stop - start) / step):
+        raise AttributeValueError(f"[arange] (stop - start) / step must be finite; got {given}")
     if dtype.kind not in ("float", "int"):
         raise DTypeError(f"[arange] dtype must be a real or int type; got {dtype} ({source_line()})")
     return (_count(start, stop, step),), dtype

@@ -14,6 +14,7 @@ from tensorgraph.errors import AttributeValueError, DTypeError, ShapeError
 from tensorgraph.graph import Node
 from tensorgraph.op import Attr, Op, Prepared, Slots
 from tensorgraph.ops.cases import ANY, numbers
+from tensorgraph.ops.shape.axes import of_every_axis
 from tensorgraph.source import source_line
 
 Array = NDArray[Any]
@@ -40,9 +41,8 @@ Raises: ShapeError: but for zeros, x is too short for so many, or the axis is kn
 
 
 @pad.prepare
-def of_every_axis(x: Node, *, before: Sequence[int] = (), after: Sequence[int] = (), mode: str = "zeros") -> Prepared:
-    n = x.ndim if isinstance(x, Node) else 0
-    return {"x": x}, {"before": (*(0,) * (n - len(before)), *before), "after": (*(0,) * (n - len(after)), *after), "mode": mode}
+def given_by_axis(x: Node, *, before: Sequence[int] = (), after: Sequence[int] = (), mode: str = "zeros") -> Prepared:
+    return {"x": x}, {"before": of_every_axis(x, before), "after": of_every_axis(x, after), "mode": mode}
 
 
 @pad.shape

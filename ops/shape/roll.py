@@ -14,6 +14,7 @@ from tensorgraph.errors import AttributeValueError, DTypeError, ShapeError
 from tensorgraph.graph import Node
 from tensorgraph.op import Attr, Op, Prepared, Slots
 from tensorgraph.ops.cases import ANY, numbers
+from tensorgraph.ops.shape.axes import of_every_axis
 from tensorgraph.source import source_line
 
 Array = NDArray[Any]
@@ -28,8 +29,8 @@ Raises: ShapeError: an axis that is rolled is known only when a step runs.
 
 
 @roll.prepare
-def of_every_axis(x: Node, *, shifts: Sequence[int]) -> Prepared:
-    return {"x": x}, {"shifts": (*(0,) * ((x.ndim if isinstance(x, Node) else 0) - len(shifts)), *shifts)}
+def given_by_axis(x: Node, *, shifts: Sequence[int]) -> Prepared:
+    return {"x": x}, {"shifts": of_every_axis(x, shifts)}
 
 
 @roll.shape

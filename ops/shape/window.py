@@ -14,6 +14,7 @@ from tensorgraph.errors import AttributeValueError, DTypeError, ShapeError
 from tensorgraph.graph import Node
 from tensorgraph.op import Attr, Op, Prepared, Slots
 from tensorgraph.ops.cases import ANY, REALS, a_type, numbers
+from tensorgraph.ops.shape.axes import of_every_axis
 from tensorgraph.source import source_line
 
 Array = NDArray[Any]
@@ -31,8 +32,8 @@ def _window(name: str, kind: str, write: Callable[[Array, Array], Array]) -> Op:
     )
 
     @op.prepare
-    def of_every_axis(a: Node, b: Node, *, offset: Sequence[int] = ()) -> Prepared:
-        return {"a": a, "b": b}, {"offset": (*(0,) * ((a.ndim if isinstance(a, Node) else 0) - len(offset)), *offset)}
+    def given_by_axis(a: Node, b: Node, *, offset: Sequence[int] = ()) -> Prepared:
+        return {"a": a, "b": b}, {"offset": of_every_axis(a, offset)}
 
     @op.shape
     def like_a(slots: Slots, attrs: Mapping[str, Any]) -> tuple[Shape, DType]:
