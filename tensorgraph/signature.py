@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tensorgraph.dims import Extent, Shape, shape_text
+from tensorgraph.dims import Shape, shape_text
 from tensorgraph.dtypes import DType, as_dtype
 from tensorgraph.errors import DTypeError, GraphError, ShapeError
 
@@ -65,18 +65,17 @@ class Signature:
         if not set(slots) <= set(roles) or any(role not in slots for role, optional in roles.items() if not optional):
             raise GraphError(f"[{op}] wanted the inputs {', '.join(map(str, self.inputs))}; got {', '.join(slots) or 'none'}")
         for argument in self.inputs:
-            node = slots.get(argument.name)
-            if node is None:
-                continue
-            self._check_type(op, argument, node, slots)
-            self._match(op, argument, node, axes)
-        shape: list[Extent] = []
-        for axis in self.result.axes:
-            value = axes[axis] if axis in axes else attrs[axis] if axis in attrs else int(axis)
-            shape.extend(value if isinstance(value, tuple) else (value,))
+            if (node := slots.get(argument.name)) is not None:
+                self._check_type(op, argument, node, slots)
+                self._match(op, argument, node, axes)
+        known = {**attrs, **axes}
+        if missing := [axis for axis in self.result.axes if axis not in known and not axis.isdigit()]:
+            raise GraphError(f"[{op}] wanted an input or attribute that says {missing[0]} of {self.result}; got none")
+        found = [known[axis] if axis in known else int(axis) for axis in self.result.axes]
+        shape: Shape = tuple(n for value in found for n in (value if isinstance(value, tuple) else (value,)))
         kind = self.result.type
         dtype = slots[kind].dtype if kind in slots else attrs[kind] if kind in attrs else as_dtype(kind)
-        return tuple(shape), dtype
+        return shape, dtype
 
     def _match(self, op: str, argument: Argument, node: Node, axes: dict[str, Any]) -> None:
         pack = next((i for i, a in enumerate(argument.axes) if a.startswith("*")), None)

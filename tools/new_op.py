@@ -6,6 +6,7 @@ import ast
 import json
 import keyword
 import re
+import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -165,7 +166,28 @@ def _checked(name: str, family: str, signature: str) -> Signature:
         raise InputError(f"[new-op] NAME must not end like a kernel's file; got {name!r}")
     if name in registry.ops:
         raise InputError(f"[new-op] NAME must be new; there is an op {name!r} already: tensorgraph ops {name}")
-    return Signature.parse(signature)
+    parsed = Signature.parse(signature)
+    names = [a.name for a in parsed.inputs]
+    for each in names:
+        if not each.isidentifier() or keyword.iskeyword(each) or each in ("k", "run", "y") or names.count(each) > 1:
+            wanted = "each a Python name of its own, and not k, run or y, which the files use themselves"
+            raise InputError(f"[new-op] the inputs of --signature must be {wanted}; got {each!r}")
+    _check_result(parsed)
+    return parsed
+
+
+def _check_result(signature: Signature) -> None:
+    """Raises: InputError: an axis or the type of the result is that of no input, nor a number or a type itself."""
+    from tensorgraph.dtypes import BY_NAME
+
+    axes = {axis for a in signature.inputs for axis in a.axes}
+    types = {a.name for a in signature.inputs} | set(BY_NAME)
+    unknown = [axis for axis in signature.result.axes if axis not in axes and not axis.isdigit()]
+    unknown += [signature.result.type] if signature.result.type not in types else []
+    if unknown:
+        shown = "..." if unknown[0] == "*" else unknown[0]
+        instead = f"an axis or type of an input, or a number or a type; an attribute {shown} is added to the op's file afterwards"
+        raise InputError(f"[new-op] {shown} in the result of --signature must be {instead}")
 
 
 def _write(files: Mapping[Path, str]) -> Iterator[Path]:
@@ -218,10 +240,24 @@ def _filled(text: str, replaced: Mapping[str, str]) -> str:
     return text
 
 
+def _unlisted(family: str, project: Path) -> Iterator[str]:
+    """The lines that a plugin's own pyproject.toml lacks for a family."""
+    try:
+        settings = tomllib.loads(project.read_text())
+    except tomllib.TOMLDecodeError:  # not ours to mend: all is said
+        settings = {"tool": {"setuptools": {"packages": []}}}
+    packages = settings.get("tool", {}).get("setuptools", {}).get("packages")
+    if isinstance(packages, list) and family not in packages:
+        yield f'The family is new: add "{family}" to packages in {project}'
+    if family not in settings.get("project", {}).get("entry-points", {}).get("tensorgraph.plugins", {}).values():
+        yield f'The family is new: add {family} = "{family}" to [project.entry-points."tensorgraph.plugins"] in {project}'
+
+
 def _following(name: str, family: str, package: Path | None) -> Iterator[str]:
     """What to do next, a line each."""
     yield f"Fill in the reference, the law and the kernel; until then this fails: tensorgraph test-ops --op {name}"
     if package is not None:
+        yield from _unlisted(family, package / "pyproject.toml")
         yield f"Make the plugin known, once: pip install -e {package}"
         return
     if f'"tensorgraph.ops.{family}"' not in Path("pyproject.toml").read_text():

@@ -8,6 +8,7 @@ import numpy as np
 
 from tensorgraph.op import Attr, Op
 from tensorgraph.ops.attention.visibility import visible
+from tensorgraph.ops.cases import INTS, a_type
 
 Array = np.ndarray[Any, Any]
 
@@ -51,7 +52,11 @@ def draw_positions(draw: Any) -> tuple[dict[str, Array], int]:
     order = rng.permutation(n_rows)
     q_pos = rng.integers(0, n_rows * every + 2, n_tokens)
     slots = {"q_pos": q_pos, "q_seq": rng.integers(0, n_seq, n_tokens), "k_pos": k_pos[order], "k_seq": k_seq[order]}
-    return {name: x.astype(np.int32) for name, x in slots.items()}, every
+    return {name: x.astype(_holding(draw, x)) for name, x in slots.items()}, every
+
+
+def _holding(draw: Any, x: Array) -> Any:
+    return a_type(draw, [t for t in INTS if x.max(initial=0) <= np.iinfo(t).max])
 
 
 @attn_mask.law

@@ -12,6 +12,7 @@ from tensorgraph.dtypes import DType
 from tensorgraph.errors import ShapeError, StateError
 from tensorgraph.graph import Node
 from tensorgraph.op import Attr, Op
+from tensorgraph.ops.cases import INTS, a_type
 from tensorgraph.signature import Signature
 from tensorgraph.source import source_line
 
@@ -144,11 +145,13 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
     able = [(b, s) for s, n in enumerate(lengths) for b in range(n // every)]
     taken = np.array(able, np.int32).reshape(-1, 2)[rng.permutation(len(able))[: draw(st.integers(0, 5))]].T
     width = draw(st.sampled_from((2, 6, 32)))
-    c, z = (rng.standard_normal((len(rows), width)).astype(np.float32) for _ in range(2))
-    slots = {"c": c, "z": z * draw(st.sampled_from((0.1, 1.0, 80.0))), "row_pos": pos, "row_seq": seq}
+    c, z = (rng.standard_normal((len(rows), width)) for _ in range(2))
+    slots = {"c": c.astype(a_type(draw)), "z": (z * draw(st.sampled_from((0.1, 1.0, 80.0)))).astype(a_type(draw))}
+    slots |= {"row_pos": pos.astype(a_type(draw, INTS)), "row_seq": seq.astype(a_type(draw, INTS))}
     if draw(st.booleans()):
-        slots["bias"] = rng.standard_normal((every, width)).astype(np.float32)
-    return {**slots, "blocks": taken[0], "block_seq": taken[1]}, {"every": every, "overlap": overlap}
+        slots["bias"] = rng.standard_normal((every, width)).astype(a_type(draw))
+    blocks, block_seq = (x.astype(a_type(draw, INTS)) for x in taken)
+    return {**slots, "blocks": blocks, "block_seq": block_seq}, {"every": every, "overlap": overlap}
 
 
 @block_pool.typical

@@ -13,6 +13,7 @@ from tensorgraph.errors import AttributeValueError, DTypeError, GraphError, Shap
 from tensorgraph.graph import Node
 from tensorgraph.op import Attr, Op
 from tensorgraph.ops.attention.attend import Rule, attend
+from tensorgraph.ops.cases import INTS, a_type, indices
 from tensorgraph.source import source_line
 
 Array = np.ndarray[Any, Any]
@@ -187,14 +188,14 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
     n_kv, group, n_tokens = draw(st.sampled_from((1, 2, 3))), draw(st.sampled_from((1, 2, 4))), draw(st.integers(0, 6))
     d_k = draw(st.sampled_from((1, 8, 17, 64)))
     d_v = draw(st.integers(1, d_k))
-    half = np.float16 if draw(st.booleans()) else np.float32
+    half = a_type(draw)
     predicates, n_seq = draw(st.booleans()), draw(st.integers(1, 3))
-    slots: dict[str, Array] = {"q": rng.standard_normal((n_tokens, n_kv * group, d_k)).astype(np.float32)}
+    slots: dict[str, Array] = {"q": rng.standard_normal((n_tokens, n_kv * group, d_k)).astype(a_type(draw))}
     if draw(st.booleans()):
-        slots["sinks"] = rng.standard_normal(n_kv * group).astype(np.float32)
+        slots["sinks"] = rng.standard_normal(n_kv * group).astype(a_type(draw))
     if predicates:
-        slots["pos"] = rng.integers(0, 40, n_tokens).astype(np.int32)
-        slots["seq"] = rng.integers(0, n_seq, n_tokens).astype(np.int32)
+        slots["pos"] = rng.integers(0, 40, n_tokens).astype(a_type(draw, INTS))
+        slots["seq"] = rng.integers(0, n_seq, n_tokens).astype(a_type(draw, INTS))
     rules = []
     for i in range(draw(st.integers(1, 3))):
         n = draw(st.sampled_from((0, 1, 5, 16, 37)))
@@ -202,17 +203,18 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
         if draw(st.booleans()):
             slots[f"v{i}"] = rng.standard_normal((n, n_kv, d_v)).astype(half)
         if predicates:
-            slots[f"pos{i}"] = rng.permutation(n).astype(np.int32)
-            slots[f"seq{i}"] = rng.integers(0, n_seq, n).astype(np.int32)
+            slots[f"pos{i}"] = rng.permutation(n).astype(a_type(draw, INTS))
+            slots[f"seq{i}"] = rng.integers(0, n_seq, n).astype(a_type(draw, INTS))
             rules.append((draw(st.sampled_from((1, 4))), draw(st.sampled_from((None, 1, 9))), draw(st.booleans())))
         else:
             rules.append((1, None, True))
         if draw(st.booleans()):
-            slots[f"ids{i}"] = rng.integers(-1, n, (n_tokens, draw(st.sampled_from((1, 3, 8))))).astype(np.int32)
+            least = draw(st.sampled_from((-1, 0))) if n else -1
+            slots[f"ids{i}"] = indices(draw, least, n, (n_tokens, draw(st.sampled_from((1, 3, 8)))))
         if draw(st.booleans()):
             heads = draw(st.sampled_from(((), (n_kv * group,))))
             mask = rng.standard_normal((*heads, n_tokens, n)).astype(half)
-            slots[f"mask{i}"] = np.where(rng.random(mask.shape) < 0.3, half(-np.inf), mask)
+            slots[f"mask{i}"] = np.where(rng.random(mask.shape) < 0.3, np.asarray(-np.inf, half), mask)
     attrs = {"scale": 0.3, "softcap": draw(st.sampled_from((0.0, 2.0))), "d_v": d_v, "segments": tuple(rules)}
     return slots, attrs
 

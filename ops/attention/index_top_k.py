@@ -12,6 +12,7 @@ from tensorgraph.graph import Node
 from tensorgraph.op import Attr, Op
 from tensorgraph.ops.attention.attn_mask import attn_mask, draw_positions
 from tensorgraph.ops.attention.visibility import visible
+from tensorgraph.ops.cases import a_type
 from tensorgraph.ops.products.mul_mat import mul_mat
 from tensorgraph.ops.select.top_k import top_k as select
 
@@ -84,7 +85,7 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
     n_tokens, n_rows = len(slots["q_pos"]), len(slots["k_pos"])
     # Small whole numbers: scores are exact in any order of summation, and ties are frequent.
     shapes = {"q": (n_tokens, n_heads, width), "k": (n_rows, width), "w": (n_tokens, n_heads)}
-    numbers = {name: rng.integers(-2, 3, shape).astype(np.float32) for name, shape in shapes.items()}
+    numbers = {name: rng.integers(-2, 3, shape).astype(a_type(draw)) for name, shape in shapes.items()}
     return {**numbers, **slots}, {"top_k": draw(st.sampled_from((1, 2, 5, 50))), "every": every}
 
 

@@ -27,6 +27,7 @@ def visible(
 
     Shapes: q_pos, q_seq [T], k_pos, k_seq [S] -> bool [T, S].
     """
+    q_pos, k_pos = (None if pos is None else pos.astype(np.int64) for pos in (q_pos, k_pos))
     seen: Array | None = None
     if q_seq is not None and k_seq is not None:
         seen = q_seq[:, None] == k_seq

@@ -27,16 +27,18 @@ arange = Op(
 
 Shapes: -> [ceil((stop - start) / step)].
 Dtypes: -> `dtype`, f32 where not given; integers toward zero.
-Raises: AttributeValueError: step is 0, or numbers are not finite.
+Raises: AttributeValueError: step is 0, or one of these numbers or their quotient is not finite.
 """
 
 
 @arange.shape
 def as_many(slots: Slots, attrs: Mapping[str, Any]) -> tuple[Shape, DType]:
     start, stop, step, dtype = (attrs[name] for name in ("start", "stop", "step", "dtype"))
+    given = f"start {start}, stop {stop}, step {step} ({source_line()})"
     if step == 0 or not all(map(math.isfinite, (start, stop, step))):
-        given = f"start {start}, stop {stop}, step {step} ({source_line()})"
         raise AttributeValueError(f"[arange] start, stop and step must be finite, and step not 0; got {given}")
+    if not math.isfinite((stop - start) / step):
+        raise AttributeValueError(f"[arange] (stop - start) / step must be finite; got {given}")
     if dtype.kind not in ("float", "int"):
         raise DTypeError(f"[arange] dtype must be a real or int type; got {dtype} ({source_line()})")
     return (_count(start, stop, step),), dtype
@@ -67,7 +69,12 @@ def cases(draw: Callable[[Any], Any]) -> tuple[dict[str, Array], dict[str, Any]]
     start = float(draw(st.integers(-20, 20) if whole else st.floats(-20, 20, width=16)))
     step = draw(st.sampled_from((1.0, 2.0, -1.0) if whole else (0.25, -0.5, 3.0, 0.828125)))
     stop = start + step * draw(st.sampled_from((-1.0, 0.0, 0.5, 1.0, 7.0, 33.0, 130.25)))
-    return {}, {"start": start, "stop": stop, "step": step, "dtype": draw(st.sampled_from(("f32", "f16", "f64", "i32", "i64")))}
+    return {}, {
+        "start": start,
+        "stop": stop,
+        "step": step,
+        "dtype": draw(st.sampled_from(("f32", "f16", "bf16", "f64", "i32", "i64", "i16", "i8", "u8"))),
+    }
 
 
 @arange.typical

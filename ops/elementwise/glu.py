@@ -14,6 +14,7 @@ from tensorgraph.dtypes import DType
 from tensorgraph.errors import ShapeError
 from tensorgraph.graph import Node
 from tensorgraph.op import Attr, Op, Slots
+from tensorgraph.ops.cases import a_type, at_times_long, numbers
 from tensorgraph.ops.elementwise.affine import clamp, scale
 from tensorgraph.ops.elementwise.binary import mul
 from tensorgraph.ops.elementwise.unary import gelu, gelu_erf, gelu_quick, relu, sigmoid, silu
@@ -69,15 +70,11 @@ def _glu(
     @op.cases
     def cases(draw: Callable[[Any], Any]) -> tuple[dict[str, Array], dict[str, Any]]:
         from hypothesis import strategies as st
-        from hypothesis.extra import numpy as arrays
 
         n, split = draw(st.sampled_from((0, 1, 3, 8, 33))), draw(st.booleans())
-        rows = draw(st.sampled_from(((), (0,), (1,), (2, 3))))
-        dtype = draw(st.sampled_from((np.float32, np.float16)))
-        slots = {
-            slot: draw(arrays.arrays(dtype, (*rows, n if split else 2 * n), elements=st.floats(-8, 8, width=16)))
-            for slot in ("a", "b")[: 1 + split]
-        }
+        *rows, n = at_times_long(draw, (*draw(st.sampled_from(((), (0,), (1,), (2, 3)))), n))
+        types = [a_type(draw)]
+        slots = {slot: numbers(draw, (*rows, n if split else 2 * n), types, size=3.0) for slot in ("a", "b")[: 1 + split]}
         return slots, {"swapped": draw(st.booleans())} | {key: draw(st.floats(0.5, 2)) for key in attrs or {}}
 
     return op

@@ -13,6 +13,7 @@ from tensorgraph.backends.cpu.operands import Row
 from tensorgraph.ops.formats.searches import TINY
 from tensorgraph.ops.formats.tabled import FP4, FP4_MIDPOINTS, IQ4, IQ4_MIDPOINTS
 
+_A_NAN = 0x7F800001  # its bits, as all NaN are compared
 PART = 32  # elements of a block that are held at once
 
 
@@ -65,8 +66,8 @@ def nearest(k: Kernel, q: Value) -> Value:
 
 
 def extreme(k: Kernel, x: Value) -> Value:
-    """The value of largest magnitude, the first of those."""
-    size = k.unary("fabs", x)
+    """The value of largest magnitude, the first of those; NaN is larger than all."""
+    size = k.min(k.unary("fabs", x).bits_as(I32.x(x.lanes)), _A_NAN)
     places = k.select(size.eq(k.fold(size, k.max)), k.lane_numbers(x.lanes), x.lanes - 1)
     return x[k.convert(k.fold(places, k.min), I64)]
 

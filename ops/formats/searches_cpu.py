@@ -3,6 +3,7 @@ elements one after another, as in `searches`."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -78,6 +79,17 @@ def _quotient(k: Kernel, a: Number, b: Value) -> Value:
 def _whole(k: Kernel, q: Value, low: float, high: float) -> Value:
     """The nearest whole numbers, ties to even, within bounds."""
     return (k.max(k.min(q, high), low) + _TO_WHOLE) - _TO_WHOLE
+
+
+def _kept(k: Kernel, q: Value, low: float, high: float, instead: float) -> Value:
+    """The nearest whole numbers within bounds, as a code keeps them: NaN is a 0 in its bits, which stands for `instead`."""
+    return k.select(q.is_nan(), instead, _whole(k, q, low, high))
+
+
+def _largest(k: Kernel, x: Value) -> Value:
+    """The largest of all lanes, NaN where one is."""
+    some = k.fold(k.select(x.is_nan(), k.const(1.0, x.type), 0.0), k.max)
+    return k.select(some.gt(0.0), math.nan, k.fold(x, k.max))
 
 
 def _tenths(k: Kernel, step: Value, start: float) -> Value:
@@ -202,9 +214,9 @@ def round_centred(block: Block, bits: int, scale_bits: int, search: Callable[[Gr
     k, groups, half, top = block.k, Groups(block, 16), 1 << (bits - 1), 1 << (scale_bits - 1)
     scales = search(groups, half)
     inverse = _quotient(k, k.const(-top, F32), extreme(k, scales))
-    stored = _whole(k, scales * k.splat(inverse, groups.lanes), -top, top - 1)
+    stored = _kept(k, scales * k.splat(inverse, groups.lanes), -top, top - 1, 0.0)
     scale = stored * stored_scale(k, _quotient(k, 1.0, inverse), groups.lanes)
-    groups.replace(lambda x: _whole(k, _quotient(k, x, scale), -half, half - 1) * scale)
+    groups.replace(lambda x: _kept(k, _quotient(k, x, scale), -half, half - 1, -half) * scale)
 
 
 def round_affine(block: Block, size: int, bits: int, scale_bits: int, first: float, steps: int) -> None:
@@ -217,22 +229,22 @@ def round_affine(block: Block, size: int, bits: int, scale_bits: int, first: flo
         found = _affine_scale(groups, lambda x: size_of + k.unary("fabs", x), (1 << bits) - 1, first, steps, False)
     scaled = []
     for each in found:
-        most = k.fold(each, k.max)
-        stored = _whole(k, each * k.splat(_quotient(k, k.const(top, F32), most), groups.lanes), 0, top)
+        most = _largest(k, each)
+        stored = _kept(k, each * k.splat(_quotient(k, k.const(top, F32), most), groups.lanes), 0, top, 0.0)
         scaled.append(stored * stored_scale(k, most / float(top), groups.lanes))
     scale, minimum = scaled
-    groups.replace(lambda x: _whole(k, _quotient(k, x + minimum, scale), 0, (1 << bits) - 1) * scale - minimum)
+    groups.replace(lambda x: _kept(k, _quotient(k, x + minimum, scale), 0, (1 << bits) - 1, 0.0) * scale - minimum)
 
 
 def round_iq4_xs(block: Block) -> None:
     k, groups = block.k, Groups(block, 32)
 
     def value(q: Value) -> Value:
-        return entry(k, q, IQ4.tolist(), lambda i: q.ge(float(IQ4_MIDPOINTS[i])))
+        return entry(k, q, IQ4.tolist(), lambda i: q.lt(float(IQ4_MIDPOINTS[i])).invert())  # NaN is above all
 
     scales = _table_scale(groups, value, float(IQ4[0]))
     d = extreme(k, scales) / -32.0
-    stored = _whole(k, scales * k.splat(_quotient(k, 1.0, d), groups.lanes), -32, 31)
-    inverse = _quotient(k, 1.0, stored * k.splat(d, groups.lanes))
-    scale = stored * stored_scale(k, d, groups.lanes)
+    wanted = scales * k.splat(_quotient(k, 1.0, d), groups.lanes)
+    inverse = _quotient(k, 1.0, _whole(k, wanted, -32, 31) * k.splat(d, groups.lanes))
+    scale = _kept(k, wanted, -32, 31, -32.0) * stored_scale(k, d, groups.lanes)
     groups.replace(lambda x: value(x * inverse) * scale)

@@ -1,4 +1,4 @@
-"""Rotary embeddings on the CPU: the table of a step's positions in f64, and the turning in f32."""
+"""Rotary embeddings on the CPU: the table of a step's positions in f64, and the turning in f32, in f64 where x is."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from tensorgraph.backends.cpu.ir import F32, F64, I32, Value
+from tensorgraph.backends.cpu.ir import F32, F64, I32, I64, Value
 from tensorgraph.backends.cpu.kernel import CHUNK, Call, Context, Kernel, NodeKernel, Ref, cpu_kernel, row_work
 from tensorgraph.backends.cpu.operands import Operand, Row, stored_type
 from tensorgraph.dims import product
@@ -82,10 +82,12 @@ def emit_rotate(k: Kernel, operands: dict[str, Operand], *, layout: str, offset:
 def _turn_neighbours(row: Row, out: Row, angles: Row, offset: int, i: Value, mask: Value | None, _: list[Value]) -> None:
     """Channels i, i + 1, ... of an interleaved row: each times the cos, and its neighbour times the sin, + or -."""
     k, lanes = row.k, row.k.lanes
-    v, both = row.load(i + offset, lanes, mask), angles.load(i, lanes, mask)
+    v = row.load(i + offset, lanes, mask)
+    both = k.convert(angles.load(i, lanes, mask), v.type)
     cos, sin = (both.shuffle([at // 2 * 2 + odd for at in range(lanes)]) for odd in (0, 1))
     crossed = v.shuffle([at ^ 1 for at in range(lanes)]) * sin
-    minus_first = k.vector([-(1 << 31), 0] * (lanes // 2), I32)
+    bits = I64 if v.type.bits == 64 else I32
+    minus_first = k.vector([-(1 << (bits.bits - 1)), 0] * (lanes // 2), bits)
     crossed = (crossed.bits_as(minus_first.type) ^ minus_first).bits_as(v.type)
     out.store(i + offset, k.fma(v, cos, crossed), mask)
 
@@ -102,6 +104,7 @@ def _turn_halves(
     else:
         cos, sin = (row.load(i, lanes, mask) for row in angles)
     a, b = first[0].load(i, lanes, mask), second[0].load(i, lanes, mask)
+    cos, sin = (k.convert(each, a.type) for each in (cos, sin))
     first[1].store(i, k.fma(a, cos, -(b * sin)), mask)
     second[1].store(i, k.fma(a, sin, b * cos), mask)
 

@@ -13,6 +13,7 @@ from tensorgraph.dtypes import DType
 from tensorgraph.errors import ShapeError
 from tensorgraph.graph import Node
 from tensorgraph.op import Op
+from tensorgraph.ops.cases import a_type
 from tensorgraph.signature import Signature
 from tensorgraph.source import source_line
 
@@ -74,4 +75,6 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     lead = draw(st.sampled_from(((), (0,), (1,), (3,), (2, 5))))
     n = 2 ** draw(st.integers(0, 8))
-    return {"x": (rng.standard_normal((*lead, n)) * draw(st.sampled_from((1e-6, 1.0, 1e6)))).astype(np.float32)}, {}
+    dtype = a_type(draw)
+    size = 1.0 if dtype is np.float16 else draw(st.sampled_from((1e-6, 1.0, 1e6)))
+    return {"x": (rng.standard_normal((*lead, n)) * size).astype(dtype)}, {}

@@ -13,6 +13,7 @@ from tensorgraph.dtypes import DType
 from tensorgraph.errors import ShapeError
 from tensorgraph.graph import Node
 from tensorgraph.op import Op
+from tensorgraph.ops.cases import a_type
 from tensorgraph.signature import Signature
 from tensorgraph.source import source_line
 
@@ -92,10 +93,10 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
     batch = [e * draw(st.sampled_from((1, 2, 3))) for e in mine]
     batch = draw(st.sampled_from(((), (2,)))) + tuple(batch)
     size = draw(st.sampled_from((1e-12, 1.0, 1e12)))
-    a = (rng.standard_normal((*mine, m, k)) * size).astype(np.float32)
+    a = (rng.standard_normal((*mine, m, k)) * size).astype(a_type(draw) if size == 1 else np.float32)
     return {
-        "a": a.astype(np.float16) if size == 1 and draw(st.booleans()) else a,
-        "b": rng.standard_normal((*batch, n, k)).astype(np.float32),
+        "a": a,
+        "b": rng.standard_normal((*batch, n, k)).astype(a_type(draw)),
     }, {}
 
 

@@ -12,6 +12,7 @@ from tensorgraph.dtypes import DType
 from tensorgraph.errors import InputError, ShapeError
 from tensorgraph.graph import Node
 from tensorgraph.op import Op, node_bytes
+from tensorgraph.ops.cases import a_type, indices
 from tensorgraph.ops.products.mul_mat import blas_ready
 from tensorgraph.signature import Signature
 from tensorgraph.source import source_line
@@ -92,9 +93,9 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     n_experts, n_used, n_tokens = draw(st.integers(1, 9)), draw(st.integers(1, 4)), draw(st.integers(0, 6))
     m, k = draw(st.sampled_from((1, 7, 16, 33))), draw(st.sampled_from((1, 8, 31, 32, 64, 256)))
-    ids = rng.integers(draw(st.sampled_from((-1, 0))), n_experts, (n_tokens, n_used)).astype(np.int32)
-    a = rng.standard_normal((n_experts, m, k)).astype(np.float32)
-    b = rng.standard_normal((n_tokens, draw(st.sampled_from((1, n_used))), k)).astype(np.float32)
+    ids = indices(draw, draw(st.sampled_from((-1, 0))), n_experts, (n_tokens, n_used))
+    a = rng.standard_normal((n_experts, m, k)).astype(a_type(draw))
+    b = rng.standard_normal((n_tokens, draw(st.sampled_from((1, n_used))), k)).astype(a_type(draw))
     return {"a": a, "b": b, "ids": ids}, {}
 
 

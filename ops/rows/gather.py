@@ -12,6 +12,7 @@ from tensorgraph.dtypes import DType
 from tensorgraph.errors import AttributeValueError, DTypeError, ShapeError
 from tensorgraph.graph import Node
 from tensorgraph.op import Attr, Op
+from tensorgraph.ops.cases import ANY, INTS, THOUSANDS, a_type, at_times_long, numbers
 from tensorgraph.ops.rows.index import none_of
 from tensorgraph.source import source_line
 
@@ -136,18 +137,19 @@ def _draw_ids(draw: Any, distinct: bool) -> tuple[Array, Array, int]:
     from hypothesis import strategies as st
 
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    shape = draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
+    shape = at_times_long(draw, draw(st.lists(st.integers(1, 6), min_size=1, max_size=3)))
     axis = draw(st.integers(-len(shape), len(shape) - 1))
-    wanted = [draw(st.integers(0, n)) for n in shape]
+    wanted = [n if n in THOUSANDS else draw(st.integers(0, n)) for n in shape]
     if not distinct:
         wanted[axis] = draw(st.integers(0, 9))
     ids = np.argsort(rng.random(shape), axis)  # distinct along the axis
     if not distinct:
         ids = rng.integers(0, shape[axis], [max(m, n) for m, n in zip(wanted, shape, strict=True)])
-    ids = ids[tuple(slice(n) for n in wanted)].astype(np.int32)
-    if draw(st.booleans()):
+    ids = ids[tuple(slice(n) for n in wanted)]
+    if none := draw(st.booleans()):
         ids[rng.random(ids.shape) < 0.3] = -1
-    return rng.standard_normal(shape).astype(np.float32), ids, axis
+    fitting = [t for t in INTS if shape[axis] <= np.iinfo(t).max and -none >= np.iinfo(t).min]
+    return numbers(draw, shape, ANY), ids.astype(a_type(draw, fitting)), axis
 
 
 @gather.cases
@@ -159,7 +161,7 @@ def gather_cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
 @scatter.cases
 def scatter_cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
     x, ids, axis = _draw_ids(draw, distinct=True)
-    return {"x": x, "ids": ids, "src": np.arange(ids.size, dtype=np.float32).reshape(ids.shape)}, {"axis": axis}
+    return {"x": x, "ids": ids, "src": np.arange(ids.size).reshape(ids.shape).astype(x.dtype)}, {"axis": axis}
 
 
 @gather.typical

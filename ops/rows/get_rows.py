@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from tensorgraph.dims import Bindings, Extent, Shape, evaluate
@@ -13,6 +12,7 @@ from tensorgraph.dtypes import DType, f32, i32, i64
 from tensorgraph.errors import DTypeError
 from tensorgraph.graph import Node
 from tensorgraph.op import Op, node_bytes
+from tensorgraph.ops.cases import INTS, REALS, at_times_long, indices, numbers
 from tensorgraph.ops.rows.index import none_of
 from tensorgraph.signature import Signature
 from tensorgraph.source import source_line
@@ -74,12 +74,11 @@ def repeats(run: Callable[..., Array], a: Array, ids: Array) -> None:
 def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
     from hypothesis import strategies as st
 
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     batch = draw(st.sampled_from(((), (1,), (2,), (2, 3))))
     m, n, r = draw(st.integers(1, 40)), draw(st.sampled_from((0, 1, 3, 8, 33, 64, 256))), draw(st.integers(0, 9))
-    kinds = (np.float32, np.float32, np.float16, ml_dtypes.bfloat16, np.float64, np.int32, np.int64, np.int8, np.uint8)
-    a = (100 * rng.random((*batch, m, n))).astype(draw(st.sampled_from(kinds)))
-    return {"a": a, "ids": rng.integers(-1, m, (*batch, r)).astype(draw(st.sampled_from((np.int32, np.int64))))}, {}
+    *batch, r, n = at_times_long(draw, (*batch, r, n))
+    a = numbers(draw, (*batch, m, n), (*REALS, *INTS), 100.0)
+    return {"a": a, "ids": indices(draw, draw(st.sampled_from((-1, 0))), m, (*batch, r))}, {}
 
 
 @get_rows.typical

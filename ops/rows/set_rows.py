@@ -12,6 +12,7 @@ from tensorgraph.dtypes import DType
 from tensorgraph.errors import DTypeError, ShapeError
 from tensorgraph.graph import Node
 from tensorgraph.op import Attr, Op
+from tensorgraph.ops.cases import INTS, THOUSANDS, a_type, at_times_long
 from tensorgraph.ops.formats import block_format, decode, encode
 from tensorgraph.ops.rows.index import none_of
 from tensorgraph.signature import Signature
@@ -83,7 +84,7 @@ def flops(node: Node) -> Extent:
 @set_rows.law
 def nothing_written(run: Callable[..., Array], a: Array, b: Array, ids: Array, **attrs: Any) -> None:
     """Rows of -1 leave everything as it was."""
-    np.testing.assert_array_equal(run(a, b, np.full_like(ids, -1)), a)
+    np.testing.assert_array_equal(run(a, b, np.full_like(ids, -1, np.int32)), a)
 
 
 @set_rows.cases
@@ -93,12 +94,13 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     mine = draw(st.sampled_from(((), (1,), (2,), (1, 2))))
     batch = [n * draw(st.sampled_from((1, 3))) for n in mine]
-    m, n = draw(st.integers(1, 20)), draw(st.sampled_from((0, 1, 5, 32)))
-    r = draw(st.integers(0, m))
-    ids = np.argsort(rng.random((*mine, m)), -1)[..., :r].astype(draw(st.sampled_from((np.int32, np.int64))))
+    m, n = at_times_long(draw, (draw(st.integers(1, 20)), draw(st.sampled_from((0, 1, 5, 32)))))
+    r = m if m in THOUSANDS else draw(st.integers(0, m))
+    ids = np.argsort(rng.random((*mine, m)), -1)[..., :r]
     a, b = (rng.standard_normal((*batch, rows, n)) * 100 for rows in (m, r))
     types = ((np.float32, np.float32), (np.float16, np.float32), (np.float16, np.float64), (np.float32, np.float16))
     kinds = draw(st.sampled_from((*types, *((t, t) for t in (np.float64, np.int32, np.int64, np.int8, np.bool_)))))
+    ids = ids.astype(a_type(draw, [t for t in INTS if m <= np.iinfo(t).max]))
     return {"a": a.astype(kinds[0]), "b": b.astype(kinds[1]), "ids": ids}, {}
 
 

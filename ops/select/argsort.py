@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tensorgraph.op import Attr, Op
+from tensorgraph.ops.cases import a_type
 
 Array = np.ndarray[Any, Any]
 
@@ -50,7 +51,7 @@ def draw_rows(draw: Any) -> Array:
     if draw(st.booleans()):
         x = np.round(x)
     x[rng.random(x.shape) < 0.05] = draw(st.sampled_from((0.0, np.inf, -np.inf)))
-    return x.astype(np.float32)
+    return x.astype(a_type(draw))
 
 
 @argsort.cases

@@ -10,6 +10,7 @@ import numpy as np
 from tensorgraph.dims import Extent
 from tensorgraph.graph import Node
 from tensorgraph.op import Attr, Op
+from tensorgraph.ops.cases import a_type
 
 Array = np.ndarray[Any, Any]
 
@@ -77,7 +78,7 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
     if draw(st.booleans()):
         x[rng.random(x.shape) < 0.1] = np.nan
         x[rng.random(x.shape) < 0.1] = np.inf
-    return {"x": x.astype(np.float32)}, {"k": draw(st.sampled_from((1, 2, 7, 32, 300)))}
+    return {"x": x.astype(a_type(draw))}, {"k": draw(st.sampled_from((1, 2, 7, 32, 300)))}
 
 
 @top_k.typical

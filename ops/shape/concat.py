@@ -13,6 +13,7 @@ from tensorgraph.dtypes import DType
 from tensorgraph.errors import DTypeError, GraphError, ShapeError
 from tensorgraph.graph import Node
 from tensorgraph.op import Attr, Op, Prepared, Slots
+from tensorgraph.ops.cases import ANY, a_type, at_times_long, numbers
 from tensorgraph.source import source_line
 
 Array = NDArray[Any]
@@ -62,15 +63,12 @@ def none(node: Node) -> Extent:
 @concat.cases
 def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
     from hypothesis import strategies as st
-    from hypothesis.extra import numpy as arrays
 
-    shape = draw(st.lists(st.sampled_from((0, 1, 2, 5, 8)), min_size=1, max_size=3))
+    shape = at_times_long(draw, draw(st.lists(st.sampled_from((0, 1, 2, 5, 8)), min_size=1, max_size=3)))
     axis = draw(st.integers(0, len(shape) - 1))
-    dtype = draw(st.sampled_from((np.float32, np.int32)))
-    values = st.integers(-9, 9) if dtype is np.int32 else st.floats(-9, 9, width=16)
-    lengths = draw(st.lists(st.sampled_from((0, 1, 3, 7)), min_size=1, max_size=4))
+    lengths, types = draw(st.lists(st.sampled_from((0, 1, 3, 7, shape[axis])), min_size=1, max_size=4)), [a_type(draw, ANY)]
     shapes = [(*shape[:axis], n, *shape[axis + 1 :]) for n in lengths]
-    return {f"x{i}": draw(arrays.arrays(dtype, s, elements=values)) for i, s in enumerate(shapes)}, {"axis": axis}
+    return {f"x{i}": numbers(draw, s, types) for i, s in enumerate(shapes)}, {"axis": axis}
 
 
 @concat.typical

@@ -13,6 +13,8 @@ from tensorgraph.dtypes import DType
 from tensorgraph.errors import AttributeValueError, DTypeError, ShapeError
 from tensorgraph.graph import Node
 from tensorgraph.op import Attr, Op, Prepared, Slots
+from tensorgraph.ops.cases import ANY, numbers
+from tensorgraph.ops.shape.axes import of_every_axis
 from tensorgraph.source import source_line
 
 Array = NDArray[Any]
@@ -39,9 +41,8 @@ Raises: ShapeError: but for zeros, x is too short for so many, or the axis is kn
 
 
 @pad.prepare
-def of_every_axis(x: Node, *, before: Sequence[int] = (), after: Sequence[int] = (), mode: str = "zeros") -> Prepared:
-    n = x.ndim if isinstance(x, Node) else 0
-    return {"x": x}, {"before": (*(0,) * (n - len(before)), *before), "after": (*(0,) * (n - len(after)), *after), "mode": mode}
+def given_by_axis(x: Node, *, before: Sequence[int] = (), after: Sequence[int] = (), mode: str = "zeros") -> Prepared:
+    return {"x": x}, {"before": of_every_axis(x, before), "after": of_every_axis(x, after), "mode": mode}
 
 
 @pad.shape
@@ -98,15 +99,12 @@ def ends_come_off(run: Callable[..., Array], x: Array, *, before: tuple[int, ...
 @pad.cases
 def cases(draw: Callable[[Any], Any]) -> tuple[dict[str, Array], dict[str, Any]]:
     from hypothesis import strategies as st
-    from hypothesis.extra import numpy as arrays
 
     shape = draw(st.lists(st.sampled_from((0, 1, 2, 5, 8, 33)), max_size=4 if draw(st.booleans()) else 2))
     mode = draw(st.sampled_from(("zeros", "circular", "reflect")))
     ends = [st.sampled_from([n for n in (0, 0, 1, 3, 19) if mode == "zeros" or n <= max(extent - 1, 0)]) for extent in shape]
     attrs = {name: tuple(draw(end) for end in ends) for name in ("before", "after")}
-    dtype = draw(st.sampled_from((np.float32, np.int32)))
-    values = st.integers(-9, 9) if dtype is np.int32 else st.floats(-9, 9, width=16)
-    return {"x": draw(arrays.arrays(dtype, tuple(shape), elements=values))}, attrs | {"mode": mode}
+    return {"x": numbers(draw, shape, ANY)}, attrs | {"mode": mode}
 
 
 @pad.typical

@@ -13,6 +13,7 @@ from tensorgraph.dtypes import DType
 from tensorgraph.errors import ShapeError
 from tensorgraph.graph import Node
 from tensorgraph.op import Attr, Op, Prepared, Slots
+from tensorgraph.ops.cases import ANY, at_times_long, numbers
 from tensorgraph.source import source_line
 
 Array = NDArray[Any]
@@ -52,13 +53,12 @@ def none(node: Node) -> Extent:
 @repeat.cases
 def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
     from hypothesis import strategies as st
-    from hypothesis.extra import numpy as arrays
 
-    shape = draw(st.lists(st.sampled_from((0, 1, 2, 5, 8)), max_size=3))
+    shape = at_times_long(draw, draw(st.lists(st.sampled_from((0, 1, 2, 5, 8)), max_size=3)))
     times = draw(st.lists(st.integers(0, 3), min_size=len(shape), max_size=len(shape) + 1))
     lead = len(times) - len(shape)
     wanted = (*times[:lead], *(n * m for n, m in zip(times[lead:], shape, strict=True)))
-    return {"x": draw(arrays.arrays(np.float32, tuple(shape), elements=st.floats(-9, 9, width=16)))}, {"shape": wanted}
+    return {"x": numbers(draw, shape, ANY)}, {"shape": wanted}
 
 
 @repeat.typical

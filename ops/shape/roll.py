@@ -13,6 +13,8 @@ from tensorgraph.dtypes import DType
 from tensorgraph.errors import AttributeValueError, DTypeError, ShapeError
 from tensorgraph.graph import Node
 from tensorgraph.op import Attr, Op, Prepared, Slots
+from tensorgraph.ops.cases import ANY, numbers
+from tensorgraph.ops.shape.axes import of_every_axis
 from tensorgraph.source import source_line
 
 Array = NDArray[Any]
@@ -27,8 +29,8 @@ Raises: ShapeError: an axis that is rolled is known only when a step runs.
 
 
 @roll.prepare
-def of_every_axis(x: Node, *, shifts: Sequence[int]) -> Prepared:
-    return {"x": x}, {"shifts": (*(0,) * ((x.ndim if isinstance(x, Node) else 0) - len(shifts)), *shifts)}
+def given_by_axis(x: Node, *, shifts: Sequence[int]) -> Prepared:
+    return {"x": x}, {"shifts": of_every_axis(x, shifts)}
 
 
 @roll.shape
@@ -64,11 +66,9 @@ def back_again(run: Callable[..., Array], x: Array, *, shifts: tuple[int, ...]) 
 def cases(draw: Callable[[Any], Any]) -> tuple[dict[str, Array], dict[str, Any]]:
     from hypothesis import strategies as st
 
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     shape = draw(st.lists(st.sampled_from((0, 1, 2, 5, 8, 33)), max_size=4))
     shifts = tuple(draw(st.sampled_from((0, 0, 1, -1, 3, -70, 35))) for _ in shape)
-    x = rng.integers(-99, 99, shape).astype(draw(st.sampled_from((np.float32, np.int32, np.float16))))
-    return {"x": x}, {"shifts": shifts}
+    return {"x": numbers(draw, shape, ANY)}, {"shifts": shifts}
 
 
 @roll.typical

@@ -9,6 +9,8 @@ from tensorgraph.backends.cpu.kernel import Kernel, cpu_kernel
 from tensorgraph.backends.cpu.operands import Operand
 from tensorgraph.ops.shape.triangle import KINDS, diag_mask_inf, diag_mask_zero, tri
 
+_FAR = 1 << 62
+
 
 @cpu_kernel(tri)
 def emit_tri(k: Kernel, x: Operand, y: Operand, *, kind: str) -> None:
@@ -30,7 +32,8 @@ def _keep(k: Kernel, x: Operand, y: Operand, lower: bool, right: int, other: flo
     """Columns up to, or from, so many to the right of the diagonal."""
     with k.rows(y.shape[:-1]) as index:
         row, out = x.row(index), y.row(index)
-        edge = k.splat(k.narrow(index[-1] + right, I32), k.lanes)
+        end = k.min(k.i64(y.shape[-1]), index[-1] + min(right, _FAR))  # before it is cut to 32 bits
+        edge = k.splat(k.narrow(end, I32), k.lanes)
 
         def write(i: Value, mask: Value | None, _: list[Value]) -> None:
             columns = k.lane_numbers(k.lanes) + k.narrow(i, I32)

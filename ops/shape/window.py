@@ -13,6 +13,8 @@ from tensorgraph.dtypes import DType
 from tensorgraph.errors import AttributeValueError, DTypeError, ShapeError
 from tensorgraph.graph import Node
 from tensorgraph.op import Attr, Op, Prepared, Slots
+from tensorgraph.ops.cases import ANY, REALS, a_type, numbers
+from tensorgraph.ops.shape.axes import of_every_axis
 from tensorgraph.source import source_line
 
 Array = NDArray[Any]
@@ -30,8 +32,8 @@ def _window(name: str, kind: str, write: Callable[[Array, Array], Array]) -> Op:
     )
 
     @op.prepare
-    def of_every_axis(a: Node, b: Node, *, offset: Sequence[int] = ()) -> Prepared:
-        return {"a": a, "b": b}, {"offset": (*(0,) * ((a.ndim if isinstance(a, Node) else 0) - len(offset)), *offset)}
+    def given_by_axis(a: Node, b: Node, *, offset: Sequence[int] = ()) -> Prepared:
+        return {"a": a, "b": b}, {"offset": of_every_axis(a, offset)}
 
     @op.shape
     def like_a(slots: Slots, attrs: Mapping[str, Any]) -> tuple[Shape, DType]:
@@ -68,11 +70,10 @@ def _window(name: str, kind: str, write: Callable[[Array, Array], Array]) -> Op:
     def cases(draw: Callable[[Any], Any]) -> tuple[dict[str, Array], dict[str, Any]]:
         from hypothesis import strategies as st
 
-        rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
         shape = draw(st.lists(st.sampled_from((0, 1, 2, 5, 8, 33)), max_size=4))
         sizes = [draw(st.integers(0, n)) for n in shape]
-        dtype = draw(st.sampled_from((np.float32, np.float16, *((np.int32, np.bool_) if kind == "any" else ()))))
-        a, b = ((9 * rng.standard_normal(n)).astype(dtype) for n in (shape, sizes))
+        types = [a_type(draw, ANY if kind == "any" else REALS)]
+        a, b = (numbers(draw, n, types) for n in (shape, sizes))
         return {"a": a, "b": b}, {"offset": tuple(draw(st.integers(0, n - m)) for n, m in zip(shape, sizes, strict=True))}
 
     @op.typical

@@ -179,3 +179,9 @@ def test_inputs_that_do_not_fit(pair: Op) -> None:
         pair(a, a, a, a)
     with pytest.raises(GraphError, match=r"\[test_pair\] c must be a value of a graph; got 3.0 \(test_signature.py:\d+\)"):
         pair(a, c=3.0)
+
+
+def test_an_axis_of_the_result_that_nothing_gives_is_said() -> None:
+    for text in ("x[..., N]: real -> y[..., M]: x", "x[..., N]: real, w[M]?: real -> y[M]: x"):
+        with pytest.raises(GraphError, match=r"\[op\] wanted an input or attribute that says M of y\[.*M\]: x; got none"):
+            Signature.parse(text).infer("op", {"x": input("x", [4], "f32")}, {})

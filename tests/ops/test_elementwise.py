@@ -219,6 +219,9 @@ def test_arange() -> None:
     for wrong in ({"stop": math.inf}, {"stop": 1.0, "step": 0.0}, {"stop": math.nan}):
         with pytest.raises(AttributeValueError, match=r"\[arange\] start, stop and step must be finite, and step not 0; got"):
             ops.arange(**wrong)
+    for far in ({"start": -1e308, "stop": 1.7e308, "step": 1e-3}, {"stop": 1e308, "step": 1e-30}):
+        with pytest.raises(AttributeValueError, match=r"\[arange\] \(stop - start\) / step must be finite; got start"):
+            ops.arange(**far)
     with pytest.raises(DTypeError, match=r"\[arange\] dtype must be a real or int type; got bool"):
         ops.arange(stop=1.0, dtype="bool")
 

@@ -95,6 +95,9 @@ def test_pad_of_the_last_axes_and_its_refusals() -> None:
     for wrong in ((-1,), (1, 1, 1), (1.5,), (True,)):
         with pytest.raises(AttributeValueError, match=r"\[pad\] before must be numbers that are not negative"):
             ops.pad(x, before=wrong)  # type: ignore[arg-type]
+    with pytest.raises(AttributeValueError, match=r"\[pad\] after must be tuple; got 3"):
+        ops.pad(x, after=3)  # type: ignore[arg-type]
+    assert ops.pad(x, after=np.array([1, 2])).attrs["after"] == (1, 2)  # type: ignore[arg-type]
     for mode, most in (("circular", 4), ("reflect", 3)):
         assert ops.pad(x, after=(most,), mode=mode).shape == (t, 4 + most)
         for many in ((most + 1,), (1, 0)):
@@ -121,6 +124,10 @@ def test_roll_shapes_and_refusals() -> None:
         ops.roll(x, shifts=(1, 0))
     with pytest.raises(AttributeValueError, match=r"\[roll\] shifts must be whole numbers, at most one for each axis"):
         ops.roll(x, shifts=(1, 1, 1))
+    for alone in (3, np.array(3)):
+        with pytest.raises(AttributeValueError, match=r"\[roll\] shifts must be tuple; got"):
+            ops.roll(x, shifts=alone)  # type: ignore[arg-type]
+    assert ops.roll(x, shifts=np.array([3])).attrs["shifts"] == (0, 3)  # type: ignore[arg-type]
 
 
 def test_diagonals_and_triangles() -> None:

@@ -107,3 +107,41 @@ def test_a_package_grows(tmp_path: Path) -> None:
     assert (tmp_path / "pyproject.toml").read_text() == project + "# mine\n" and "pyproject.toml" not in text
     imports = [line for line in (tmp_path / "mine/__init__.py").read_text().splitlines() if line.startswith("from mine")]
     assert imports == ["from mine.another import another", "from mine.first import first"]
+
+
+def test_a_second_family_of_a_package_is_said_to_need_lines(tmp_path: Path) -> None:
+    ok("new-op", "first", "--family", "mine", "--package", tmp_path)
+    project = tmp_path / "pyproject.toml"
+    before = project.read_text()
+    assert as_json("new-op", "second", "--family", "mine", "--package", tmp_path)["next"][1].startswith("Make the plugin known")
+    told = as_json("new-op", "third", "--family", "other", "--package", tmp_path)["next"]
+    assert told[1:3] == [
+        f'The family is new: add "other" to packages in {project}',
+        f'The family is new: add other = "other" to [project.entry-points."tensorgraph.plugins"] in {project}',
+    ]
+    assert project.read_text() == before
+    both = before.replace('["mine"]', '["mine", "other"]').replace('mine = "mine"', 'mine = "mine"\nother = "other"')
+    project.write_text(both)
+    assert len(as_json("new-op", "fourth", "--family", "other", "--package", tmp_path)["next"]) == 2
+    project.write_text("[tool.setuptools.packages.find]\n")
+    assert len(as_json("new-op", "fifth", "--family", "other", "--package", tmp_path)["next"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("signature", "said"),
+    [
+        ("k[N]: real -> z[N]: k", "each a Python name of its own, and not k, run or y, which the files use themselves; got 'k'"),
+        ("x[N]: real, y[N]: x -> z[N]: x", "got 'y'"),
+        ("lambda[N]: real -> y[N]: f32", "got 'lambda'"),
+        ("1x[N]: real -> y[N]: f32", "got '1x'"),
+        ("x[N]: real, x[N]: real -> y[N]: x", "got 'x'"),
+        ("x[..., N]: real -> y[..., M]: x", "M in the result of --signature must be an axis or type of an input"),
+        ("-> y[N]: f32", "N in the result of --signature must be"),
+        ("-> y[...]: f32", "... in the result of --signature must be"),
+        ("x[...]: real -> y[...]: dtype", "dtype in the result of --signature must be"),
+        ("x[...]: real -> y[...]: real", "real in the result of --signature must be"),
+    ],
+)
+def test_signatures_that_cannot_be_are_refused(signature: str, said: str, tmp_path: Path) -> None:
+    assert said in refused("new-op", "a", "--family", "f", "--package", tmp_path, "--signature", signature)
+    assert list(tmp_path.iterdir()) == []

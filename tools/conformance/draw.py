@@ -24,10 +24,10 @@ MANY_ROWS = 1031
 LONG = 1000
 """An axis as long as this stands alone: the others of its input are then short."""
 TYPES = {
-    "real": ("f32", "f16", "bf16"),
-    "float": ("f32", "f16", "bf16"),
-    "int": ("i32", "i64"),
-    "any": ("f32", "f16", "bf16", "i32", "bool"),
+    "real": ("f32", "f16", "bf16", "f64"),
+    "float": ("f32", "f16", "bf16", "f64"),
+    "int": ("i32", "i64", "i16", "i8", "u8"),
+    "any": ("f32", "f16", "bf16", "f64", "i32", "i64", "i16", "i8", "u8", "bool"),
 }
 KINDS_OF_VALUES = ("one", "ties", "zero", "mixed", "tiny", "huge", "subnormal", "infinite", "nan")
 SPECIAL = 0.1
