@@ -12,7 +12,7 @@ from tensorgraph import source
 
 BUILDER = "builder.py"
 """What model files call to build nodes: no line of it says more than theirs."""
-OWN = "tensorgraph"
+OWN, MODELS = "tensorgraph.", "tensorgraph.models"
 N_OWN = 2  # the core and the ops, which stay hidden
 
 
@@ -32,14 +32,13 @@ def shared_files_shown() -> Iterator[None]:
 def source_text(where: str) -> str:
     """The line that `file.py:31` means, of the only imported file of that name; empty where there is none, or several.
 
-    Users' files come before the package's own.
+    Of the package's own files those of models count.
     """
     name, _, number = where.rpartition(":")
-    own = tuple(source._hidden[:N_OWN])  # no node's line is there
-    found: dict[bool, set[str]] = {True: set(), False: set()}
+    files = []
     for module, loaded in list(sys.modules.items()):
         file = getattr(loaded, "__file__", None)
-        if file and Path(file).name == name and not file.startswith(own):
-            found[module.partition(".")[0] == OWN].add(file)
-    files = list(found[False] or found[True])
+        builds = not module.startswith(OWN) or module.rpartition(".")[0] == MODELS
+        if file and Path(file).name == name and builds and file not in files:
+            files.append(file)
     return linecache.getline(files[0], int(number)).strip() if len(files) == 1 and number.isdigit() else ""

@@ -287,13 +287,17 @@ def test_one_dead_element_of_a_quantised_product_is_found(exact: bool, tmp_path:
     assert rerun(load_reproduction(str(found.first.reproduction)), device).first is not None
 
 
-def test_users_lines_come_before_those_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_files_that_build_graphs_are_where_lines_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model.py").write_text("first\nsecond\n")
     own, users = (ModuleType(name) for name in ("tensorgraph.models.own.model", "model"))
     own.__file__, users.__file__ = str(tmp_path / "own" / "model.py"), str(tmp_path / "model.py")
     for module in (own, users):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     assert source_text("model.py:2") == "second"
+    other = ModuleType("theirs.model")
+    other.__file__ = str(tmp_path / "theirs" / "model.py")
+    monkeypatch.setitem(sys.modules, other.__name__, other)
+    assert source_text("model.py:2") == ""  # which of the two is not known
 
 
 def test_with_and_without_a_pass(wrong_pattern: None) -> None:
