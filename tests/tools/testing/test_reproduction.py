@@ -6,6 +6,7 @@ import json
 import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -183,7 +184,7 @@ def test_files_that_say_something_else_are_refused_or_computed(tmp_path: Path, d
         for _ in range(data.draw(st.integers(1, 2))):
             found = places(text)
             container, key = found[data.draw(st.integers(0, len(found) - 1))]
-            container[key] = data.draw(OTHERS)
+            container[key] = deepcopy(data.draw(OTHERS))
 
     path = rewritten(saved().save(tmp_path / "one.npz"), change)
     tracemalloc.start()
