@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from enum import Enum
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,16 +13,14 @@ import pytest
 from tensorgraph import registry
 from tensorgraph.compiler import CompileOptions
 from tensorgraph.dims import Dim
-from tensorgraph.errors import InputError, UnknownNameError
-from tensorgraph.graph import Graph, Node, append, choose, constant, input, structure_line
-from tensorgraph.op import Attr, Op
+from tensorgraph.errors import UnknownNameError
+from tensorgraph.graph import Graph, Node, choose, constant, input, structure_line
+from tensorgraph.op import Op
 from tensorgraph.ops import cos, mul, mul_mat, relu, rms_norm, scale, silu, sin, top_k
-from tensorgraph.ops.formats.blocks import encode_rows
 from tensorgraph.passes import EliminateCommon, rewrite
 from tensorgraph.tools.testing import Limits, Report, Terms, compare, load_reproduction, rerun
 from tensorgraph.tools.testing.cuts import cuts
 from tensorgraph.tools.testing.pair import Pair
-from tensorgraph.tools.testing.source_lines import source_text
 from tests.ops.kernel_devices import Float32Device, KernelDevice
 from tests.tools.testing.wrong_devices import JoiningDevice, last_element_off, reads, wrong_node
 
@@ -124,27 +119,6 @@ def test_what_was_found_is_told_where_it_cannot_be_saved(tmp_path: Path) -> None
     report = checked(gated(), wrong_node("wrong", reads("up"), last_element_off), folder=tmp_path / "file")
     assert report.first is not None and report.first.node.name == "up" and report.first.reproduction is None
     assert "not saved: [reproduction]" in str(report) and "cannot be written" in report.first.unsaved
-
-
-class Kind(Enum):
-    ONE = 1
-
-
-@pytest.mark.parametrize("value", [Kind.ONE, (np.float32(1.5),), (np.int64(3),)])
-def test_what_was_found_is_told_whatever_attributes_its_node_has(tmp_path: Path, value: object) -> None:
-    """NumPy's numbers are written as numbers; what cannot be written is said."""
-    op = Op("odd_scale", "x[...]: float -> y[...]: x", attrs={"kind": Attr(type(value))})
-    op.reference(lambda x, kind: x * 2)
-    try:
-        device = wrong_node("wrong", lambda node: node.op == "odd_scale", last_element_off)
-        first = checked(Graph(y=op(input("x", (T, 64)), kind=value)), device, folder=tmp_path).first
-        assert first is not None and first.node.op == "odd_scale"
-        if isinstance(value, Kind):
-            assert first.reproduction is None and "wanted an attribute that can be written; got <Kind.ONE: 1>" in first.unsaved
-        else:
-            assert rerun(load_reproduction(str(first.reproduction)), device).first is not None
-    finally:
-        registry.ops.remove("odd_scale")
 
 
 def sine_of_product(node: Node, source: Node) -> bool:
@@ -264,42 +238,6 @@ def test_a_wrong_pass_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.first.node.attrs["scale"] == "3" and not report.first.alone and "right by itself" in report.first.verdict
 
 
-def one_dead(y: Array) -> Array:
-    """An element of the usual size is zero."""
-    y = np.array(y)
-    y.reshape(-1)[np.abs(np.abs(y) - np.sqrt(np.square(y).mean())).argmin()] = 0
-    return y
-
-
-@pytest.mark.parametrize("exact", [True, False])
-def test_one_dead_element_of_a_quantised_product_is_found(exact: bool, tmp_path: Path) -> None:
-    """Of 8192, which is less than rounding activations to 8 bits costs all of them."""
-    w = encode_rows(RNG.standard_normal((8192, 64)).astype(np.float32), "q4_0")
-    graph = Graph(y=mul_mat(constant("w", shape=(8192, 64), dtype="q4_0"), input("x", (T, 64))))
-    x, options = {"x": X["x"][:1]}, CompileOptions(exact=exact)
-    device = wrong_node("wrong", reads("w"), one_dead)
-    found, right = (
-        compare(graph, x, {"w": w}, terms=Terms(backends=("reference", on), options=options, folder=tmp_path))
-        for on in (device, "cpu")
-    )
-    assert found.first is not None and found.first.difference.nmse == pytest.approx(1 / 8192, rel=1e-2)
-    assert found.first.alone and found.first.difference.got == 0 and right.ok
-    assert rerun(load_reproduction(str(found.first.reproduction)), device).first is not None
-
-
-def test_the_files_that_build_graphs_are_where_lines_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "model.py").write_text("first\nsecond\n")
-    own, users = (ModuleType(name) for name in ("tensorgraph.models.own.model", "model"))
-    own.__file__, users.__file__ = str(tmp_path / "own" / "model.py"), str(tmp_path / "model.py")
-    for module in (own, users):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    assert source_text("model.py:2") == "second"
-    other = ModuleType("theirs.model")
-    other.__file__ = str(tmp_path / "theirs" / "model.py")
-    monkeypatch.setitem(sys.modules, other.__name__, other)
-    assert source_text("model.py:2") == ""  # which of the two is not known
-
-
 def test_with_and_without_a_pass(wrong_pattern: None) -> None:
     """One backend, the first side without the pass: they differ exactly where the pass is at fault."""
     device = KernelDevice("fusing")
@@ -406,23 +344,3 @@ def test_limits_can_be_set() -> None:
     assert checked(gated(), device, limits=Limits(node=1e-9, region=1e-9, whole=1e-9)).ok
     first = checked(gated(), wrong_node("wrong", reads("up"), lambda y: y * (1 + 1e-4)), limits=Limits(node=1e-9)).first
     assert first is not None and first.difference.nmse == pytest.approx(1e-8, rel=1e-2)
-
-
-def test_what_cannot_be_compared_is_refused() -> None:
-    with pytest.raises(InputError, match="there are no inputs z; known: x"):
-        compare(gated(), {**X, "z": X["x"]}, WEIGHTS)
-    with pytest.raises(InputError, match="there are no dims Q; known: T"):
-        compare(gated(), X, WEIGHTS, dims={"Q": 5})
-    with pytest.raises(InputError, match="wanted a Graph; got <relu"):
-        compare(relu(input("x", (T, 64))), X)  # type: ignore[arg-type]
-    for backends in (("reference",), "cpu", None):
-        with pytest.raises(InputError, match="wanted two backends"):
-            Terms(backends=backends)  # type: ignore[arg-type]
-    for graph in (Graph(y=relu(input("%1", (T, 64)))), Graph({"%1": relu(input("x", (T, 64)))})):
-        with pytest.raises(InputError, match="begin with no %; got %1"):
-            compare(graph, dict.fromkeys(graph.inputs, X["x"]))
-    with pytest.raises(InputError, match=r"wanted the inputs x; missing: x"):
-        compare(gated(), {}, WEIGHTS)
-    stored = append("k", input("x", (T, 64)), Dim("S", 64), input("x", (T, 64)).dtype)
-    with pytest.raises(InputError, match="compare_model; got the streams k"):
-        compare(Graph(y=stored, effects=[stored]), X)
