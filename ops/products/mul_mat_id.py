@@ -79,7 +79,7 @@ def bytes_moved(node: Node, dims: Bindings) -> int:
 def tokens_are_independent(run: Callable[..., Array], a: Array, b: Array, ids: Array) -> None:
     """A token that has no expert gives zeros and changes no other token."""
     if len(ids):
-        none = ids.copy()
+        none = ids.astype(np.int32)
         none[0] = -1
         full, rest = run(a, b, ids), run(a, b, none)
         np.testing.assert_array_equal(rest[0], np.zeros_like(rest[0]))
