@@ -45,4 +45,4 @@ def none(node: Node) -> Extent:
 @fill.law
 def one_value(run: Callable[..., NDArray[Any]], *, shape: tuple[int, ...], value: float, dtype: DType) -> None:
     y = run(shape=shape, value=value, dtype=dtype)
-    assert y.shape == tuple(shape) and (y == y.dtype.type(value)).all()
+    assert y.shape == tuple(shape) and (y == np.float64(value).astype(y.dtype)).all()

@@ -55,9 +55,9 @@ def seven_an_element(node: Node) -> Extent:
 def groups_stand_alone(run: Callable[..., Array], x: Array, *, n_groups: int, eps: float) -> None:
     """What is in the first group changes nothing in the others."""
     first = slice(0, -(-x.shape[-3] // n_groups))
-    changed, y = x.copy(), run(x, n_groups=n_groups, eps=eps)
+    changed, y = x.copy(), run(x, n_groups=n_groups, eps=eps).astype(np.float64)
     changed[..., first, :, :] = 1
-    z = run(changed, n_groups=n_groups, eps=eps)
+    z = run(changed, n_groups=n_groups, eps=eps).astype(np.float64)
     np.testing.assert_array_equal(z[..., first.stop :, :, :], y[..., first.stop :, :, :])
     np.testing.assert_array_equal(z[..., first, :, :], np.full_like(z[..., first, :, :], 0 if eps else np.nan))
 

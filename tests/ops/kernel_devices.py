@@ -13,6 +13,7 @@ from tensorgraph import registry
 from tensorgraph.backends.reference.device import ReferenceDevice
 from tensorgraph.device import Device, Part, Run, Values
 from tensorgraph.dims import evaluate_shape
+from tensorgraph.dtypes import f64
 from tensorgraph.graph import STRUCTURAL, Node
 from tensorgraph.op import Op
 
@@ -81,9 +82,11 @@ class KernelDevice(ReferenceDevice):
 
 
 class Float32Device(KernelDevice):
-    """Every product and sum in float32, sums one after another from the last element on."""
+    """Every product and sum in float32, unless an input is wider; sums one after another from the last element on."""
 
     def kernel(self, op: Op, slots: Slots, attrs: Mapping[str, Any]) -> Array:
+        if any(x.dtype == np.float64 for x in slots.values()) or attrs.get("dtype") == f64:
+            return super().kernel(op, slots, attrs)
         narrow = {s: x.astype(np.float32) if x.dtype.kind in "fV" else x for s, x in slots.items()}
         own = _FLOAT32.get(op.name)
         y = own(*op.arguments(narrow), **attrs) if own is not None else op.compute(narrow, attrs)

@@ -27,7 +27,7 @@ def test_every_op_has_typical_inputs(name: str) -> None:
     for slots, attrs in typical_cases(op):
         node = op.apply({slot: input(slot, x.shape, as_dtype(x.dtype)) for slot, x in slots.items()}, attrs)
         cost = op.cost(node, {})
-        assert 1 << 24 <= sum(node_bytes(n) for n in (node, *node.inputs)) <= 1 << 28
+        assert 1 << 24 <= sum(node_bytes(n) for n in (node, *node.inputs)) <= 1 << 29
         assert cost.size_bytes >= 1 << 26 or cost.flops > 4 * cost.size_bytes  # more than caches hold, or bound by arithmetic
 
 

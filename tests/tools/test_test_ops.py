@@ -114,7 +114,7 @@ def test_a_failing_case_runs_again_from_its_line() -> None:
     }
     for option, (value, mode) in other.items():
         assert "belongs to the mode" in refused("test-ops", mode, "--op", "neg", option, value)
-    assert "wanted 6 values, as silu is declared now; got 8" in refused(
+    assert "wanted 7 values, as silu is declared now; got 8" in refused(
         "test-ops", "--case", 'silu([5], 7, "f32", 1, "nan", false, "dense", 1)'
     )
     assert "wanted values one, ties" in refused("test-ops", "--case", 'silu([5], 7, "f32", 1, "wat", false, "dense")')

@@ -97,21 +97,19 @@ ENCODERS = (
         "vectors",
     ),
     _mistake("parts of words begin words", _WORDS, "else INNER + token", "else token", "words"),
-    _mistake(
-        "capital letters are kept", _WORDS, "BertNormalizer(lowercase=lowercase)", "BertNormalizer(lowercase=False)", "words"
-    ),
+    _mistake("capital letters are kept", _WORDS, "lowercase=lowercase, strip", "lowercase=False, strip", "words"),
     _mistake(
         "accents are kept",
         _WORDS,
-        "BertNormalizer(lowercase=lowercase)",
-        "BertNormalizer(lowercase=lowercase, strip_accents=False)",
+        "strip_accents=strip_accents, handle",
+        "strip_accents=False, handle",
         "words",
     ),
     _mistake(
         "Chinese in words",
         _WORDS,
-        "BertNormalizer(lowercase=lowercase)",
-        "BertNormalizer(lowercase=lowercase, handle_chinese_chars=False)",
+        "handle_chinese_chars=chinese",
+        "handle_chinese_chars=False",
         "words",
     ),
     _mistake("letters of no vocabulary are small", _WORDS, "token != token.lower() for", "False for", "words"),
