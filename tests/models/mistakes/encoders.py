@@ -121,6 +121,10 @@ ENCODERS = (
     _mistake("padding stays", _JSON, "tokenizer.no_padding()", "pass", "words"),
     _mistake("a file's truncation stays", _JSON, "tokenizer.no_truncation()", "pass", "files_of_words"),
     _mistake(
-        "a list's letters are small", _WORDS, "lowercase if isinstance(lowercase, bool) else None", "True", "files_of_words"
+        "a list's letters are small",
+        _WORDS,
+        "WordPiece(tokens, vocabulary, **said)",
+        "WordPiece(tokens, vocabulary)",
+        "files_of_words",
     ),
 )
