@@ -49,6 +49,7 @@ class KernelDevice(ReferenceDevice):
     def __init__(self, name: str, read: Read = _as_given, finish: Finish = _right) -> None:
         super().__init__(name)
         self.read, self.finish = read, finish
+        self.wide = False  # whether the node being computed is, or reads, f64
 
     def kernel(self, op: Op, slots: Slots, attrs: Mapping[str, Any]) -> Array:
         floats = {s: x.astype(np.float64) if x.dtype.kind in "fV" else x for s, x in slots.items()}
@@ -76,21 +77,28 @@ class KernelDevice(ReferenceDevice):
         if "shape" in attrs:
             attrs["shape"] = evaluate_shape(attrs["shape"], step.dims)
         read, finish = (self.read, self.finish) if node.op != "cont" else (_as_given, _right)  # conformance copies inputs by it
+        self.wide = any(n.dtype == f64 for n in (node, *node.inputs))
         slots = {slot: read(source, values, step) for slot, source in zip(node.slots, node.inputs, strict=True)}
         y = finish(node, slots, self.kernel(registry.ops.get(node.op), slots, attrs), step)
         return y.astype(node.dtype.numpy) if node.dtype.numpy is not None else y
 
 
 class Float32Device(KernelDevice):
-    """Every product and sum in float32, unless an input is wider; sums one after another from the last element on."""
+    """Every product and sum in float32, one after another from the last element on; in float64 where that cannot do: of wider
+    inputs, of squares that underflow, of sums as long as nobody adds up in one go."""
 
     def kernel(self, op: Op, slots: Slots, attrs: Mapping[str, Any]) -> Array:
-        if any(x.dtype == np.float64 for x in slots.values()) or attrs.get("dtype") == f64:
+        if self.wide or any(max(x.shape, default=0) > 1000 or _has_subnormals(x) for x in slots.values()):
             return super().kernel(op, slots, attrs)
         narrow = {s: x.astype(np.float32) if x.dtype.kind in "fV" else x for s, x in slots.items()}
         own = _FLOAT32.get(op.name)
         y = own(*op.arguments(narrow), **attrs) if own is not None else op.compute(narrow, attrs)
         return np.asarray(y).astype(np.float32) if np.asarray(y).dtype == np.float64 else np.asarray(y)
+
+
+def _has_subnormals(x: Array) -> bool:
+    size = np.abs(x.astype(np.float64))
+    return bool(((size > 0) & (size < 2.0**-60)).any()) if x.dtype.kind in "fV" else False
 
 
 def _sum(x: Array) -> Array:
