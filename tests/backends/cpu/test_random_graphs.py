@@ -121,12 +121,15 @@ def agrees(graph: Graph) -> None:
         if "positions" in graph.inputs:
             arrays["positions"] = rng.integers(0, 100, n).astype(np.int32)
         wanted = reference.run(arrays)
+        moved = reference.run({name: x * (1 + x.dtype.type(2**-23)) if x.dtype.kind == "f" else x for name, x in arrays.items()})
         for fuse, step in found.items():
             for name, y in step.run(arrays).items():
                 want = wanted[name].astype(np.float64)
                 assert y.shape == want.shape
-                worst = np.abs(y - want).max(initial=0.0) / max(np.abs(want).max(initial=0.0), 1e-30)
-                assert worst <= 1e-4, f"{name} of {n} tokens, fuse={fuse}: {worst:.1e}"
+                size = max(np.abs(want).max(initial=0.0), 1e-30)
+                worst = np.abs(y - want).max(initial=0.0) / size
+                rounding = np.abs(moved[name] - want).max(initial=0.0) / size  # of its inputs: some graphs cancel
+                assert worst <= max(1e-4, 16 * rounding), f"{name} of {n} tokens, fuse={fuse}: {worst:.1e}"
 
 
 @given(graphs())
