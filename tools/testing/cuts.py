@@ -28,14 +28,21 @@ def values(graph: Graph, dims: Bindings) -> tuple[Node, ...]:
 
     Not views and choices, which are another's value, nor values of block types, which no run gives as they are.
     """
-    found: set[Node] = set()
-    stack = [*graph.effects, *graph.outputs.values()]
+    found = needed([*graph.effects, *graph.outputs.values()], (), dims)
+    return tuple(n for n in graph.nodes if n in found and (n.op not in STRUCTURAL or n.op in STATE) and not n.dtype.is_block)
+
+
+def needed(wanted: Iterable[Node], given: Collection[Node], dims: Bindings) -> set[Node]:
+    """What a step of these extents computes `wanted` by, from the values of `given`; `wanted` among it, `given` not."""
+    found = set(wanted)
+    stack = list(found)
     while stack:
         node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend((taken(node, dims),) if node.op == "choose" else node.inputs)
-    return tuple(n for n in graph.nodes if n in found and (n.op not in STRUCTURAL or n.op in STATE) and not n.dtype.is_block)
+        for source in (taken(node, dims),) if node.op == "choose" else node.inputs:
+            if source not in given and source not in found:
+                found.add(source)
+                stack.append(source)
+    return found
 
 
 def sources(node: Node, computed: Collection[Node], dims: Bindings) -> set[Node]:
@@ -61,19 +68,13 @@ def apart(graph: Graph, wanted: Collection[Node], given: Collection[Node], dims:
 
     A node may be both: what reads it takes the input. A choice is the form that it has in a step of these extents.
     """
-    needed, stack = set(wanted), list(wanted)
-    while stack:
-        node = stack.pop()
-        for source in (taken(node, dims),) if node.op == "choose" else node.inputs:
-            if source not in given and source not in needed:
-                needed.add(source)
-                stack.append(source)
+    inside = needed(wanted, given, dims)
     read: dict[Node, Node] = {}
     made: dict[Node, Node] = {}
     for node in graph.nodes:
         if node in given:
             read[node] = input(label(graph, node), node.shape, node.dtype)
-        if node in needed:
+        if node in inside:
             if node.op == "choose":
                 made[node] = read[taken(node, dims)]
             else:

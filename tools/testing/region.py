@@ -9,7 +9,7 @@ import numpy as np
 
 from tensorgraph.dims import Bindings
 from tensorgraph.graph import Graph, Node
-from tensorgraph.tools.testing.cuts import STATE, apart, label, taken, values
+from tensorgraph.tools.testing.cuts import STATE, apart, label, needed, values
 from tensorgraph.tools.testing.definition import dithered, perturbed
 from tensorgraph.tools.testing.difference import Limits, difference
 from tensorgraph.tools.testing.pair import Pair, Suspect
@@ -57,13 +57,7 @@ class Search:
 
 def between(graph: Graph, end: Node, known: Collection[Node], dims: Bindings) -> tuple[Node, ...]:
     """What computes `end` from known values, in order, itself included."""
-    found, stack = {end}, [end]
-    while stack:
-        node = stack.pop()
-        for source in (taken(node, dims),) if node.op == "choose" else node.inputs:
-            if source not in known and source not in found:
-                found.add(source)
-                stack.append(source)
+    found = needed([end], known, dims)
     return (*(n for n in values(graph, dims) if n in found and n is not end), end)
 
 

@@ -12,7 +12,7 @@ from tensorgraph.errors import FormatError
 from tensorgraph.graph import Graph, Node
 from tensorgraph.op import node_bytes
 from tensorgraph.state import StateSpec
-from tensorgraph.tools.testing.cuts import taken
+from tensorgraph.tools.testing.cuts import needed
 from tensorgraph.tools.testing.side import Arrays
 from tensorgraph.verify import verify
 
@@ -41,7 +41,8 @@ def check_graph(graph: Graph, dims: Bindings, most_bytes: int) -> None:
         if not 0 <= dims.get(name, -1) <= dim.max:
             raise FormatError(f"[graph] wanted the extent {name} from 0 to {dim.max}; got {dims.get(name)}")
     total = planned = 0
-    for node in _computed(graph, dims):
+    computed = needed([*graph.effects, *graph.outputs.values()], (), dims)
+    for node in (n for n in graph.nodes if n in computed):
         shape = evaluate_shape(node.shape, dims)
         if node.op == "copy" or min(shape, default=0) < 0:
             raise FormatError(f"[graph] wanted nodes as models write them; got {node!r}, here {list(shape)}")
@@ -56,18 +57,6 @@ def check_graph(graph: Graph, dims: Bindings, most_bytes: int) -> None:
                 raise FormatError(
                     f"[graph] wanted values of {most_bytes} bytes at most; got more, with {node!r} as {list(shape)}"
                 )
-
-
-def _computed(graph: Graph, dims: Bindings) -> list[Node]:
-    """All nodes of a step, views and choices, too, in order."""
-    found: set[Node] = set()
-    stack = [*graph.effects, *graph.outputs.values()]
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend((taken(node, dims),) if node.op == "choose" else node.inputs)
-    return [node for node in graph.nodes if node in found]
 
 
 def _check_view(node: Node, dims: Bindings) -> None:
