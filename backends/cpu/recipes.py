@@ -56,12 +56,13 @@ def keys_of(recipes: Sequence[Recipe], compiler_key: str) -> dict[Recipe, str]:
         return {}
     weights.interleaved(dtypes.f32)  # which fills the table
     forms = tuple((name, form.codes) for name, form in sorted(weights.FORMS.items()))
-    types = _described((*sorted(dtypes.BY_NAME.values(), key=str), *forms))
     keys = {}
-    for recipe in recipes:
-        with suppress(_Undescribed):
-            said = f"{digest}|{compiler_key}|{types}|{_described(recipe)}"
-            keys[recipe] = hashlib.sha256(said.encode()).hexdigest()
+    with suppress(_Undescribed):
+        types = _described((*sorted(dtypes.BY_NAME.values(), key=str), *forms))
+        for recipe in recipes:
+            with suppress(_Undescribed):
+                said = f"{digest}|{compiler_key}|{types}|{_described(recipe)}"
+                keys[recipe] = hashlib.sha256(said.encode()).hexdigest()
     return keys
 
 
