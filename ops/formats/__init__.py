@@ -4,5 +4,17 @@ from tensorgraph.ops.formats import affine, few_bits, super_blocks, tabled
 from tensorgraph.ops.formats.blocks import FORMATS, BlockFormat, block_format
 from tensorgraph.ops.formats.blocks import decode_rows as decode
 from tensorgraph.ops.formats.blocks import encode_rows as encode
+from tensorgraph.ops.formats.drawn import random_blocks
 
-__all__ = ["FORMATS", "BlockFormat", "affine", "block_format", "decode", "encode", "few_bits", "super_blocks", "tabled"]
+__all__ = [
+    "FORMATS",
+    "BlockFormat",
+    "affine",
+    "block_format",
+    "decode",
+    "encode",
+    "few_bits",
+    "random_blocks",
+    "super_blocks",
+    "tabled",
+]
