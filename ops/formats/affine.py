@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tensorgraph.ops.formats.bits import as_f16, extreme, nearest, pack, read_f16, reciprocal, unpack
-from tensorgraph.ops.formats.blocks import F32, U8, BlockFormat, Parts, declare
+from tensorgraph.ops.formats.blocks import F32, U8, BlockFormat, Parts, Scale, declare
 
 
 def _declare_affine(name: str, bits: int, has_min: bool) -> BlockFormat:
@@ -39,7 +39,8 @@ def _declare_affine(name: str, bits: int, has_min: bool) -> BlockFormat:
         high = [pack(codes >> np.uint8(4), 1, 1)] if bits == 5 else []
         return np.concatenate([*head, *high, pack(codes, 4, 16)], axis=1)
 
-    return declare(name, 32, block_bytes, decode, encode, parts)
+    scales = (Scale(0), Scale(2, times=-top / 2)) if has_min else (Scale(0),)
+    return declare(name, 32, block_bytes, decode, encode, parts, scales)
 
 
 def _q8_0(raw: U8) -> Parts:

@@ -5,7 +5,7 @@ A type's form is no larger than its blocks in files by more than a bit an elemen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -17,15 +17,15 @@ from tensorgraph.ops.formats.gridded import iq1_m_scale
 from tensorgraph.ops.formats.grids import grid_values
 from tensorgraph.ops.formats.tabled import FP4, IQ4
 
-Heads = Callable[[U8], Sequence[U8]]
-"""Of blocks the bytes of their scale, and of their minimum if any: [n, 2] each."""
+
+def _heads(form: BlockFormat, raw: U8) -> Sequence[U8]:
+    """The bytes of blocks' scales, and of their minima if any: [n, 2] each."""
+    if form.scales[0].kind == "f16_nibbles":
+        return [iq1_m_scale(raw)]
+    return [raw[:, scale.at : scale.at + 2] for scale in form.scales]
 
 
-def _at(*places: int) -> Heads:
-    return lambda raw: [raw[:, at : at + 2] for at in places]
-
-
-def _recode(form: BlockFormat, codes: Codes, heads: Heads) -> Recode:
+def _recode(form: BlockFormat, codes: Codes) -> Recode:
     """Blocks as they are in files to a row's part of units."""
     assert form.parts is not None
     parts, dtype = form.parts, form.dtype
@@ -43,15 +43,15 @@ def _recode(form: BlockFormat, codes: Codes, heads: Heads) -> Recode:
             of_block.append(pack(whole >> np.uint8(to), bits, 4 * bits))
             to += bits
         blocks = np.concatenate([each.reshape(n, codes.n_blocks, -1) for each in of_block], axis=2)
-        listed = [np.repeat(head, dtype.block_size // codes.block, axis=0) for head in heads(raw)]
+        listed = [np.repeat(head, dtype.block_size // codes.block, axis=0) for head in _heads(form, raw)]
         return np.concatenate([*listed, blocks.reshape(n, -1)], axis=1).reshape(len(rows), -1)
 
     return recode
 
 
-def _declare(name: str, codes: Codes, heads: Heads | None = None, flip: int = 0) -> None:
-    """`heads` is None where blocks in files are what units are made of, but for the bits in `flip` of each code."""
-    FORMS[name] = coded(codes, _recode(FORMATS[name], codes, heads) if heads else None, flip)
+def _declare(name: str, codes: Codes, *, as_in_files: bool = False, flip: int = 0) -> None:
+    """`as_in_files`: units are made of what blocks are in files, but for the bits in `flip` of each code."""
+    FORMS[name] = coded(codes, None if as_in_files else _recode(FORMATS[name], codes), flip)
 
 
 def _raised(values: Sequence[int]) -> tuple[tuple[int, ...], int]:
@@ -61,25 +61,25 @@ def _raised(values: Sequence[int]) -> tuple[tuple[int, ...], int]:
 
 
 for _bits in (4, 5):
-    _declare(f"q{_bits}_0", Codes(_bits, 1 << (_bits - 1)), _at(0) if _bits == 5 else None)
-    _declare(f"q{_bits}_1", Codes(_bits, has_min=True), _at(0, 2) if _bits == 5 else None)
-_declare("q8_0", Codes(8, 128), flip=0x80)  # they are signed there
-_declare("q1_0", Codes(1, 1, (0, 2)), _at(0))
-_declare("q2_0", Codes(2, 1), _at(0))
-_declare("tq1_0", Codes(2, 1), _at(52))
-_declare("tq2_0", Codes(2, 1), _at(64))
+    _declare(f"q{_bits}_0", Codes(_bits, 1 << (_bits - 1)), as_in_files=_bits == 4)
+    _declare(f"q{_bits}_1", Codes(_bits, has_min=True), as_in_files=_bits == 4)
+_declare("q8_0", Codes(8, 128), as_in_files=True, flip=0x80)  # they are signed there
+_declare("q1_0", Codes(1, 1, (0, 2)))
+_declare("q2_0", Codes(2, 1))
+_declare("tq1_0", Codes(2, 1))
+_declare("tq2_0", Codes(2, 1))
 
-_declare("q2_k", Codes(2, has_min=True, n_blocks=8, factors="nibbles", per_factor=16), _at(80, 82))
-_declare("q3_k", Codes(3, 4, n_blocks=8, factors="i8", per_factor=16), _at(108))
-_declare("q4_k", Codes(4, has_min=True, n_blocks=8, factors="u8"), _at(0, 2))
-_declare("q5_k", Codes(5, has_min=True, n_blocks=8, factors="u8"), _at(0, 2))
-_declare("q6_k", Codes(6, 32, n_blocks=8, factors="i8", per_factor=16), _at(208))
+_declare("q2_k", Codes(2, has_min=True, n_blocks=8, factors="nibbles", per_factor=16))
+_declare("q3_k", Codes(3, 4, n_blocks=8, factors="i8", per_factor=16))
+_declare("q4_k", Codes(4, has_min=True, n_blocks=8, factors="u8"))
+_declare("q5_k", Codes(5, has_min=True, n_blocks=8, factors="u8"))
+_declare("q6_k", Codes(6, 32, n_blocks=8, factors="i8", per_factor=16))
 
 _table, _centre = _raised([int(v) for v in IQ4])
-_declare("iq4_nl", Codes(4, _centre, _table))
-_declare("iq4_xs", Codes(4, _centre, _table, n_blocks=8, factors="i8"), _at(0))
+_declare("iq4_nl", Codes(4, _centre, _table), as_in_files=True)
+_declare("iq4_xs", Codes(4, _centre, _table, n_blocks=8, factors="i8"))
 _table, _centre = _raised([int(v) for v in FP4])
-_declare("mxfp4", Codes(4, _centre, _table, head="e8m0"))
+_declare("mxfp4", Codes(4, _centre, _table, head="e8m0"), as_in_files=True)
 
 for _name, _unit, _group in (
     ("iq1_s", 0.125, 32),
@@ -92,4 +92,4 @@ for _name, _unit, _group in (
 ):
     _table, _centre = _raised([int(v) for v in grid_values(_name)])
     _codes = Codes(3 if len(_table) <= 8 else 4, _centre, _table, unit=_unit, n_blocks=8, factors="u8", per_factor=_group)
-    _declare(_name, _codes, (lambda raw: [iq1_m_scale(raw)]) if _name == "iq1_m" else _at(0))
+    _declare(_name, _codes)

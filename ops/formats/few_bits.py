@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tensorgraph.ops.formats.bits import as_f16, in_order, nearest, pack, read_f16, reciprocal, unpack
-from tensorgraph.ops.formats.blocks import F32, U8, Parts, declare
+from tensorgraph.ops.formats.blocks import F32, U8, Parts, Scale, declare
 
 _POWERS_OF_3 = np.array([1, 3, 9, 27, 81], np.uint8)[:, None]
 
@@ -85,5 +85,5 @@ def _encode_tq2_0(x: F32) -> U8:
 
 q1_0 = declare("q1_0", 128, 18, _decode_q1_0, _encode_q1_0, _q1_0)
 q2_0 = declare("q2_0", 64, 18, _decode_q2_0, _encode_q2_0, _q2_0)
-tq1_0 = declare("tq1_0", 256, 54, _decode_tq1_0, _encode_tq1_0, _tq1_0)
-tq2_0 = declare("tq2_0", 256, 66, _decode_tq2_0, _encode_tq2_0, _tq2_0)
+tq1_0 = declare("tq1_0", 256, 54, _decode_tq1_0, _encode_tq1_0, _tq1_0, scales=(Scale(52),))
+tq2_0 = declare("tq2_0", 256, 66, _decode_tq2_0, _encode_tq2_0, _tq2_0, scales=(Scale(64),))

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorgraph.ops.formats.bits import read_f16, scale_groups, unpack
-from tensorgraph.ops.formats.blocks import F32, U8, BlockFormat, Parts, declare
+from tensorgraph.ops.formats.blocks import F32, U8, BlockFormat, Parts, Scale, declare
 from tensorgraph.ops.formats.grids import I8, grid, grid_values
 
 _NUMBERS = np.arange(256, dtype=np.uint8)
@@ -124,7 +124,8 @@ def _declare(name: str, block_bytes: int, values: Callable[[U8], Values], unit: 
         whole, scales = values(raw)
         return Parts(numbers[whole.view(np.uint8)], scales)
 
-    return declare(name, 256, block_bytes, decode, parts=parts)
+    scales = Scale(48, "f16_nibbles") if name == "iq1_m" else Scale(0)
+    return declare(name, 256, block_bytes, decode, parts=parts, scales=(scales,))
 
 
 iq2_xxs = _declare("iq2_xxs", 66, _iq2_xxs, 0.125)

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorgraph.ops.formats.bits import as_f16, extreme, in_order, pack, quotient, read_f16, scale_groups, unpack, whole
-from tensorgraph.ops.formats.blocks import F32, U8, Parts, declare
+from tensorgraph.ops.formats.blocks import F32, U8, Parts, Scale, declare
 from tensorgraph.ops.formats.searches import affine_scale, centred_scale, descended_scale
 
 
@@ -147,8 +147,8 @@ def _encode_q6_k(x: F32) -> U8:
     return np.concatenate([pack(codes, 4, 64), pack(codes >> np.uint8(4), 2, 32), scales.view(np.uint8), head], axis=1)
 
 
-q2_k = declare("q2_k", 256, 84, _decode_q2_k, _encode_q2_k, _q2_k)
-q3_k = declare("q3_k", 256, 110, _decode_q3_k, _encode_q3_k, _q3_k)
-q4_k = declare("q4_k", 256, 144, _decode_q4_k, _encode_q4_k, _q4_k)
-q5_k = declare("q5_k", 256, 176, _decode_q5_k, _encode_q5_k, _q5_k)
-q6_k = declare("q6_k", 256, 210, _decode_q6_k, _encode_q6_k, _q6_k)
+q2_k = declare("q2_k", 256, 84, _decode_q2_k, _encode_q2_k, _q2_k, scales=(Scale(80), Scale(82, times=1.5)))
+q3_k = declare("q3_k", 256, 110, _decode_q3_k, _encode_q3_k, _q3_k, scales=(Scale(108),))
+q4_k = declare("q4_k", 256, 144, _decode_q4_k, _encode_q4_k, _q4_k, scales=(Scale(0), Scale(2, times=7.5)))
+q5_k = declare("q5_k", 256, 176, _decode_q5_k, _encode_q5_k, _q5_k, scales=(Scale(0), Scale(2, times=15.5)))
+q6_k = declare("q6_k", 256, 210, _decode_q6_k, _encode_q6_k, _q6_k, scales=(Scale(208),))

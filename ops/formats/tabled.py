@@ -16,7 +16,7 @@ from tensorgraph.ops.formats.bits import (
     unpack,
     whole,
 )
-from tensorgraph.ops.formats.blocks import F32, U8, Parts, declare
+from tensorgraph.ops.formats.blocks import F32, U8, Parts, Scale, declare
 from tensorgraph.ops.formats.searches import TINY, table_scale
 
 # FP4 e2m1 times two, so that all values are whole; the scales below are halved in return.
@@ -112,7 +112,7 @@ def _encode_iq4_xs(x: F32) -> U8:
     return np.concatenate([as_f16(d), pack(stored >> np.uint8(4), 2, 1), pack(stored, 4, 1), packed], axis=1)
 
 
-mxfp4 = declare("mxfp4", 32, 17, _decode_mxfp4, _encode_mxfp4, _mxfp4)
-nvfp4 = declare("nvfp4", 64, 36, _decode_nvfp4, _encode_nvfp4)
+mxfp4 = declare("mxfp4", 32, 17, _decode_mxfp4, _encode_mxfp4, _mxfp4, scales=(Scale(0, "e8m0"),))
+nvfp4 = declare("nvfp4", 64, 36, _decode_nvfp4, _encode_nvfp4, scales=tuple(Scale(i, "ue4m3") for i in range(4)))
 iq4_nl = declare("iq4_nl", 32, 18, _decode_iq4_nl, _encode_iq4_nl, _iq4_nl)
 iq4_xs = declare("iq4_xs", 256, 136, _decode_iq4_xs, _encode_iq4_xs, _iq4_xs)
