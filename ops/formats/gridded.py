@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from tensorgraph.ops.formats.bits import read_f16, scale_groups, unpack
 from tensorgraph.ops.formats.blocks import F32, U8, declare
+from tensorgraph.ops.formats.grid_encoders import ENCODERS
 from tensorgraph.ops.formats.grids import I8, grid
 
 _NUMBERS = np.arange(256, dtype=np.uint8)
@@ -112,10 +113,10 @@ def _decode_iq1_m(raw: U8) -> F32:
     return scale_groups(values, _odd(scales) * (d.view(np.float16).astype(np.float32) * np.float32(0.125)))
 
 
-iq2_xxs = declare("iq2_xxs", 256, 66, _decode_iq2_xxs)
-iq2_xs = declare("iq2_xs", 256, 74, _decode_iq2_xs)
-iq2_s = declare("iq2_s", 256, 82, _decode_iq2_s)
-iq3_xxs = declare("iq3_xxs", 256, 98, _decode_iq3_xxs)
-iq3_s = declare("iq3_s", 256, 110, _decode_iq3_s)
-iq1_s = declare("iq1_s", 256, 50, _decode_iq1_s)
-iq1_m = declare("iq1_m", 256, 56, _decode_iq1_m)
+iq2_xxs = declare("iq2_xxs", 256, 66, _decode_iq2_xxs, ENCODERS["iq2_xxs"])
+iq2_xs = declare("iq2_xs", 256, 74, _decode_iq2_xs, ENCODERS["iq2_xs"])
+iq2_s = declare("iq2_s", 256, 82, _decode_iq2_s, ENCODERS["iq2_s"])
+iq3_xxs = declare("iq3_xxs", 256, 98, _decode_iq3_xxs, ENCODERS["iq3_xxs"])
+iq3_s = declare("iq3_s", 256, 110, _decode_iq3_s, ENCODERS["iq3_s"])
+iq1_s = declare("iq1_s", 256, 50, _decode_iq1_s, ENCODERS["iq1_s"])
+iq1_m = declare("iq1_m", 256, 56, _decode_iq1_m, ENCODERS["iq1_m"])
