@@ -46,6 +46,7 @@ class Architecture:
         build: the graph of one step.
         published: names in config.json's `architectures`.
         extra: fields that need more than a key of the metadata: `fn(metadata) -> {field: value}`.
+        more: the metadata that is not one field's: `fn(config) -> {key: value}`, keys without the architecture's prefix.
         names: of which tensors of a published checkpoint the weights are made.
         result: the output of its graph: logits, or of an encoder `HIDDEN`.
     """
@@ -60,11 +61,13 @@ class Architecture:
         published: tuple[str, ...] = (),
         also: tuple[str, ...] = (),
         extra: Callable[[Metadata], dict[str, Any]] | None = None,
+        more: Callable[[Any], dict[str, Any]] | None = None,
         names: Callable[[Any], Mapping[str, Made]] | None = None,
         result: str = LOGITS,
     ) -> None:
         self.name, self.config, self.states, self.build = name, config, states, build
-        self.published, self.extra, self.names, self.result = published, extra, names, result
+        self.published, self.names, self.result = published, names, result
+        self.extra, self.more = extra, more
         if not sys._getframe(1).f_globals["__name__"].startswith(f"{__package__}."):
             importlib.import_module(f"{__package__}.all_files")  # one of our names is refused here, not when ours is wanted
         for known in (name, *also):

@@ -20,13 +20,23 @@ MOST_LAYERS = 1024
 MOST_EXPERTS = 4096
 
 
-def from_gguf(key: str, default: Any = dataclasses.MISSING, convert: Any = None, most: int = LARGEST) -> Any:
+def from_gguf(
+    key: str,
+    default: Any = dataclasses.MISSING,
+    *,
+    stored: Mapping[Any, Any] = types.MappingProxyType({}),
+    most: int = LARGEST,
+    also: tuple[str, ...] = (),
+) -> Any:
     """A configuration field and its key in GGUF metadata, without the architecture's prefix.
 
-    `convert` turns the stored value into the published one. `most` bounds a number of repetitions, such as layers, so that
-    a damaged file cannot ask for a graph without end.
+    Args:
+        stored: what is stored for a published value, where that is something else.
+        most: bounds a number of repetitions, such as layers, so that a damaged file cannot ask for a graph without end.
+        also: further keys that hold the same value, which are written and not read.
     """
-    return dataclasses.field(default=default, metadata={"gguf": key, "convert": convert, "most": most})
+    metadata = {"gguf": key, "stored": stored, "most": most, "also": also}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,18 @@ class RopeScaling:
         }
         return _scaling(found, f"{prefix}.rope.scaling.")
 
+    def to_metadata(self, prefix: str) -> dict[str, Any]:
+        """The same for `from_metadata`, without `llama3`, which files hold as a tensor of factors."""
+        if self.rope_type not in ("linear", "yarn"):
+            return {}
+        found: dict[str, Any] = {"type": self.rope_type, "factor": self.factor}
+        if self.rope_type == "yarn":
+            found |= {"original_context_length": self.original_max_position_embeddings}
+            found |= {"yarn_beta_fast": self.beta_fast, "yarn_beta_slow": self.beta_slow}
+        if self.mscale_all_dim:
+            found["yarn_log_multiplier"] = self.mscale_all_dim / 10.0
+        return {f"{prefix}.rope.scaling.{key}": value for key, value in found.items()}
+
 
 def _scaling(given: Mapping[str, Any], where: str) -> RopeScaling:
     """The fields that are there, checked; None is the default."""
@@ -131,6 +153,19 @@ def read_gguf(config: type[C], metadata: Mapping[str, Any], architecture: str, e
         elif field.default is dataclasses.MISSING:
             raise FormatError(f"[config] the metadata has no {name!r}, which {config.__module__} needs")
     return config(**values)
+
+
+def as_gguf(config: Any, architecture: str) -> dict[str, Any]:
+    """A configuration as GGUF metadata: the inverse of `read_gguf`, without the fields that have no key."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, RopeScaling):
+            found |= value.to_metadata(architecture)
+        elif value is not None and "gguf" in field.metadata:
+            given = field.metadata["stored"].get(value, value) if field.metadata["stored"] else value
+            found |= {f"{architecture}.{key}": given for key in (field.metadata["gguf"], *field.metadata["also"])}
+    return found
 
 
 def read_json(config: type[C], given: Mapping[str, Any]) -> C:
@@ -177,8 +212,11 @@ def _same_in_all_layers(value: Any, name: str) -> Any:
 
 def _field(value: Any, field: dataclasses.Field[Any], hint: Any, name: str, published: bool = False) -> Any:
     """A field's value: its type, and for whole numbers its range; 0 where a size may be absent means that it is."""
-    convert = field.metadata.get("convert")
-    found = _typed(value if published or convert is None else convert(value), hint, name)
+    for ours, stored in field.metadata.get("stored", {}).items():
+        if not published and type(value) is type(stored) and value == stored:
+            value = ours
+            break
+    found = _typed(value, hint, name)
     if type(found) is not int:
         return found
     if found == 0 and field.default is None:

@@ -30,7 +30,7 @@ class DecoderConfig:
     num_hidden_layers: int = from_gguf("block_count", most=MOST_LAYERS)
     num_attention_heads: int = from_gguf("attention.head_count")
     num_key_value_heads: int | None = from_gguf("attention.head_count_kv", None)
-    head_dim: int | None = from_gguf("attention.key_length", None)
+    head_dim: int | None = from_gguf("attention.key_length", None, also=("attention.value_length",))
     max_position_embeddings: int = from_gguf("context_length")
     rms_norm_eps: float = from_gguf("attention.layer_norm_rms_epsilon")
     rope_theta: float = from_gguf("rope.freq_base", 10000.0)

@@ -21,7 +21,7 @@ from tensorgraph.models.names import LAYER, Made, keys_of_latents, made_of_exper
 from tensorgraph.ops import concat, cont, flash_attn, mul_mat, rope, sigmoid, soft_max
 from tensorgraph.state import StateSpec
 
-GATING = {1: "softmax", 2: "sigmoid"}
+GATING = {"softmax": 1, "sigmoid": 2}
 """GGUF's numbers for `scoring_func`."""
 
 Select = Callable[[Builder, int, Node, Node], Node | None]
@@ -51,7 +51,7 @@ class Config:
     topk_group: int = from_gguf("expert_group_used_count", 1)
     routed_scaling_factor: float = from_gguf("expert_weights_scale", 1.0)
     norm_topk_prob: bool = from_gguf("expert_weights_norm", False)
-    scoring_func: Literal["softmax", "sigmoid"] = from_gguf("expert_gating_func", "softmax", lambda n: GATING.get(n, n))
+    scoring_func: Literal["softmax", "sigmoid"] = from_gguf("expert_gating_func", "softmax", stored=GATING)
     max_position_embeddings: int = from_gguf("context_length")
     rms_norm_eps: float = from_gguf("attention.layer_norm_rms_epsilon")
     rope_theta: float = from_gguf("rope.freq_base", 10000.0)

@@ -61,4 +61,5 @@ Architecture(
     build=build,
     published=("LlamaForCausalLM", "MistralForCausalLM"),
     names=names,
+    more=lambda c: {"rope.dimension_count": c.rope_dim or c.head_size},
 )

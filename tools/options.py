@@ -20,7 +20,7 @@ MODEL = (
 )
 DESCRIBED = (
     "A GGUF file, a published folder or config.json, smollm2, minilm, gemma3-270m, or a configuration that comes with "
-    "tensorgraph: deepseek-v3, deepseek-v3.2, deepseek-v4-flash."
+    "tensorgraph: deepseek-v3, deepseek-v3.2, deepseek-v4-flash, llama-3.1-8b, qwen3-30b-a3b."
 )
 HELP = {
     "backend": "The backend that computes, or several by commas in order of preference.",

@@ -4,6 +4,7 @@ from tensorgraph.ops.formats import affine, few_bits, gridded, super_blocks, tab
 from tensorgraph.ops.formats.blocks import FORMATS, BlockFormat, block_format
 from tensorgraph.ops.formats.blocks import decode_rows as decode
 from tensorgraph.ops.formats.blocks import encode_rows as encode
+from tensorgraph.ops.formats.drawn import random_blocks
 
 __all__ = [
     "FORMATS",
@@ -14,6 +15,7 @@ __all__ = [
     "encode",
     "few_bits",
     "gridded",
+    "random_blocks",
     "super_blocks",
     "tabled",
 ]

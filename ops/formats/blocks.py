@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,40 @@ _CHUNK = 1 << 17  # elements handled at once, so that all intermediates stay in 
 
 
 @dataclass(frozen=True)
+class Parts:
+    """Whole numbers that blocks are made of.
+
+    Shapes: codes [n, block_size]: of each element, numbered as the type's table or from its least value on; factors [n, groups],
+    which multiply the block's scale for 16 or 32 elements, and minima [n, groups], its minimum; empty where there are none.
+    """
+
+    codes: U8
+    factors: NDArray[np.uint8] | NDArray[np.int8] = field(default_factory=lambda: np.zeros((0, 0), np.uint8))
+    minima: U8 = field(default_factory=lambda: np.zeros((0, 0), np.uint8))
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A field of each block that its values are proportional to, together with the block's other such fields.
+
+    Attributes:
+        at: its first byte.
+        kind: how it holds a number; `f16_nibbles`: in the highest four bits of each of four 16-bit words.
+        times: what it holds where the first field holds 1, such as the middle code of a minimum that is subtracted.
+    """
+
+    at: int
+    kind: Literal["f16", "e8m0", "ue4m3", "f16_nibbles"] = "f16"
+    times: float = 1.0
+
+
+@dataclass(frozen=True)
 class BlockFormat:
-    """One block type: `decode` is exact; `encode` rounds, and is None where nothing here encodes the type.
+    """One block type: `decode` is exact; `encode` rounds, and is None where nothing here encodes the type; `parts`
+    are what decode computes with, None where nothing else needs them.
+
+    Attributes:
+        scales: the fields that make a block's values large or small, which all other bytes do not.
 
     Shapes: raw [n, block_bytes] <-> x [n, block_size], both contiguous.
     """
@@ -32,15 +64,23 @@ class BlockFormat:
     dtype: DType
     decode: Callable[[U8], F32]
     encode: Callable[[F32], U8] | None = None
+    parts: Callable[[U8], Parts] | None = None
+    scales: tuple[Scale, ...] = (Scale(0),)
 
 
 def declare(
-    name: str, block_size: int, block_bytes: int, decode: Callable[[U8], F32], encode: Callable[[F32], U8] | None = None
+    name: str,
+    block_size: int,
+    block_bytes: int,
+    decode: Callable[[U8], F32],
+    encode: Callable[[F32], U8] | None = None,
+    parts: Callable[[U8], Parts] | None = None,
+    scales: tuple[Scale, ...] = (Scale(0),),
 ) -> BlockFormat:
     """Register a block type under `name`, both as an element type and as a format."""
     dtype = register_dtype(DType(name, "block", block_bytes, block_size))
     registry.decoders.add(name, partial(decode_rows, dtype=dtype))
-    return FORMATS.setdefault(name, BlockFormat(dtype, decode, encode))
+    return FORMATS.setdefault(name, BlockFormat(dtype, decode, encode, parts, scales))
 
 
 def block_format(dtype: DType | str) -> BlockFormat:

@@ -6,15 +6,17 @@ scale of its group, times one f16. Each product is exact in f32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tensorgraph.ops.formats.bits import read_f16, scale_groups, unpack
-from tensorgraph.ops.formats.blocks import F32, U8, declare
+from tensorgraph.ops.formats.blocks import F32, U8, BlockFormat, Parts, Scale, declare
 from tensorgraph.ops.formats.grid_encoders import ENCODERS
-from tensorgraph.ops.formats.grids import I8, grid
+from tensorgraph.ops.formats.grid_searches import CODINGS
+from tensorgraph.ops.formats.grids import I8, grid, grid_values
 
 _NUMBERS = np.arange(256, dtype=np.uint8)
 EVEN_SIGNS: U8 = _NUMBERS[:128] | (np.bitwise_count(_NUMBERS[:128]) & np.uint8(1)) << np.uint8(7)
@@ -36,14 +38,9 @@ def _signed(magnitudes: I8, signs: U8) -> I8:
     return (magnitudes ^ negative) - negative
 
 
-def _halves(scales: U8 | NDArray[np.uint32]) -> F32:
-    """Scales that are a half and so many more."""
-    return scales.astype(np.float32) + np.float32(0.5)
-
-
-def _odd(scales: U8 | NDArray[np.uint16]) -> F32:
-    """Scales that are the odd numbers from 1."""
-    return scales.astype(np.float32) * np.float32(2) + np.float32(1)
+def _odd(scales: NDArray[Any]) -> U8:
+    """Of scales the odd numbers from 1."""
+    return scales.astype(np.uint8) * np.uint8(2) + np.uint8(1)
 
 
 def _words(raw: U8, size: int) -> NDArray[Any]:
@@ -52,43 +49,41 @@ def _words(raw: U8, size: int) -> NDArray[Any]:
     return found
 
 
-def _even_signs(words: NDArray[np.uint32]) -> tuple[U8, F32]:
+def _even_signs(words: NDArray[np.uint32]) -> tuple[U8, U8]:
     """What words of 32 bits [n, 8] hold for groups of 32: signs of four times eight in seven bits each, and a scale in four."""
     sevens = words[:, :, None] >> np.arange(0, 28, 7, dtype=np.uint32) & np.uint32(127)
-    return EVEN_SIGNS[sevens].reshape(len(words), 32), _halves(words >> np.uint32(28))
+    return EVEN_SIGNS[sevens].reshape(len(words), 32), _odd(words >> np.uint32(28))
 
 
-def _decode_iq2_xxs(raw: U8) -> F32:
-    groups = raw[:, 2:].reshape(len(raw), 8, 8)
+Values = tuple[I8, U8]
+"""Whole numbers [n, 256], and the scales of their groups [n, groups]: what one f16 multiplies."""
+
+
+def _iq2_xxs(raw: U8) -> Values:
+    groups = raw[:, 2:66].reshape(len(raw), 8, 8)
     signs, scales = _even_signs(_words(groups[:, :, 4:], 4)[:, :, 0])
-    magnitudes = _vectors(grid("iq2_xxs"), groups[:, :, :4].reshape(len(raw), 32))
-    return scale_groups(_signed(magnitudes, signs), scales * (read_f16(raw, 0) * np.float32(0.25)))
+    return _signed(_vectors(grid("iq2_xxs"), groups[:, :, :4].reshape(len(raw), 32)), signs), scales
 
 
-def _decode_iq2_xs(raw: U8) -> F32:
+def _iq2_xs(raw: U8) -> Values:
     words = _words(raw[:, 2:66], 2)
-    signs, scales = EVEN_SIGNS[words >> np.uint16(9)], _halves(unpack(raw[:, 66:], 4, 1))
-    magnitudes = _vectors(grid("iq2_xs"), words & np.uint16(511))
-    return scale_groups(_signed(magnitudes, signs), scales * (read_f16(raw, 0) * np.float32(0.25)))
+    values = _signed(_vectors(grid("iq2_xs"), words & np.uint16(511)), EVEN_SIGNS[words >> np.uint16(9)])
+    return values, _odd(unpack(raw[:, 66:], 4, 1))
 
 
-def _decode_iq2_s(raw: U8) -> F32:
+def _iq2_s(raw: U8) -> Values:
     numbers = raw[:, 2:34] | unpack(raw[:, 66:74], 2, 1).astype(np.uint16) << np.uint16(8)
-    scales = _halves(unpack(raw[:, 74:], 4, 1))
-    values = _signed(_vectors(grid("iq2_s"), numbers), raw[:, 34:66])
-    return scale_groups(values, scales * (read_f16(raw, 0) * np.float32(0.25)))
+    return _signed(_vectors(grid("iq2_s"), numbers), raw[:, 34:66]), _odd(unpack(raw[:, 74:], 4, 1))
 
 
-def _decode_iq3_xxs(raw: U8) -> F32:
+def _iq3_xxs(raw: U8) -> Values:
     signs, scales = _even_signs(_words(raw[:, 66:], 4))
-    values = _signed(_vectors(grid("iq3_xxs"), raw[:, 2:66]), signs)
-    return scale_groups(values, scales * (read_f16(raw, 0) * np.float32(0.5)))
+    return _signed(_vectors(grid("iq3_xxs"), raw[:, 2:66]), signs), scales
 
 
-def _decode_iq3_s(raw: U8) -> F32:
+def _iq3_s(raw: U8) -> Values:
     numbers = raw[:, 2:66] | unpack(raw[:, 66:74], 1, 1).astype(np.uint16) << np.uint16(8)
-    values = _signed(_vectors(grid("iq3_s"), numbers), raw[:, 74:106])
-    return scale_groups(values, _odd(unpack(raw[:, 106:], 4, 1)) * read_f16(raw, 0))
+    return _signed(_vectors(grid("iq3_s"), numbers), raw[:, 74:106]), _odd(unpack(raw[:, 106:], 4, 1))
 
 
 def _shifted(numbers: NDArray[np.uint16], down: NDArray[Any]) -> I8:
@@ -97,26 +92,48 @@ def _shifted(numbers: NDArray[np.uint16], down: NDArray[Any]) -> I8:
     return (_vectors(grid("iq1"), numbers).reshape(*numbers.shape, 8) + more[:, :, None]).reshape(len(numbers), 256)
 
 
-def _decode_iq1_s(raw: U8) -> F32:
+def _iq1_s(raw: U8) -> Values:
     words = _words(raw[:, 34:], 2)
     high = (words[:, :, None] >> np.arange(0, 12, 3, dtype=np.uint16) & np.uint16(7)).reshape(len(raw), 32)
     values = _shifted(raw[:, 2:34] | high << np.uint16(8), np.repeat(words >> np.uint16(15), 4, axis=1))
-    return scale_groups(values, _odd(words >> np.uint16(12) & np.uint16(7)) * (read_f16(raw, 0) * np.float32(0.125)))
+    return values, _odd(words >> np.uint16(12) & np.uint16(7))
 
 
-def _decode_iq1_m(raw: U8) -> F32:
+def _iq1_m(raw: U8) -> Values:
     words, fields = _words(raw[:, 48:], 2), unpack(raw[:, 32:48], 4, 1)
-    d = np.bitwise_or.reduce(words >> np.uint16(12) << np.arange(0, 16, 4, dtype=np.uint16), axis=1, keepdims=True)
     scales = (words[:, :, None] >> np.arange(0, 12, 3, dtype=np.uint16) & np.uint16(7)).reshape(len(raw), 16)
     numbers = raw[:, :32] | (fields & np.uint8(7)).astype(np.uint16) << np.uint16(8)
-    values = _shifted(numbers, fields >> np.uint8(3))
-    return scale_groups(values, _odd(scales) * (d.view(np.float16).astype(np.float32) * np.float32(0.125)))
+    return _shifted(numbers, fields >> np.uint8(3)), _odd(scales)
 
 
-iq2_xxs = declare("iq2_xxs", 256, 66, _decode_iq2_xxs, ENCODERS["iq2_xxs"])
-iq2_xs = declare("iq2_xs", 256, 74, _decode_iq2_xs, ENCODERS["iq2_xs"])
-iq2_s = declare("iq2_s", 256, 82, _decode_iq2_s, ENCODERS["iq2_s"])
-iq3_xxs = declare("iq3_xxs", 256, 98, _decode_iq3_xxs, ENCODERS["iq3_xxs"])
-iq3_s = declare("iq3_s", 256, 110, _decode_iq3_s, ENCODERS["iq3_s"])
-iq1_s = declare("iq1_s", 256, 50, _decode_iq1_s, ENCODERS["iq1_s"])
-iq1_m = declare("iq1_m", 256, 56, _decode_iq1_m, ENCODERS["iq1_m"])
+def iq1_m_scale(raw: U8) -> U8:
+    """The f16 whose bits lie in the highest four of four words, as bytes [n, 2]."""
+    top = _words(raw[:, 48:], 2) >> np.uint16(12) << np.arange(0, 16, 4, dtype=np.uint16)
+    return np.bitwise_or.reduce(top, axis=1, keepdims=True).view(np.uint8)
+
+
+def _declare(name: str, block_bytes: int, values: Callable[[U8], Values]) -> BlockFormat:
+    """A step times the f16 at the front (of iq1_m, that in the words) is what scales multiply."""
+    numbers = np.zeros(256, np.uint8)
+    numbers[grid_values(name).view(np.uint8)] = np.arange(len(grid_values(name)))
+
+    def decode(raw: U8) -> F32:
+        whole, scales = values(raw)
+        d = read_f16(iq1_m_scale(raw) if name == "iq1_m" else raw, 0)
+        return scale_groups(whole, scales * (d * np.float32(CODINGS[name].step)))
+
+    def parts(raw: U8) -> Parts:
+        whole, scales = values(raw)
+        return Parts(numbers[whole.view(np.uint8)], scales)
+
+    scales = Scale(48, "f16_nibbles") if name == "iq1_m" else Scale(0)
+    return declare(name, 256, block_bytes, decode, ENCODERS[name], parts=parts, scales=(scales,))
+
+
+iq2_xxs = _declare("iq2_xxs", 66, _iq2_xxs)
+iq2_xs = _declare("iq2_xs", 74, _iq2_xs)
+iq2_s = _declare("iq2_s", 82, _iq2_s)
+iq3_xxs = _declare("iq3_xxs", 98, _iq3_xxs)
+iq3_s = _declare("iq3_s", 110, _iq3_s)
+iq1_s = _declare("iq1_s", 50, _iq1_s)
+iq1_m = _declare("iq1_m", 56, _iq1_m)

@@ -89,3 +89,10 @@ def grid(name: str) -> I8:
     digits = np.flatnonzero(every)[:, None] // levels ** np.arange(size) % levels
     values: I8 = _VALUES[name if name in _VALUES else name[:3]][digits]
     return values
+
+
+def grid_values(name: str) -> I8:
+    """All values of a type in order: the levels with both signs, of iq1 an eighth more and less of each."""
+    levels = _VALUES[name if name in _VALUES else name[:3]]
+    found: I8 = np.unique(np.concatenate([levels - 1, levels + 1] if name[:3] == "iq1" else [-levels, levels])).astype(np.int8)
+    return found

@@ -1,0 +1,1 @@
+"""`tensorgraph synth`: files with random weights in any published shape."""
