@@ -43,7 +43,7 @@ def synth(
     Norms and other vectors stay f32, and so do routers unless a rule names them.
 
     \b
-    tensorgraph synth deepseek-v3 out.gguf --layers 2-4 --experts 16 --type q4_k --type 'output*=q6_k'
+    tensorgraph synth deepseek-v3 out.gguf --layers 2-4 --experts 16 --type q4_k/q8_0 --type 'output*=q6_k'
     tensorgraph synth llama-3.1-8b out.gguf --type q4_0/f16 --set hidden_size=2048 --set num_hidden_layers=8
     tensorgraph synth model.gguf out.gguf --type bf16 --vocab none
     """
