@@ -1,8 +1,8 @@
 """Rows of activations as products read them: quantised to int8 by 32, or plain f32.
 
-A quantised row is K / 32 blocks of 48 bytes: 32 codes (i8), their scale `d` (f32), `d * sum` (f32), then `-8 * sum` and
-`-128 * sum` (i32), which is what a product starts from where weights are centred at 8 or 128. `x ~ d * code`, with
-d = max |x| / 127 and codes rounded to nearest, ties to even. A row that is not finite gives results that are not.
+A quantised row is K / 32 blocks of 48 bytes: 32 codes (i8), their scale `d` (f32), `d * sum` (f32), the sums of the first and
+the last 16 codes (i16 each), and their sum (i32). `x ~ d * code`, with d = max |x| / 127 and codes rounded to nearest, ties to
+even. A row that is not finite gives results that are not.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Literal
 
+from tensorgraph.backends.cpu.int8 import as_pair
 from tensorgraph.backends.cpu.ir import F32, I8, I32, Int, Value
 from tensorgraph.backends.cpu.kernel import Kernel
 
 Kind = Literal["int8", "f32"]
 BLOCK = 32
 BLOCK_BYTES = 48
-SCALE, SCALED_SUM = 32, 36  # bytes into a block
-START = {8: 40, 128: 44}  # by centre
+SCALE, SCALED_SUM, HALF_SUMS = 32, 36, 40  # bytes into a block
 _ROUND, _ROUND_BITS = 1.5 * 2.0**23, 0x4B400000  # added to a number below 2^22 it leaves the nearest whole one in the low bits
 _AT_ONCE = 4  # blocks
 Load = Callable[[Value, int], Value]
@@ -96,9 +96,11 @@ def quantise_blocks(k: Kernel, blocks: Sequence[Sequence[Value]], to: Value) -> 
             while len(joined) > 1:
                 joined = [k.join(a, b) for a, b in zip(joined[::2], joined[1::2], strict=True)]
             k.store(joined[0], to + n * BLOCK_BYTES)
-    total = _fold_each(k, rounded, lambda a, b: a + b) - BLOCK * _ROUND_BITS % (1 << 32)
-    scaled = d * k.convert(total, F32)
-    columns = [v.bits_as(total.type) for v in (d, scaled)] + [total * -centre for centre in START]
+    n = BLOCK // 2 // whole.lanes  # vectors of half a block
+    start = BLOCK // 2 * _ROUND_BITS % (1 << 32)
+    low, high = (_fold_each(k, half, lambda a, b: a + b) - start for half in ([r[:n] for r in rounded], [r[n:] for r in rounded]))
+    total = low + high
+    columns = [d.bits_as(total.type), (d * k.convert(total, F32)).bits_as(total.type), as_pair(low, high), total]
     for n, tail in enumerate(_transposed(columns)[: len(blocks)]):
         k.store(tail, to + (n * BLOCK_BYTES + SCALE))
 

@@ -1,72 +1,84 @@
-"""Products of interleaved weights with many rows of activations, in tiles of 16 or 32 weight rows and up to 8 activation rows."""
+"""Products of interleaved weights with many rows of activations.
+
+A panel of weights is decoded a slice at a time, into memory that stays in the first cache, and all rows of a piece pass over it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from tensorgraph.backends.cpu.activations import Rows
-from tensorgraph.backends.cpu.ir import Int, Value
+from tensorgraph.backends.cpu.activations import BLOCK, BLOCK_BYTES, Kind, Rows
+from tensorgraph.backends.cpu.blocks import load_block, multiply_blocks, read_block, store_block, stored_bytes
+from tensorgraph.backends.cpu.codes import ROWS
+from tensorgraph.backends.cpu.int8 import GROUPS, ByteDot, byte_dot
+from tensorgraph.backends.cpu.ir import F32, Int, Value
 from tensorgraph.backends.cpu.kernel import Kernel
-from tensorgraph.backends.cpu.matvec import panel_dot
+from tensorgraph.backends.cpu.matvec import panel_values
 from tensorgraph.backends.cpu.operands import Operand
 from tensorgraph.backends.cpu.target import Target
-from tensorgraph.backends.cpu.weights import find_panel, interleaved, n_tiles
+from tensorgraph.backends.cpu.weights import Interleaved, Panel, find_panel, n_tiles
 from tensorgraph.dims import Extent
 from tensorgraph.dtypes import DType
 
-SIZES = (1, 4)
-"""Activation rows, fewer than those of a whole tile, for which there is code."""
 MOST_TOKENS = 8
 """A row buffer must be readable for this many rows behind its last."""
-BLOCK_BYTES = 384 << 10  # of weights that stay in the cache while all rows pass
-_SUMS = {64: (2, 16), 32: (1, 4), 16: (1, 2)}  # by bytes of a register: panels, and sums of 16 rows, of a tile
+_PIECE = 128  # activation rows that pass over a slice before it is forgotten
+_SLICE_BYTES = 16 << 10  # of a decoded slice of one panel
+_AT_ONCE = {64: 2, 32: 1, 16: 1}  # by bytes of a register: panels side by side
+_TOKENS = {64: 8, 32: 4, 16: 2}  # and activation rows of a tile
+_FLOAT_TOKENS = {64: 8, 32: 6, 16: 2}
+_UNROLLED = 4  # elements of f32 in a turn
+_LINE = 64
 Epilogue = Callable[[Value, Value, list[Value]], None]
 """`epilogue(tile, token, sums)`: the products of rows `16 tile` to `16 tile + 15` of each weight with one activation row."""
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a product is cut into pieces of equal size, weights outside: [blocks of weights, tiles of tokens, groups of panels].
+    """How a product is cut into pieces, rows of activations outside: [pieces of rows, groups of panels].
 
     Attributes:
-        n_blocks, groups: blocks of weights, and groups of panels in each; the last may have fewer.
-        n_groups: groups of panels in all.
-        per_group: tiles of 16 rows of each weight that a group has.
+        groups, per_group: groups of panels, and tiles of 16 rows of each weight in one; the last may have fewer.
         tokens: activation rows of a piece.
-        at_once: panels that are gone through side by side.
+        scratch_bytes: that each thread needs.
     """
 
-    n_blocks: int
     groups: int
-    n_groups: int
     per_group: int
     tokens: int
-    at_once: int
+    scratch_bytes: int
 
     def items(self, n_rows: Extent) -> Extent:
         """Pieces of a product with so many activation rows."""
-        return (n_rows + (self.tokens - 1)) // self.tokens * (self.n_blocks * self.groups)
+        return (n_rows + (self.tokens - 1)) // self.tokens * self.groups
 
 
-def plan_tiles(target: Target, dtypes: Sequence[DType], rows: int, width: int) -> Tiling:
-    """The pieces of a product of [rows, width] weights of these types, side by side."""
-    most_panels, sums = _SUMS[target.vector_bytes]
-    per_group = max(1, most_panels // len(dtypes))
-    if target.vector_bytes == 64 and "vnni" not in target.has and any(_has_bytes(d) for d in dtypes):
-        sums //= 2  # each takes two registers then
-    n_groups = -(-n_tiles(rows) // per_group)
-    group_bytes = sum(width // interleaved(d).block * interleaved(d).unit_bytes for d in dtypes) * per_group
-    n_blocks = max(1, -(-n_groups * group_bytes // BLOCK_BYTES))
-    groups = max(1, -(-n_groups // n_blocks))
-    at_once = min(most_panels, per_group * len(dtypes))
-    return Tiling(max(1, -(-n_groups // groups)), groups, n_groups, per_group, sums // at_once, at_once)
+def plan_tiles(target: Target, dtypes: Sequence[DType], kind: Kind, rows: int) -> Tiling:
+    """The pieces of a product of weights with so many rows of these types, side by side."""
+    at_once, tile = _AT_ONCE[target.vector_bytes], _tile_tokens(target, kind)
+    per_group = max(1, at_once // len(dtypes))
+    tokens = -(-_PIECE // tile) * tile
+    room = _Room(at_once, tokens + MOST_TOKENS)
+    return Tiling(-(-n_tiles(rows) // per_group), per_group, tokens, room.size_bytes(per_group * len(dtypes)))
 
 
-def _has_bytes(dtype: DType) -> bool:
-    """Whether codes of a type have 8 bits."""
-    codes = interleaved(dtype).codes
-    return codes is not None and codes.bits == 8
+def _tile_tokens(target: Target, kind: Kind) -> int:
+    return (_FLOAT_TOKENS if kind == "f32" else _TOKENS)[target.vector_bytes]
+
+
+@dataclass(frozen=True)
+class _Room:
+    """Scratch: decoded slices of panels, then sums of each panel, [tokens, 16] f32."""
+
+    at_once: int
+    tokens: int
+
+    def sums(self, panel: int) -> int:
+        return self.at_once * _SLICE_BYTES + panel * self.tokens * ROWS * 4
+
+    def size_bytes(self, panels: int) -> int:
+        return self.sums(panels)
 
 
 def multiply(
@@ -81,69 +93,185 @@ def multiply(
 ) -> None:
     """This chunk's part of the products of weights, side by side, with `batch * n_rows` adjacent rows of activations.
 
-    The call's items must be those of the weights' `Tiling`, times the batch.
+    The call's items must be those of the weights' `Tiling`, times the batch, and its scratch as much as that says.
 
     Args:
         x: the first of the rows.
-        epilogue: called once for each tile of 16 rows and each activation row, which counts over the batch.
+        epilogue: called for each tile of 16 rows and each activation row, which counts over the batch.
         matrix: which of the weights' matrices, counted over their leading axes, a number of the batch is multiplied by.
     """
-    height, width = weights[0].shape[-2:]
-    assert isinstance(height, int) and isinstance(width, int)
-    tiling = plan_tiles(k.target, [w.dtype for w in weights], height, width)
+    tiling = _tiling_of(k, weights, x)
     count = k.i64(n_rows)
-    token_tiles = (count + (tiling.tokens - 1)) // tiling.tokens
-
-    with k.rows([batch, tiling.n_blocks, token_tiles, tiling.groups]) as (number, block, token_tile, within):
-        token = token_tile * tiling.tokens
+    pieces = (count + (tiling.tokens - 1)) // tiling.tokens
+    with k.rows([batch, pieces, tiling.groups]) as (number, piece, group):
+        token = piece * tiling.tokens
         row = number * count + token
 
-        def store(tile: Value, n: int, sums: list[Value]) -> None:
+        def store(tile: Value, n: Value, sums: list[Value]) -> None:
             epilogue(tile, row + n, sums)
 
-        group, here = block * tiling.groups + within, k.min(count - token, k.i64(tiling.tokens))
-        multiply_group(k, weights, tiling, group, matrix(number), x.from_row(row, 1), here, store)
+        multiply_piece(k, weights, group, matrix(number), x.from_row(row, 1), k.min(count - token, k.i64(tiling.tokens)), store)
 
 
-def multiply_group(
-    k: Kernel,
-    weights: Sequence[Operand],
-    tiling: Tiling,
-    group: Value,
-    matrix: Int,
-    x: Rows,
-    count: Value,
-    store: Callable[[Value, int, list[Value]], None],
+def _tiling_of(k: Kernel, weights: Sequence[Operand], x: Rows) -> Tiling:
+    height = weights[0].shape[-2]
+    assert isinstance(height, int)
+    return plan_tiles(k.target, [w.dtype for w in weights], x.kind, height)
+
+
+def multiply_piece(
+    k: Kernel, weights: Sequence[Operand], group: Value, matrix: Int, x: Rows, count: Value, store: Epilogue
 ) -> None:
     """One group of panels of each weight times adjacent rows of activations.
 
     Args:
-        group: of `tiling`; nothing is done where there is none of that number.
+        group: of the weights' tiling.
         matrix: of the weights, counted over their leading axes.
-        count: of the rows, from 1 to `tiling.tokens`; as many as that must be readable. For few there is code of their own.
-        store: `store(tile, n, sums)`, as an `Epilogue`, for row n of x.
+        count: of the rows, at most `Tiling.tokens`.
+        store: as an `Epilogue`, for each of the rows.
     """
-    height = weights[0].shape[-2]
+    height, tiling = weights[0].shape[-2], _tiling_of(k, weights, x)
     assert isinstance(height, int)
-    tile = group * tiling.per_group
-
-    sizes = [n for n in SIZES if n < tiling.tokens] + [tiling.tokens]
+    at_once = _AT_ONCE[k.target.vector_bytes]
+    room, scratch, tile = _Room(at_once, tiling.tokens + MOST_TOKENS), k.scratch(), group * tiling.per_group
 
     def piece(tiles: int) -> None:
-        for low, high in zip((0, *sizes), sizes, strict=False):
-            with k.when(count.gt(low) & count.le(high)):
-                panels = [find_panel(w, tile + i, matrix) for i in range(tiles) for w in weights]
-                sums: list[list[Value]] = []
-                for i in range(0, len(panels), tiling.at_once):
-                    sums += panel_dot(k, panels[i : i + tiling.at_once], replace(x, count=high), panels[0].size_bytes)
-                for t in range(high):
-                    with k.when(k.i64(t).lt(count)):
-                        for i in range(tiles):
-                            store(tile + i, t, [sums[i * len(weights) + w][t] for w in range(len(weights))])
+        panels = [find_panel(w, tile + i, matrix) for i in range(tiles) for w in weights]
+        sums = [scratch + room.sums(n) for n in range(len(panels))]
+        for i in range(0, len(panels), at_once):
+            _multiply_panels(k, panels[i : i + at_once], x, count, scratch, sums[i : i + at_once])
+        with k.loop(0, count) as tokens:
+            tokens.next()
+            found = [k.load(at + tokens.i * (ROWS * 4), F32.x(ROWS)) for at in sums]
+            for i in range(tiles):
+                store(tile + i, tokens.i, found[i * len(weights) : (i + 1) * len(weights)])
 
-    complete = tiling.n_groups * tiling.per_group == n_tiles(height)
-    with k.when(group.lt(tiling.n_groups if complete else tiling.n_groups - 1)):
+    left = n_tiles(height) - (tiling.groups - 1) * tiling.per_group
+    if left == tiling.per_group:
+        piece(left)
+        return
+    with k.when(group.lt(tiling.groups - 1)):
         piece(tiling.per_group)
-    if not complete:
-        with k.when(group.eq(tiling.n_groups - 1)):
-            piece(1)
+    with k.when(group.ge(tiling.groups - 1)):
+        piece(left)
+
+
+def _multiply_panels(k: Kernel, panels: Sequence[Panel], x: Rows, count: Value, decoded: Value, sums: Sequence[Value]) -> None:
+    """Panels side by side times rows, to `sums`: [count, 16] f32 of each."""
+    form, width = panels[0].form, panels[0].n_units * panels[0].form.block
+    lanes = min(k.lanes, ROWS)
+    with k.loop(0, count + (MOST_TOKENS - 1)) as loop:
+        loop.next()
+        for at in sums:
+            for part in range(ROWS // lanes):
+                k.store(k.zero(F32.x(lanes)), at + (loop.i * ROWS + part * lanes) * 4)
+    dot = byte_dot(k, form.codes.most, lanes) if x.kind == "int8" and form.codes is not None else None
+    length = slice_length(form, dot)
+    with k.loop(0, width, length) as loop:
+        loop.next()
+        n = k.min(width - loop.i, k.i64(length))
+        if dot is not None:
+            _decode_codes(k, panels, dot, loop.i, n, decoded)
+            _integer_tiles(k, panels, dot, x, loop.i, n, count, decoded, sums)
+        else:
+            sources = [_values_at(k, panel, loop.i, n, decoded + i * _SLICE_BYTES) for i, panel in enumerate(panels)]
+            _float_tiles(k, sources, x, loop.i, n, count, sums)
+
+
+def slice_length(form: Interleaved, dot: ByteDot | None) -> int:
+    """Elements along the width of a slice: whole units, or whole blocks of f32."""
+    if dot is None or form.codes is None:
+        return _SLICE_BYTES // (ROWS * 4)
+    return _SLICE_BYTES // stored_bytes(form.codes, dot) * BLOCK // form.block * form.block
+
+
+def _decode_codes(k: Kernel, panels: Sequence[Panel], dot: ByteDot, start: Value, n: Value, to: Value) -> None:
+    """Blocks as products take them, from element `start` of the width on."""
+    codes, lanes = panels[0].form.codes, min(k.lanes, ROWS)
+    assert codes is not None
+    each = stored_bytes(codes, dot)
+    first = start // codes.block
+    with k.loop(0, n // codes.block) as units, k.loop(0, codes.n_blocks) as blocks:
+        units.next()
+        blocks.next()
+        for p, panel in enumerate(panels):
+            unit = panel.unit(first + units.i)
+            at = codes.at(unit, blocks.i)
+            for line in range(0, codes.block_bytes, _LINE):
+                k.prefetch(at + (n // codes.block * codes.unit_bytes + line))
+            place = to + (units.i * codes.n_blocks + blocks.i) * each + p * _SLICE_BYTES
+            for part in range(ROWS // lanes):
+                block = read_block(k, codes, dot, codes.heads(k, unit, part, lanes), at, part, lanes)
+                store_block(k, codes, block, place, part, lanes)
+
+
+def _integer_tiles(
+    k: Kernel,
+    panels: Sequence[Panel],
+    dot: ByteDot,
+    x: Rows,
+    start: Value,
+    n: Value,
+    count: Value,
+    decoded: Value,
+    sums: Sequence[Value],
+) -> None:
+    codes, lanes = panels[0].form.codes, min(k.lanes, ROWS)
+    assert codes is not None
+    each, tile = stored_bytes(codes, dot), _tile_tokens(k.target, "int8")
+    halves = [(p, part) for p in range(len(panels)) for part in range(ROWS // lanes)]
+    # together they fill half of the registers; sums that are closed early need as many again
+    together = [halves] if dot.run == GROUPS and dot.n_sums == 1 and codes.n_factors < 2 else [[half] for half in halves]
+    with k.loop(0, count, tile) as tiles, k.loop(0, n // BLOCK) as loop:
+        tiles.next()
+        loop.next()
+        rows = [x.address + (tiles.i + t) * x.row_bytes + (start // BLOCK + loop.i) * BLOCK_BYTES for t in range(tile)]
+        for some in together:
+            blocks = [load_block(k, codes, dot, decoded + loop.i * each + p * _SLICE_BYTES, part, lanes) for p, part in some]
+            for b, t, add in multiply_blocks(k, codes, dot, blocks, rows):
+                p, part = some[b]
+                at = sums[p] + ((tiles.i + t) * ROWS + part * lanes) * 4
+                k.store(add(k.load(at, F32.x(lanes))), at)
+
+
+def _values_at(k: Kernel, panel: Panel, start: Value, n: Value, to: Value) -> Value:
+    """f32 of 16 rows, element by element, from element `start` of the width on: where they are, or decoded."""
+    form, lanes = panel.form, min(k.lanes, ROWS)
+    if form.codes is None and form.unit_bytes == ROWS * 4:
+        return panel.unit(start)
+    step = 1 if form.codes is None else BLOCK
+    with k.loop(0, n, step) as loop:
+        loop.next()
+        for part in range(ROWS // lanes):
+            for e, value in enumerate(panel_values(k, panel, start + loop.i, step, part, lanes)):
+                k.store(value, to + ((loop.i + e) * ROWS + part * lanes) * 4)
+    return to
+
+
+def _float_tiles(
+    k: Kernel, sources: Sequence[Value], x: Rows, start: Value, n: Value, count: Value, sums: Sequence[Value]
+) -> None:
+    lanes, tile = min(k.lanes, ROWS), _tile_tokens(k.target, "f32")
+    parts = range(ROWS // lanes)
+    whole = n // _UNROLLED * _UNROLLED
+
+    def turn(i: Value, elements: int, rows: Sequence[Value], old: Sequence[Value]) -> list[Value]:
+        totals = list(old)
+        for e in range(elements):
+            ws = [k.load(s + ((i + e) * ROWS + part * lanes) * 4, F32.x(lanes)) for s in sources for part in parts]
+            for t, row in enumerate(rows):
+                value = k.splat(k.load(row + (i + e) * 4, F32), lanes)
+                for j, w in enumerate(ws):
+                    totals[t * len(ws) + j] = k.fma(w, value, totals[t * len(ws) + j])
+        return totals
+
+    with k.loop(0, count, tile) as tiles:
+        tiles.next()
+        rows = [x.address + (tiles.i + t) * x.row_bytes + start * 4 for t in range(tile)]
+        at = [s + ((tiles.i + t) * ROWS + part * lanes) * 4 for t in range(tile) for s in sums for part in parts]
+        with k.loop(0, whole, _UNROLLED, [k.load(a, F32.x(lanes)) for a in at]) as loop:
+            loop.next(*turn(loop.i, _UNROLLED, rows, loop.values))
+        with k.loop(whole, n, 1, loop.results) as rest:
+            rest.next(*turn(rest.i, 1, rows, rest.values))
+        for a, value in zip(at, rest.results, strict=True):
+            k.store(value, a)

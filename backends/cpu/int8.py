@@ -15,46 +15,71 @@ _VNNI = {16: "llvm.x86.avx512.vpdpbusd.512", 8: "llvm.x86.avx512.vpdpbusd.256"}
 _PAIRS_OF_BYTES = {16: "llvm.x86.avx512.pmaddubs.w.512", 8: "llvm.x86.avx2.pmadd.ub.sw"}
 _PAIRS_OF_WORDS = {16: "llvm.x86.avx512.pmaddw.d.512", 8: "llvm.x86.avx2.pmadd.wd", 4: "llvm.x86.sse2.pmadd.wd"}
 _NEEDED = {16: "avx512", 8: "avx2", 4: ""}
+_MOST_WORD = 32767
+_MOST_PAIR = 2 * 127  # two codes of activations
+GROUPS = 8
 Parts = Sequence[Value]
 
 
 class ByteDot(Protocol):
-    """How the sum over a block is made, four bytes of each lane at a time: `end(add(add(start, ...), ...), offset)`.
+    """How sums over a block are made, four bytes of each lane at a time: `close(add(add((), ...), ...), factor, total)`.
 
     `weights` are what `of_codes` makes of u8 codes, and `row` what `of_four` makes of four bytes (i32, the same in each lane),
     so that each is made once for all that it is multiplied by.
     """
 
-    in_turn: bool
-    """Whether activations take registers: then sums of several rows are made in a loop, which keeps them from filling all."""
+    run: int
+    """How many groups may be added before a sum is closed."""
     n_sums: int
-    """Registers that a sum takes until it ends."""
+    """Registers that a sum takes until it is closed."""
+    n_parts: int
+    """Vectors that `of_codes` makes."""
+    bytes_kept: bool
+    """Whether these are of i8; else of i32."""
 
     def of_codes(self, codes: Value) -> Parts: ...
     def of_four(self, four: Value) -> Parts: ...
+    def of_factor(self, factor: Value) -> Value:
+        """A factor of a sum, i32, as `close` takes it: so many bytes as well."""
+        ...
+
     def add(self, sums: Parts, weights: Parts, row: Parts) -> Parts:
         """`sums` of no parts are none yet."""
         ...
 
-    def end(self, sums: Parts, offset: Value) -> Value:
-        """The sum and an offset, as i32."""
+    def close(self, sums: Parts, factor: Value | None, total: Value | None) -> Value:
+        """`total + sum * factor`, i32."""
         ...
 
 
-def byte_dot(k: Kernel, bits: int, lanes: int) -> ByteDot:
-    """The fastest form for codes of so many bits (4 or 8) and i32 sums of so many lanes."""
+def byte_dot(k: Kernel, most: int, lanes: int) -> ByteDot:
+    """The fastest form for codes up to `most` and i32 sums of so many lanes."""
     has = k.target.has
     if ("vnni" in has and lanes == 16) or ("avxvnni" in has and lanes == 8):
         return _Fours(k, lanes)
     if ("avx512" in has and lanes == 16) or ("avx2" in has and lanes == 8):
-        return _Pairs(k, bits, lanes)
+        return _Pairs(k, most, lanes)
     return _Words(k, lanes)
+
+
+def word_dot(k: Kernel, a: Value, b: Value) -> Value:
+    """Of i32 lanes that are pairs of i16: the sum of both products, i32."""
+    lanes, target = a.lanes, k.target
+    words = I16.x(2 * lanes)
+    if target.family == "x86_64" and _NEEDED.get(lanes, "none") in (*target.has, ""):
+        return k.call(_PAIRS_OF_WORDS[lanes], a.type, a.bits_as(words), b.bits_as(words))
+    return (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16)
+
+
+def as_pair(low: Value, high: Value) -> Value:
+    """Two i32 that fit into i16 as one i32."""
+    return (low & 0xFFFF) | (high << 16)
 
 
 class _Fours:
     """One instruction for four bytes, which reads those of activations from memory."""
 
-    in_turn, n_sums = False, 1
+    run, n_sums, n_parts, bytes_kept = GROUPS, 1, 1, True
 
     def __init__(self, k: Kernel, lanes: int) -> None:
         self.k, self.lanes = k, lanes
@@ -65,24 +90,31 @@ class _Fours:
     def of_four(self, four: Value) -> Parts:
         return (four.bits_as(I8.x(4 * self.lanes)),)
 
+    def of_factor(self, factor: Value) -> Value:
+        return factor
+
     def add(self, sums: Parts, weights: Parts, row: Parts) -> Parts:
         total = sums[0] if sums else self.k.zero(I32.x(self.lanes))
         return (self.k.call(_VNNI[self.lanes], total.type, total, weights[0], row[0]),)
 
-    def end(self, sums: Parts, offset: Value) -> Value:
-        return sums[0] + offset
+    def close(self, sums: Parts, factor: Value | None, total: Value | None) -> Value:
+        found = sums[0] * factor if factor is not None else sums[0]
+        return found if total is None else total + found
 
 
 class _Pairs:
-    """Pairs of bytes to i16, halves of codes so that these hold a block: 32 / 2 * 15 * 127 < 2^15."""
+    """Pairs of bytes to i16; codes of 8 bits in halves, whose sums of a pair would not fit."""
 
-    in_turn = True
+    bytes_kept = True
 
-    def __init__(self, k: Kernel, bits: int, lanes: int) -> None:
-        self.k, self.bits, self.lanes, self.n_sums = k, bits, lanes, bits // 4
+    def __init__(self, k: Kernel, most: int, lanes: int) -> None:
+        self.k, self.lanes = k, lanes
+        self.n_parts = self.n_sums = 1 if most * _MOST_PAIR <= _MOST_WORD else 2
+        fits = _MOST_WORD // (_MOST_PAIR * (most if self.n_sums == 1 else 15))
+        self.run = next(n for n in (8, 4, 2, 1) if n <= fits)
 
     def of_codes(self, codes: Value) -> Parts:
-        if self.bits == 4:
+        if self.n_sums == 1:
             return (codes,)
         words = codes.bits_as(I16.x(2 * self.lanes))
         return codes & 15, (words.shift_right(4) & 0x0F0F).bits_as(codes.type)
@@ -90,46 +122,49 @@ class _Pairs:
     def of_four(self, four: Value) -> Parts:
         return (four.bits_as(I8.x(4 * self.lanes)),)
 
+    def of_factor(self, factor: Value) -> Value:
+        return as_pair(factor, factor)
+
     def add(self, sums: Parts, weights: Parts, row: Parts) -> Parts:
         new = [self.k.call(_PAIRS_OF_BYTES[self.lanes], I16.x(2 * self.lanes), w, row[0]) for w in weights]
         return [a + b for a, b in zip(sums, new, strict=True)] if sums else new
 
-    def end(self, sums: Parts, offset: Value) -> Value:
+    def close(self, sums: Parts, factor: Value | None, total: Value | None) -> Value:
         for i, pairs in enumerate(sums):
-            ones = self.k.const(16**i, pairs.type)
-            offset = offset + self.k.call(_PAIRS_OF_WORDS[self.lanes], I32.x(self.lanes), pairs, ones)
-        return offset
+            by = self.k.const(16**i, pairs.type)
+            if factor is not None:
+                by = factor.bits_as(pairs.type) << (4 * i) if i else factor.bits_as(pairs.type)
+            new = self.k.call(_PAIRS_OF_WORDS[self.lanes], I32.x(self.lanes), pairs, by)
+            total = new if total is None else total + new
+        assert total is not None
+        return total
 
 
 class _Words:
     """Bytes 0 and 2, and 1 and 3, as i16."""
 
-    in_turn, n_sums = True, 2
+    run, n_sums, n_parts, bytes_kept = GROUPS, 2, 2, False
 
     def __init__(self, k: Kernel, lanes: int) -> None:
         self.k, self.lanes = k, lanes
 
     def of_codes(self, codes: Value) -> Parts:
         words = codes.bits_as(I16.x(2 * self.lanes))
-        return words & 0xFF, words.shift_right(8)
+        return [half.bits_as(I32.x(self.lanes)) for half in (words & 0xFF, words.shift_right(8))]
 
     def of_four(self, four: Value) -> Parts:
         words = four.bits_as(I16.x(2 * self.lanes))
-        return (words << 8) >> 8, words >> 8
+        return [half.bits_as(I32.x(self.lanes)) for half in ((words << 8) >> 8, words >> 8)]
+
+    def of_factor(self, factor: Value) -> Value:
+        return factor
 
     def add(self, sums: Parts, weights: Parts, row: Parts) -> Parts:
-        totals = [self._dot(w, x) for w, x in zip(weights, row, strict=True)]
+        totals = [word_dot(self.k, w, x) for w, x in zip(weights, row, strict=True)]
         return [total + new for total, new in zip(sums, totals, strict=True)] if sums else totals
 
-    def _dot(self, a: Value, b: Value) -> Value:
-        wide = I32.x(self.lanes)
-        target = self.k.target
-        if target.family == "x86_64" and _NEEDED.get(self.lanes, "none") in (*target.has, ""):
-            return self.k.call(_PAIRS_OF_WORDS[self.lanes], wide, a, b)
-        both = (a * b).bits_as(wide)  # 255 * 127 < 2^15
-        return (both << 16 >> 16) + (both >> 16)
-
-    def end(self, sums: Parts, offset: Value) -> Value:
-        for total in sums:
-            offset = offset + total
-        return offset
+    def close(self, sums: Parts, factor: Value | None, total: Value | None) -> Value:
+        found = sums[0] + sums[1]
+        if factor is not None:
+            found = found * factor
+        return found if total is None else total + found

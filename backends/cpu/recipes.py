@@ -54,12 +54,15 @@ def keys_of(recipes: Sequence[Recipe], compiler_key: str) -> dict[Recipe, str]:
     digest = _digest()
     if digest is None or _last_change_s() > sys.modules["tensorgraph"].IMPORTED_S - MARGIN_S or not only_ours():
         return {}
-    types = _described(tuple(sorted(dtypes.BY_NAME.values(), key=str)))
+    weights.interleaved(dtypes.f32)  # which fills the table
+    forms = tuple((name, form.codes) for name, form in sorted(weights.FORMS.items()))
     keys = {}
-    for recipe in recipes:
-        with suppress(_Undescribed):
-            said = f"{digest}|{compiler_key}|{types}|{_described(recipe)}"
-            keys[recipe] = hashlib.sha256(said.encode()).hexdigest()
+    with suppress(_Undescribed):
+        types = _described((*sorted(dtypes.BY_NAME.values(), key=str), *forms))
+        for recipe in recipes:
+            with suppress(_Undescribed):
+                said = f"{digest}|{compiler_key}|{types}|{_described(recipe)}"
+                keys[recipe] = hashlib.sha256(said.encode()).hexdigest()
     return keys
 
 
@@ -68,7 +71,7 @@ def only_ours() -> bool:
     ops = [registry.ops.get(name) for name in registry.ops]
     found = [k.formula for op in ops if isinstance(k := op.kernels.get("cpu"), ElementwiseKernel)]
     for form in weights.FORMS.values():
-        found += [value for part in (form, form.codes) if part for value in vars(part).values() if callable(value)]
+        found += [value for value in vars(form).values() if callable(value)]
     return all(map(_is_ours, found)) and all(op.module.startswith(PACKAGE) for op in ops)
 
 

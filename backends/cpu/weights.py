@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorgraph import registry
+from tensorgraph.backends.cpu.codes import ROWS, Codes
 from tensorgraph.backends.cpu.constants import Held, forget, mapped_file
-from tensorgraph.backends.cpu.ir import Int, Value
+from tensorgraph.backends.cpu.ir import I8, I16, I32, Int, Value
 from tensorgraph.backends.cpu.kernel import HEADER, MESSAGES, MOST_CHUNKS, Kernel
 from tensorgraph.backends.cpu.operands import Operand, stored_type
 from tensorgraph.backends.cpu.packing import Step
@@ -33,37 +34,12 @@ if TYPE_CHECKING:
 
 LAYOUTS: tuple[str, ...] = ("r16",)
 """In the order in which they are preferred."""
-ROWS = 16
 _RECODED = 1 << 20  # elements at once
 _CHUNK_BYTES = 1 << 18
 
 
 Recode = Callable[[NDArray[np.uint8]], NDArray[Any]]
 """Bytes of rows [n, row_bytes] to others, or to values."""
-
-
-@dataclass(frozen=True)
-class Codes:
-    """Whole numbers that elements are, but for a scale and a minimum of each block of 32: `(code - centre) * scale + minimum`.
-
-    Attributes:
-        bits: of a code, 4 or 8.
-        centre: 0, 8 or 128.
-        groups: `(k, unit, part, lanes, word)`, word below `n_words`, -> groups g, below 8, and for each a vector of `4 * lanes`
-            bytes: of each row in part elements 4 g to 4 g + 3, as u8.
-        scale, minimum: `(k, unit, part, lanes)` -> f32 of the rows in part; no minimum where None.
-    """
-
-    bits: int
-    centre: int
-    groups: Callable[[Kernel, Value, int, int, Int], Sequence[tuple[Int, Value]]]
-    scale: Callable[[Kernel, Value, int, int], Value]
-    minimum: Callable[[Kernel, Value, int, int], Value] | None = None
-
-    @property
-    def n_words(self) -> int:
-        """Four bytes each that a row's block takes."""
-        return self.bits
 
 
 @dataclass(frozen=True)
@@ -74,11 +50,11 @@ class Interleaved:
         block, unit_bytes: elements of one row in a unit, and bytes of it.
         block_bytes: of one row's block as `write` reads it.
         write: `(k, sources, to)` copies one block of each of 16 rows, at 16 addresses, to the unit at an address.
-        values: `(k, unit, element, part, lanes)` -> f32 of one element (a Python int) of the rows in part: `lanes` rows from
-            row `part * lanes`.
         row_values: `(k, unit, row, first, lanes)` -> f32 of `lanes` consecutive elements of one row, inside a unit or (block 1)
             over adjacent units.
-        codes: how int8 products read it; None for floats.
+        values: of floats, `(k, unit, element, part, lanes)` -> f32 of one element (a Python int) of the rows in part: `lanes`
+            rows from row `part * lanes`.
+        codes: what elements are made of; None for floats.
         recode: what `write` reads of rows as they are in files; None where that is the same.
     """
 
@@ -86,10 +62,37 @@ class Interleaved:
     unit_bytes: int
     block_bytes: int
     write: Callable[[Kernel, Sequence[Value], Value], None]
-    values: Callable[[Kernel, Value, int, int, int], Value]
     row_values: Callable[[Kernel, Value, Value, Value, int], Value]
+    values: Callable[[Kernel, Value, int, int, int], Value] | None = None
     codes: Codes | None = None
     recode: Recode | None = None
+
+
+def coded(codes: Codes, recode: Recode | None = None, flip: int = 0) -> Interleaved:
+    """The form of a type whose rows (as `recode` gives them, else in the file) have in each unit what `Codes.fields` says.
+
+    Args:
+        flip: bits of every byte of codes that are turned over on the way.
+    """
+    head, of_block = codes.fields
+    loaded, flips = {1: I8, 2: I16, 4: I32}, flip * 0x01010101
+
+    def copy(k: Kernel, sizes: Sequence[int], sources: Sequence[Value], to: Value) -> None:
+        at = 0
+        for size in sizes:
+            for r, source in enumerate(sources):
+                value = k.load(source + at, loaded[size], align=1)
+                k.store(value ^ flips if flip and size == 4 else value, to + (ROWS * at + size * r), align=1)
+            at += size
+
+    def write(k: Kernel, sources: Sequence[Value], to: Value) -> None:
+        copy(k, head, sources, to)
+        with k.loop(0, codes.n_blocks) as loop:
+            loop.next()
+            at = loop.i * sum(of_block) + sum(head)
+            copy(k, of_block, [source + at for source in sources], to + at * ROWS)
+
+    return Interleaved(codes.block, codes.unit_bytes, codes.row_bytes, write, codes.row_values, codes=codes, recode=recode)
 
 
 FORMS: dict[str, Interleaved] = {}
@@ -180,7 +183,7 @@ def pack(array: np.ndarray, dtype: DType, layout: str, device: CpuDevice) -> Hel
     tile = width // form.block * form.unit_bytes
     held = device.constants.take(len(matrices) * n_tiles(rows) * tile)
     to = int(held.ctypes.data)
-    if recode is None:
+    if recode is None or not value.size:
         _interleave(matrices, dtype, to, device, (array, held), partial(forget, array))
         if value is not array or mapped_file(array) is None:  # it may change, or is held twice
             device.settle()

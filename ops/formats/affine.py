@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tensorgraph.ops.formats.bits import as_f16, extreme, nearest, pack, read_f16, reciprocal, unpack
-from tensorgraph.ops.formats.blocks import F32, U8, BlockFormat, Scale, declare
+from tensorgraph.ops.formats.blocks import F32, U8, BlockFormat, Parts, Scale, declare
 
 
 def _declare_affine(name: str, bits: int, has_min: bool) -> BlockFormat:
@@ -13,10 +13,14 @@ def _declare_affine(name: str, bits: int, has_min: bool) -> BlockFormat:
     centre, top = 1 << (bits - 1), (1 << bits) - 1
     block_bytes = 2 + 2 * has_min + 4 * (bits == 5) + 16
 
-    def decode(raw: U8) -> F32:
-        q = unpack(raw[:, -16:], 4, 16)
+    def parts(raw: U8) -> Parts:
+        codes = unpack(raw[:, -16:], 4, 16)
         if bits == 5:
-            q |= unpack(raw[:, -20:-16], 1, 1) << np.uint8(4)
+            codes |= unpack(raw[:, -20:-16], 1, 1) << np.uint8(4)
+        return Parts(codes)
+
+    def decode(raw: U8) -> F32:
+        q = parts(raw).codes
         if has_min:
             return q * read_f16(raw, 0) + read_f16(raw, 2)
         return (q.view(np.int8) - np.int8(centre)) * read_f16(raw, 0)
@@ -36,7 +40,11 @@ def _declare_affine(name: str, bits: int, has_min: bool) -> BlockFormat:
         return np.concatenate([*head, *high, pack(codes, 4, 16)], axis=1)
 
     scales = (Scale(0), Scale(2, times=-top / 2)) if has_min else (Scale(0),)
-    return declare(name, 32, block_bytes, decode, encode, scales)
+    return declare(name, 32, block_bytes, decode, encode, parts, scales)
+
+
+def _q8_0(raw: U8) -> Parts:
+    return Parts(raw[:, 2:] ^ np.uint8(128))
 
 
 def _decode_q8_0(raw: U8) -> F32:
@@ -52,4 +60,4 @@ q4_0 = _declare_affine("q4_0", 4, has_min=False)
 q4_1 = _declare_affine("q4_1", 4, has_min=True)
 q5_0 = _declare_affine("q5_0", 5, has_min=False)
 q5_1 = _declare_affine("q5_1", 5, has_min=True)
-q8_0 = declare("q8_0", 32, 34, _decode_q8_0, _encode_q8_0)
+q8_0 = declare("q8_0", 32, 34, _decode_q8_0, _encode_q8_0, _q8_0)

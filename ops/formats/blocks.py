@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -23,6 +23,19 @@ _CHUNK = 1 << 17  # elements handled at once, so that all intermediates stay in 
 
 
 @dataclass(frozen=True)
+class Parts:
+    """Whole numbers that blocks are made of.
+
+    Shapes: codes [n, block_size]: of each element, numbered as the type's table or from its least value on; factors [n, groups],
+    which multiply the block's scale for 16 or 32 elements, and minima [n, groups], its minimum; empty where there are none.
+    """
+
+    codes: U8
+    factors: NDArray[np.uint8] | NDArray[np.int8] = field(default_factory=lambda: np.zeros((0, 0), np.uint8))
+    minima: U8 = field(default_factory=lambda: np.zeros((0, 0), np.uint8))
+
+
+@dataclass(frozen=True)
 class Scale:
     """A field of each block that its values are proportional to, together with the block's other such fields.
 
@@ -39,7 +52,8 @@ class Scale:
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """One block type: `decode` is exact; `encode` rounds as ggml does, and is None where nothing here encodes the type.
+    """One block type: `decode` is exact; `encode` rounds as ggml does, and is None where nothing here encodes the type; `parts`
+    are what decode computes with, None where nothing else needs them.
 
     Attributes:
         scales: the fields that make a block's values large or small, which all other bytes do not.
@@ -50,6 +64,7 @@ class BlockFormat:
     dtype: DType
     decode: Callable[[U8], F32]
     encode: Callable[[F32], U8] | None = None
+    parts: Callable[[U8], Parts] | None = None
     scales: tuple[Scale, ...] = (Scale(0),)
 
 
@@ -59,12 +74,13 @@ def declare(
     block_bytes: int,
     decode: Callable[[U8], F32],
     encode: Callable[[F32], U8] | None = None,
+    parts: Callable[[U8], Parts] | None = None,
     scales: tuple[Scale, ...] = (Scale(0),),
 ) -> BlockFormat:
     """Register a block type under `name`, both as an element type and as a format."""
     dtype = register_dtype(DType(name, "block", block_bytes, block_size))
     registry.decoders.add(name, partial(decode_rows, dtype=dtype))
-    return FORMATS.setdefault(name, BlockFormat(dtype, decode, encode, scales))
+    return FORMATS.setdefault(name, BlockFormat(dtype, decode, encode, parts, scales))
 
 
 def block_format(dtype: DType | str) -> BlockFormat:

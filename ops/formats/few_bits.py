@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tensorgraph.ops.formats.bits import as_f16, in_order, nearest, pack, read_f16, reciprocal, unpack
-from tensorgraph.ops.formats.blocks import F32, U8, Scale, declare
+from tensorgraph.ops.formats.blocks import F32, U8, Parts, Scale, declare
 
 _POWERS_OF_3 = np.array([1, 3, 9, 27, 81], np.uint8)[:, None]
 
@@ -31,16 +31,24 @@ def _ternary(x: F32) -> tuple[U8, F32]:
     return (nearest(x * reciprocal(largest)) + np.float32(1)).astype(np.uint8), largest
 
 
+def _q1_0(raw: U8) -> Parts:
+    return Parts(unpack(raw[:, 2:], 1, 1))
+
+
 def _decode_q1_0(raw: U8) -> F32:
-    return (unpack(raw[:, 2:], 1, 1).view(np.int8) * np.int8(2) - np.int8(1)) * read_f16(raw, 0)
+    return (_q1_0(raw).codes.view(np.int8) * np.int8(2) - np.int8(1)) * read_f16(raw, 0)
 
 
 def _encode_q1_0(x: F32) -> U8:
     return np.concatenate([as_f16(in_order(np.abs(x)) / np.float32(128)), pack((x >= 0).astype(np.uint8), 1, 1)], axis=1)
 
 
+def _q2_0(raw: U8) -> Parts:
+    return Parts(unpack(raw[:, 2:], 2, 1))
+
+
 def _decode_q2_0(raw: U8) -> F32:
-    return (unpack(raw[:, 2:], 2, 1).view(np.int8) - np.int8(1)) * read_f16(raw, 0)
+    return (_q2_0(raw).codes.view(np.int8) - np.int8(1)) * read_f16(raw, 0)
 
 
 def _encode_q2_0(x: F32) -> U8:
@@ -48,9 +56,12 @@ def _encode_q2_0(x: F32) -> U8:
     return np.concatenate([as_f16(scale), pack(codes, 2, 1)], axis=1)
 
 
+def _tq1_0(raw: U8) -> Parts:
+    return Parts(np.concatenate([_digits(raw[:, :32], 5), _digits(raw[:, 32:48], 5), _digits(raw[:, 48:52], 4)], axis=1))
+
+
 def _decode_tq1_0(raw: U8) -> F32:
-    q = np.concatenate([_digits(raw[:, :32], 5), _digits(raw[:, 32:48], 5), _digits(raw[:, 48:52], 4)], axis=1)
-    return (q.view(np.int8) - np.int8(1)) * read_f16(raw, 52)
+    return (_tq1_0(raw).codes.view(np.int8) - np.int8(1)) * read_f16(raw, 52)
 
 
 def _encode_tq1_0(x: F32) -> U8:
@@ -59,8 +70,12 @@ def _encode_tq1_0(x: F32) -> U8:
     return np.concatenate([*parts, as_f16(scale)], axis=1)
 
 
+def _tq2_0(raw: U8) -> Parts:
+    return Parts(unpack(raw[:, :64], 2, 32))
+
+
 def _decode_tq2_0(raw: U8) -> F32:
-    return (unpack(raw[:, :64], 2, 32).view(np.int8) - np.int8(1)) * read_f16(raw, 64)
+    return (_tq2_0(raw).codes.view(np.int8) - np.int8(1)) * read_f16(raw, 64)
 
 
 def _encode_tq2_0(x: F32) -> U8:
@@ -68,7 +83,7 @@ def _encode_tq2_0(x: F32) -> U8:
     return np.concatenate([pack(codes, 2, 32), as_f16(scale)], axis=1)
 
 
-q1_0 = declare("q1_0", 128, 18, _decode_q1_0, _encode_q1_0)
-q2_0 = declare("q2_0", 64, 18, _decode_q2_0, _encode_q2_0)
-tq1_0 = declare("tq1_0", 256, 54, _decode_tq1_0, _encode_tq1_0, (Scale(52),))
-tq2_0 = declare("tq2_0", 256, 66, _decode_tq2_0, _encode_tq2_0, (Scale(64),))
+q1_0 = declare("q1_0", 128, 18, _decode_q1_0, _encode_q1_0, _q1_0)
+q2_0 = declare("q2_0", 64, 18, _decode_q2_0, _encode_q2_0, _q2_0)
+tq1_0 = declare("tq1_0", 256, 54, _decode_tq1_0, _encode_tq1_0, _tq1_0, scales=(Scale(52),))
+tq2_0 = declare("tq2_0", 256, 66, _decode_tq2_0, _encode_tq2_0, _tq2_0, scales=(Scale(64),))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tensorgraph.backends.cpu.codes import ROWS
 from tensorgraph.backends.cpu.ir import I64, Value
 from tensorgraph.backends.cpu.kernel import Kernel
 from tensorgraph.backends.cpu.operands import read_value, stored_type
-from tensorgraph.backends.cpu.weights import FORMS, ROWS, Interleaved
+from tensorgraph.backends.cpu.weights import FORMS, Interleaved
 from tensorgraph.dtypes import as_dtype
 
 
@@ -32,7 +33,7 @@ def _declare(name: str) -> None:
             out = out.with_lane(i, k.load(at + i * (ROWS * item), stored))
         return read_value(k, out, dtype)
 
-    FORMS[name] = Interleaved(1, ROWS * item, item, write, values, row_values)
+    FORMS[name] = Interleaved(1, ROWS * item, item, write, row_values, values)
 
 
 for _name in ("f32", "f16", "bf16"):

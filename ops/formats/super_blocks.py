@@ -6,16 +6,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorgraph.ops.formats.bits import as_f16, extreme, in_order, pack, quotient, read_f16, scale_groups, unpack, whole
-from tensorgraph.ops.formats.blocks import F32, U8, Scale, declare
+from tensorgraph.ops.formats.blocks import F32, U8, Parts, Scale, declare
 from tensorgraph.ops.formats.searches import affine_scale, centred_scale, descended_scale
 
 
-def _affine_groups(q: U8, d: F32, dmin: F32) -> F32:
-    """Scale each group and subtract its minimum; q [n, 256], d and dmin [n, groups]."""
-    n, groups = d.shape
-    scaled = scale_groups(q, d).reshape(n, groups, -1)
-    scaled -= dmin[:, :, None]
-    return scaled.reshape(q.shape)
+def _affine_groups(parts: Parts, d: F32, dmin: F32) -> F32:
+    """Scale each group and subtract its minimum; d and dmin [n, 1]."""
+    n, groups = parts.factors.shape
+    scaled = scale_groups(parts.codes, parts.factors * d).reshape(n, groups, -1)
+    scaled -= (parts.minima * dmin)[:, :, None]
+    return scaled.reshape(parts.codes.shape)
+
+
+def _centred_groups(parts: Parts, centre: int, d: F32) -> F32:
+    """Scale each group of codes less their centre; d [n, 1]."""
+    return scale_groups(parts.codes.view(np.int8) - np.int8(centre), parts.factors * d)
 
 
 def _six_bit_pairs(raw: U8) -> tuple[U8, U8]:
@@ -63,10 +68,12 @@ def _centred_codes(x: F32, scales: F32, bits: int, scale_bits: int) -> tuple[U8,
     return head, stored.astype(np.int8), codes.reshape(x.shape).astype(np.uint8)
 
 
+def _q2_k(raw: U8) -> Parts:
+    return Parts(unpack(raw[:, 16:80], 2, 32), raw[:, :16] & np.uint8(15), raw[:, :16] >> np.uint8(4))
+
+
 def _decode_q2_k(raw: U8) -> F32:
-    d = (raw[:, :16] & np.uint8(15)) * read_f16(raw, 80)
-    dmin = (raw[:, :16] >> np.uint8(4)) * read_f16(raw, 82)
-    return _affine_groups(unpack(raw[:, 16:80], 2, 32), d, dmin)
+    return _affine_groups(_q2_k(raw), read_f16(raw, 80), read_f16(raw, 82))
 
 
 def _encode_q2_k(x: F32) -> U8:
@@ -74,10 +81,14 @@ def _encode_q2_k(x: F32) -> U8:
     return np.concatenate([stored[:, :16] | stored[:, 16:] << np.uint8(4), pack(codes, 2, 32), *heads], axis=1)
 
 
-def _decode_q3_k(raw: U8) -> F32:
+def _q3_k(raw: U8) -> Parts:
     scales = unpack(raw[:, 96:104], 4, 8) | unpack(raw[:, 104:108], 2, 4) << np.uint8(4)
-    q = unpack(raw[:, 32:96], 2, 32) | unpack(raw[:, :32], 1, 32) << np.uint8(2)
-    return scale_groups(q.view(np.int8) - np.int8(4), (scales.view(np.int8) - np.int8(32)) * read_f16(raw, 108))
+    codes = unpack(raw[:, 32:96], 2, 32) | unpack(raw[:, :32], 1, 32) << np.uint8(2)
+    return Parts(codes, scales.view(np.int8) - np.int8(32))
+
+
+def _decode_q3_k(raw: U8) -> F32:
+    return _centred_groups(_q3_k(raw), 4, read_f16(raw, 108))
 
 
 def _encode_q3_k(x: F32) -> U8:
@@ -94,9 +105,12 @@ def _by_size(x: F32) -> F32:
     return weights
 
 
+def _q4_k(raw: U8) -> Parts:
+    return Parts(unpack(raw[:, 16:], 4, 32), *_six_bit_pairs(raw[:, 4:16]))
+
+
 def _decode_q4_k(raw: U8) -> F32:
-    scales, minima = _six_bit_pairs(raw[:, 4:16])
-    return _affine_groups(unpack(raw[:, 16:], 4, 32), scales * read_f16(raw, 0), minima * read_f16(raw, 2))
+    return _affine_groups(_q4_k(raw), read_f16(raw, 0), read_f16(raw, 2))
 
 
 def _encode_q4_k(x: F32) -> U8:
@@ -104,10 +118,13 @@ def _encode_q4_k(x: F32) -> U8:
     return np.concatenate([*heads, _as_six_bit_pairs(stored[:, :8], stored[:, 8:]), pack(codes, 4, 32)], axis=1)
 
 
+def _q5_k(raw: U8) -> Parts:
+    codes = unpack(raw[:, 48:], 4, 32) | unpack(raw[:, 16:48], 1, 32) << np.uint8(4)
+    return Parts(codes, *_six_bit_pairs(raw[:, 4:16]))
+
+
 def _decode_q5_k(raw: U8) -> F32:
-    scales, minima = _six_bit_pairs(raw[:, 4:16])
-    q = unpack(raw[:, 48:], 4, 32) | unpack(raw[:, 16:48], 1, 32) << np.uint8(4)
-    return _affine_groups(q, scales * read_f16(raw, 0), minima * read_f16(raw, 2))
+    return _affine_groups(_q5_k(raw), read_f16(raw, 0), read_f16(raw, 2))
 
 
 def _encode_q5_k(x: F32) -> U8:
@@ -116,9 +133,13 @@ def _encode_q5_k(x: F32) -> U8:
     return np.concatenate([*heads, _as_six_bit_pairs(stored[:, :8], stored[:, 8:]), high, pack(codes, 4, 32)], axis=1)
 
 
+def _q6_k(raw: U8) -> Parts:
+    codes = unpack(raw[:, :128], 4, 64) | unpack(raw[:, 128:192], 2, 32) << np.uint8(4)
+    return Parts(codes, raw[:, 192:208].view(np.int8))
+
+
 def _decode_q6_k(raw: U8) -> F32:
-    q = unpack(raw[:, :128], 4, 64) | unpack(raw[:, 128:192], 2, 32) << np.uint8(4)
-    return scale_groups(q.view(np.int8) - np.int8(32), raw[:, 192:208].view(np.int8) * read_f16(raw, 208))
+    return _centred_groups(_q6_k(raw), 32, read_f16(raw, 208))
 
 
 def _encode_q6_k(x: F32) -> U8:
@@ -126,8 +147,8 @@ def _encode_q6_k(x: F32) -> U8:
     return np.concatenate([pack(codes, 4, 64), pack(codes >> np.uint8(4), 2, 32), scales.view(np.uint8), head], axis=1)
 
 
-q2_k = declare("q2_k", 256, 84, _decode_q2_k, _encode_q2_k, (Scale(80), Scale(82, times=1.5)))
-q3_k = declare("q3_k", 256, 110, _decode_q3_k, _encode_q3_k, (Scale(108),))
-q4_k = declare("q4_k", 256, 144, _decode_q4_k, _encode_q4_k, (Scale(0), Scale(2, times=7.5)))
-q5_k = declare("q5_k", 256, 176, _decode_q5_k, _encode_q5_k, (Scale(0), Scale(2, times=15.5)))
-q6_k = declare("q6_k", 256, 210, _decode_q6_k, _encode_q6_k, (Scale(208),))
+q2_k = declare("q2_k", 256, 84, _decode_q2_k, _encode_q2_k, _q2_k, scales=(Scale(80), Scale(82, times=1.5)))
+q3_k = declare("q3_k", 256, 110, _decode_q3_k, _encode_q3_k, _q3_k, scales=(Scale(108),))
+q4_k = declare("q4_k", 256, 144, _decode_q4_k, _encode_q4_k, _q4_k, scales=(Scale(0), Scale(2, times=7.5)))
+q5_k = declare("q5_k", 256, 176, _decode_q5_k, _encode_q5_k, _q5_k, scales=(Scale(0), Scale(2, times=15.5)))
+q6_k = declare("q6_k", 256, 210, _decode_q6_k, _encode_q6_k, _q6_k, scales=(Scale(208),))

@@ -16,7 +16,7 @@ from tensorgraph.ops.formats.bits import (
     unpack,
     whole,
 )
-from tensorgraph.ops.formats.blocks import F32, U8, Scale, declare
+from tensorgraph.ops.formats.blocks import F32, U8, Parts, Scale, declare
 from tensorgraph.ops.formats.searches import TINY, table_scale
 
 # FP4 e2m1 times two, so that all values are whole; the scales below are halved in return.
@@ -40,8 +40,12 @@ def _ue4m3_half() -> F32:
 _UE4M3_HALF = _ue4m3_half()
 
 
+def _mxfp4(raw: U8) -> Parts:
+    return Parts(unpack(raw[:, 1:], 4, 16))
+
+
 def _decode_mxfp4(raw: U8) -> F32:
-    return scale_groups(FP4[unpack(raw[:, 1:], 4, 16)], _E8M0_HALF[raw[:, :1]])
+    return scale_groups(FP4[_mxfp4(raw).codes], _E8M0_HALF[raw[:, :1]])
 
 
 def _fp4_codes(x: F32, half: F32) -> U8:
@@ -70,8 +74,12 @@ def _encode_nvfp4(x: F32) -> U8:
     return np.concatenate([scale, pack(_fp4_codes(x, _UE4M3_HALF[scale]), 4, 8)], axis=1)
 
 
+def _iq4_nl(raw: U8) -> Parts:
+    return Parts(unpack(raw[:, 2:], 4, 16))
+
+
 def _decode_iq4_nl(raw: U8) -> F32:
-    return IQ4[unpack(raw[:, 2:], 4, 16)] * read_f16(raw, 0)
+    return IQ4[_iq4_nl(raw).codes] * read_f16(raw, 0)
 
 
 def _encode_iq4_nl(x: F32) -> U8:
@@ -84,10 +92,14 @@ def _encode_iq4_nl(x: F32) -> U8:
     return np.concatenate([as_f16(scale), pack(codes.astype(np.uint8), 4, 16)], axis=1)
 
 
-def _decode_iq4_xs(raw: U8) -> F32:
+def _iq4_xs(raw: U8) -> Parts:
     scales = unpack(raw[:, 4:8], 4, 1) | unpack(raw[:, 2:4], 2, 1) << np.uint8(4)
-    scales_f32 = (scales.view(np.int8) - np.int8(32)) * read_f16(raw, 0)
-    return scale_groups(IQ4[unpack(raw[:, 8:], 4, 16)], scales_f32)
+    return Parts(unpack(raw[:, 8:], 4, 16), scales.view(np.int8) - np.int8(32))
+
+
+def _decode_iq4_xs(raw: U8) -> F32:
+    parts = _iq4_xs(raw)
+    return scale_groups(IQ4[parts.codes], parts.factors * read_f16(raw, 0))
 
 
 def _encode_iq4_xs(x: F32) -> U8:
@@ -100,7 +112,7 @@ def _encode_iq4_xs(x: F32) -> U8:
     return np.concatenate([as_f16(d), pack(stored >> np.uint8(4), 2, 1), pack(stored, 4, 1), packed], axis=1)
 
 
-mxfp4 = declare("mxfp4", 32, 17, _decode_mxfp4, _encode_mxfp4, (Scale(0, "e8m0"),))
-nvfp4 = declare("nvfp4", 64, 36, _decode_nvfp4, _encode_nvfp4, tuple(Scale(i, "ue4m3") for i in range(4)))
-iq4_nl = declare("iq4_nl", 32, 18, _decode_iq4_nl, _encode_iq4_nl)
-iq4_xs = declare("iq4_xs", 256, 136, _decode_iq4_xs, _encode_iq4_xs)
+mxfp4 = declare("mxfp4", 32, 17, _decode_mxfp4, _encode_mxfp4, _mxfp4, scales=(Scale(0, "e8m0"),))
+nvfp4 = declare("nvfp4", 64, 36, _decode_nvfp4, _encode_nvfp4, scales=tuple(Scale(i, "ue4m3") for i in range(4)))
+iq4_nl = declare("iq4_nl", 32, 18, _decode_iq4_nl, _encode_iq4_nl, _iq4_nl)
+iq4_xs = declare("iq4_xs", 256, 136, _decode_iq4_xs, _encode_iq4_xs, _iq4_xs)

@@ -12,12 +12,13 @@ from typing import Any
 
 from tensorgraph import registry
 from tensorgraph.backends.cpu.activations import Kind, Rows, row_bytes, write_row
+from tensorgraph.backends.cpu.codes import ROWS
 from tensorgraph.backends.cpu.ir import F32, F64, Value
 from tensorgraph.backends.cpu.kernel import Kernel
 from tensorgraph.backends.cpu.matvec import panel_dot
 from tensorgraph.backends.cpu.operands import Operand, Row
 from tensorgraph.backends.cpu.state_calls import element_place
-from tensorgraph.backends.cpu.weights import ROWS, find_panel, n_tiles
+from tensorgraph.backends.cpu.weights import find_panel, n_tiles
 from tensorgraph.dtypes import f32
 from tensorgraph.ops.attention.paged_cpu import Heads, combine
 

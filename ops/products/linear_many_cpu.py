@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from tensorgraph.backends.cpu.activations import Kind, Rows, row_bytes
+from tensorgraph.backends.cpu.codes import ROWS
 from tensorgraph.backends.cpu.gemm import MOST_TOKENS, multiply, plan_tiles
 from tensorgraph.backends.cpu.ir import Value
 from tensorgraph.backends.cpu.kernel import CHUNK, Buffer, Call, Context, Kernel, Ref
 from tensorgraph.backends.cpu.operands import Operand
-from tensorgraph.backends.cpu.weights import ROWS
 from tensorgraph.dims import Extent, Guard
 from tensorgraph.graph import Node
 from tensorgraph.ops.products.linear_cpu import Part, Source, finish, write_source
@@ -36,10 +36,11 @@ def many_calls(
     for p, part in enumerate(parts):
         own = {f"{name[: -len(str(p))]}0": ref for name, ref in operands.items() if name not in OF_SOURCE and _number(name) == p}
         weights = [ref.of for ref in (own["w0"], own.get("v0")) if ref is not None and isinstance(ref.of, Node)]
-        tiling = plan_tiles(context.target, [w.dtype for w in weights], part.rows, source.width)
+        tiling = plan_tiles(context.target, [w.dtype for w in weights], source.kind, part.rows)
         attrs = {"kind": source.kind, "part": part}
         taken = {"rows": rows, "tokens": Ref(n_tokens), **own}
-        calls.append(Call(emit_many, taken, attrs, tiling.items(n_tokens), guard=guard, nodes=nodes))
+        items, room = tiling.items(n_tokens), tiling.scratch_bytes
+        calls.append(Call(emit_many, taken, attrs, items, scratch_bytes=room, guard=guard, nodes=nodes))
     return calls
 
 

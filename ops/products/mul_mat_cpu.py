@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from tensorgraph.backends.cpu.activations import Kind, Load, Rows, row_bytes, write_row
+from tensorgraph.backends.cpu.codes import ROWS
 from tensorgraph.backends.cpu.gemm import MOST_TOKENS, multiply, plan_tiles
 from tensorgraph.backends.cpu.ir import F32, Int, Value
 from tensorgraph.backends.cpu.kernel import CHUNK, Buffer, Call, Context, Kernel, NodeKernel, Ref
 from tensorgraph.backends.cpu.matvec import kind_of, tile_dot
 from tensorgraph.backends.cpu.operands import Operand, Row
-from tensorgraph.backends.cpu.weights import ROWS, n_tiles, tile_bytes
+from tensorgraph.backends.cpu.weights import n_tiles, tile_bytes
 from tensorgraph.dims import ALWAYS, Guard, product
 from tensorgraph.graph import Node
 from tensorgraph.ops.products.dense_cpu import dense_calls
@@ -49,13 +50,13 @@ def calls(node: Node, context: Context) -> Sequence[Call]:
         nodes=(node,),
     )
     tile = tile_bytes(a)
-    tiling = plan_tiles(context.target, [a.dtype], height, width)
+    tiling = plan_tiles(context.target, [a.dtype], kind, height)
     many = Call(
         multiply_many,
         {**operands, "rows": Ref(rows)},
         {"kind": kind, "single": single},
         tiling.items(n_rows) * batch,
-        max(1, 9000 // max(width, 1)),
+        scratch_bytes=tiling.scratch_bytes,
         nodes=(node,),
     )
     found: list[Call] = [] if single else [written]

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from tensorgraph.backends.cpu.activations import Kind, Rows, row_bytes, write_row
-from tensorgraph.backends.cpu.gemm import MOST_TOKENS, multiply_group, plan_tiles
+from tensorgraph.backends.cpu.codes import ROWS
+from tensorgraph.backends.cpu.gemm import MOST_TOKENS, multiply_piece, plan_tiles
 from tensorgraph.backends.cpu.ir import F32, I32, Int, Value
 from tensorgraph.backends.cpu.kernel import CHUNK, Buffer, Call, Context, Kernel, NodeKernel, Ref
 from tensorgraph.backends.cpu.matvec import kind_of, tile_dot
 from tensorgraph.backends.cpu.operands import Operand
-from tensorgraph.backends.cpu.weights import ROWS, n_tiles, tile_bytes
+from tensorgraph.backends.cpu.weights import n_tiles, tile_bytes
 from tensorgraph.dims import maximum, product
 from tensorgraph.graph import Node
 from tensorgraph.ops.products.dense_cpu import BLOCK, WORK, along_rows, along_width
@@ -75,7 +76,7 @@ def calls(node: Node, context: Context) -> Sequence[Call]:
     written = Call(write_rows, {"b": Ref(b), "to": plain}, {"kind": kind, "width": width}, product(b.shape[:-1]), grain)
     few = Call(multiply_pairs, {**operands, "rows": plain}, attrs, pairs * n_tiles(height), vec_grain(height, tile_bytes(a)))
 
-    tiling = plan_tiles(context.target, [a.dtype], height, width)
+    tiling = plan_tiles(context.target, [a.dtype], kind, height)
     most_pieces = pairs // tiling.tokens + n_experts
     order = Ref(Buffer((1 + n_experts + pairs * 2 + most_pieces * 3) * 4, "order"))
     rows = Ref(Buffer((pairs + MOST_TOKENS) * each, "rows"))
@@ -84,7 +85,7 @@ def calls(node: Node, context: Context) -> Sequence[Call]:
     place_attrs = {**attrs, "n_experts": n_experts, "width": width}
     place = Call(place_rows, given, place_attrs, product(b.shape[:-1]), grain, scratch_bytes=each if shared else 0)
     taken: dict[str, Ref | None] = {"a": Ref(a), "order": order, "rows": rows, "y": Ref(node)}
-    many = Call(multiply_sorted, taken, {"kind": kind}, tiling.items(pairs), max(1, 9000 // max(width, 1)))
+    many = Call(multiply_sorted, taken, {"kind": kind}, most_pieces * tiling.groups, scratch_bytes=tiling.scratch_bytes)
     found: list[Call] = []
     for call in (written, few):
         found += guarded(replace(call, nodes=(node,)), pairs <= FEW)
@@ -186,16 +187,16 @@ def multiply_sorted(k: Kernel, operands: Mapping[str, Operand], *, kind: Kind) -
     y = known_width(operands["y"], a)
     n_experts, height, width = a.shape
     assert isinstance(n_experts, int) and isinstance(height, int) and isinstance(width, int)
-    tiling, each = plan_tiles(k.target, [a.dtype], height, width), row_bytes(kind, width)
+    tiling, each = plan_tiles(k.target, [a.dtype], kind, height), row_bytes(kind, width)
     order = Sorted(k, operands["order"].address, n_experts, k.i64(k.size(y.shape[:-1])))
-    with k.rows([tiling.n_blocks, order.read(order.word(0)), tiling.groups]) as (block, piece, within):
+    with k.rows([order.read(order.word(0)), tiling.groups]) as (piece, group):
         expert, first, count = (order.read(order.piece(piece) + 4 * i) for i in range(3))
 
-        def store(tile: Value, n: int, sums: list[Value]) -> None:
+        def store(tile: Value, n: Value, sums: list[Value]) -> None:
             store_tile(k, y, order.read(order.pair(first + n)), tile, sums[0])
 
         x = Rows(kind, rows.address + first * each, each)
-        multiply_group(k, [a], tiling, block * tiling.groups + within, expert, x, count, store)
+        multiply_piece(k, [a], group, expert, x, count, store)
 
 
 def _dense_calls(node: Node) -> Sequence[Call]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tensorgraph.backends.cpu.codes import ROWS
 from tensorgraph.backends.cpu.ir import Value
 from tensorgraph.backends.cpu.kernel import CHUNK, Call, Context, Kernel, NodeKernel, Ref, row_work
 from tensorgraph.backends.cpu.operands import Operand, stored_type
-from tensorgraph.backends.cpu.weights import ROWS, load_r16_row, n_tiles
+from tensorgraph.backends.cpu.weights import load_r16_row, n_tiles
 from tensorgraph.dims import product
 from tensorgraph.graph import Node
 from tensorgraph.ops.rows.get_rows import get_rows

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 
 import tensorgraph.ops  # noqa: F401  (importing registers)
 from tensorgraph import registry
+from tensorgraph.backends.cpu.codes import Codes
 from tensorgraph.backends.cpu.device import code_for
 from tensorgraph.backends.cpu.elementwise import cpu_formula
 from tensorgraph.backends.cpu.ir import F32, F64, Value
@@ -233,13 +234,14 @@ def test_a_broken_kernel_is_caught(name: str, make: Callable[[Op], Any], part: s
 def test_a_broken_format_is_caught() -> None:
     """The family that has no ops: how kernels read types of weights."""
     interleaved(as_dtype("q8_0"))  # which fills the table
-    right = {name: form for name, form in FORMS.items() if form.block > 1}
+    right = {name: form for name, form in FORMS.items() if form.codes is not None}
+
+    class Swapped(Codes):
+        def group(self, k: Kernel, at: Value, part: int, lanes: int, g: int) -> Value:
+            return super().group(k, at, part, lanes, g ^ 1)
 
     def swapped(form: Interleaved) -> Interleaved:
-        def values(k: Kernel, unit: Value, element: int, part: int, lanes: int) -> Value:
-            return form.values(k, unit, element ^ 1, part, lanes)
-
-        return replace(form, values=values)
+        return replace(form, codes=Swapped(**{f.name: getattr(form.codes, f.name) for f in fields(Codes)}))
 
     with apart():
         try:

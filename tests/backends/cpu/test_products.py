@@ -214,34 +214,47 @@ AVX_VNNI = replace(AVX2, name="avxvnni", features=f"{AVX2.features},+avxvnni", h
 FORMS = [(t, t.vector_bytes // 4) for t in (host(), *TARGETS.values(), AVX_VNNI) if can_run(t)] + [(host(), 2)]
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("most", [1, 3, 15, 24, 31, 63, 86, 127, 128, 255])
 @pytest.mark.parametrize(("target", "lanes"), FORMS, ids=lambda v: getattr(v, "name", v))
-def test_dot_products_of_bytes(target: Target, lanes: int, bits: int) -> None:
-    """A block of 32 in each lane and an offset, to the last bit; two lanes take the form that needs nothing of the target."""
-    k = Function("kernel", {"codes": PTR, "four": PTR, "y": PTR}, target)
-    at, x, y = k.parameters.values()
-    dot, sums = byte_dot(k, bits, lanes), ()
-    for g in range(8):
-        four = dot.of_four(k.splat(k.load(x + 4 * g, I32), lanes))
-        sums = dot.add(sums, dot.of_codes(k.load(at + 4 * lanes * g, I8.x(4 * lanes))), four)
-    k.store(dot.end(sums, k.const(-70_000, I32.x(lanes))), y)
+def test_dot_products_of_bytes(target: Target, lanes: int, most: int) -> None:
+    """Halves of a block of 32 in each lane with factors of their own, and a whole one without, to the last bit.
+
+    Two lanes take the form that needs nothing of the target.
+    """
+    k = Function("kernel", {"codes": PTR, "four": PTR, "factors": PTR, "y": PTR}, target)
+    at, x, f, y = k.parameters.values()
+    dot = byte_dot(k, most, lanes)
+    whole = I32.x(lanes)
+    for n, count in enumerate((2, 1)):
+        total, sums = k.const(-70_000, whole), ()
+        for g in range(8):
+            four = dot.of_four(k.splat(k.load(x + 4 * g, I32), lanes))
+            sums = dot.add(sums, dot.of_codes(k.load(at + 4 * lanes * g, I8.x(4 * lanes))), four)
+            if (g + 1) % min(dot.run, 8 // count) == 0:
+                factor = dot.of_factor(k.load(f + g // 4 * 4 * lanes, whole)) if count == 2 else None
+                total, sums = dot.close(sums, factor, total), ()
+        k.store(total, y + 4 * lanes * n)
     jit = Jit(target, None)
-    run = ctypes.CFUNCTYPE(None, *(ctypes.c_void_p,) * 3)(jit.compile([k.text()])[0])
-    rng, top = np.random.default_rng(7), (1 << bits) - 1
-    for codes in (rng.integers(0, top + 1, (8, lanes, 4), np.uint8), np.full((8, lanes, 4), top, np.uint8)):
+    run = ctypes.CFUNCTYPE(None, *(ctypes.c_void_p,) * 4)(jit.compile([k.text()])[0])
+    rng = np.random.default_rng(7)
+    for codes in (rng.integers(0, most + 1, (8, lanes, 4), np.uint8), np.full((8, lanes, 4), most, np.uint8)):
         for row in (rng.integers(-127, 128, (8, 4), np.int8), *(np.full((8, 4), v, np.int8) for v in (127, -127))):
-            got = np.zeros(lanes, np.int32)
-            run(codes.ctypes.data, row.ctypes.data, got.ctypes.data)
-            np.testing.assert_array_equal(got, np.einsum("glb,gb->l", codes.astype(np.int64), row.astype(np.int64)) - 70_000)
+            for factors in (rng.integers(-128, 128, (2, lanes), np.int32), np.full((2, lanes), -128, np.int32)):
+                got = np.zeros((2, lanes), np.int32)
+                run(codes.ctypes.data, row.ctypes.data, factors.ctypes.data, got.ctypes.data)
+                halves = codes.astype(np.int64).reshape(2, 4, lanes, 4), row.astype(np.int64).reshape(2, 4, 4)
+                each = np.einsum("hglb,hgb->hl", *halves)
+                np.testing.assert_array_equal(got, [np.sum(each * factors, 0) - 70_000, np.sum(each, 0) - 70_000])
 
 
 def test_the_instruction_for_four_bytes_is_used_where_there_is_one() -> None:
     k = Function("kernel", {"at": PTR}, AVX_VNNI)
     (at,) = k.parameters.values()
-    dot = byte_dot(k, 8, 8)
-    k.store(dot.end(dot.add((), dot.of_codes(k.load(at, I8.x(32))), dot.of_four(k.load(at, I32.x(8)))), k.load(at, I32.x(8))), at)
+    dot = byte_dot(k, 255, 8)
+    sums = dot.add((), dot.of_codes(k.load(at, I8.x(32))), dot.of_four(k.load(at, I32.x(8))))
+    k.store(dot.close(sums, None, k.load(at, I32.x(8))), at)
     assert "{vex}" in (text := Jit(AVX_VNNI, None).assembly(k.text())) and "vpdpbusd" in text
 
 
 def test_which_types_are_multiplied_in_int8() -> None:
-    assert {name for name, exact in ON_HOST if is_int8(name, exact)} == {"q4_0", "q4_1", "q8_0", "q5_1", "q4_k"}
+    assert {name for name, exact in ON_HOST if is_int8(name, exact)} == {"q4_0", "q4_1", "q8_0", "q5_1", "q4_k", "q6_k"}

@@ -20,7 +20,7 @@ from tensorgraph.backends.cpu.device import Code
 from tensorgraph.backends.cpu.elementwise import cpu_formula
 from tensorgraph.backends.cpu.program import OperandKey, Recipe
 from tensorgraph.backends.cpu.target import host
-from tensorgraph.backends.cpu.weights import FORMS, interleaved, read_units, write_units
+from tensorgraph.backends.cpu.weights import FORMS, coded, interleaved, read_units, write_units
 from tensorgraph.dtypes import BY_NAME, as_dtype
 from tensorgraph.op import Op
 from tensorgraph.ops.rows.get_rows_cpu import emit_get_rows
@@ -96,14 +96,20 @@ def test_what_cannot_be_described_has_no_key(value: Any) -> None:
     assert key_of(RECIPE._replace(attrs=(("f", (1, inner)),))) is None
 
 
-@pytest.mark.parametrize("part", ["write", "values", "row_values", "groups", "scale", "minimum"])
+@pytest.mark.parametrize("part", ["write", "values", "row_values"])
 def test_another_packages_form_of_weights_switches_it_off(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    form = FORMS["q4_1"]
-    assert recipes.only_ours() and form.codes is not None
+    assert recipes.only_ours()
     theirs: Any = {part: lambda k, *rest: None}
-    changed = replace(form, **theirs) if hasattr(form, part) else replace(form, codes=replace(form.codes, **theirs))
-    monkeypatch.setitem(FORMS, "test_type", changed)
+    monkeypatch.setitem(FORMS, "test_type", replace(FORMS["q4_1"], **theirs))
     assert not recipes.only_ours()
+
+
+@pytest.mark.parametrize("change", [{"centre": 7}, {"table": (3, 1)}, {"unit": 0.5}, {"has_min": False}, {"factors": "i8"}])
+def test_other_codes_of_a_type_are_another_key(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    before, codes = key_of(RECIPE), FORMS["q4_k"].codes
+    assert codes is not None
+    monkeypatch.setitem(FORMS, "q4_k", coded(replace(codes, **change)))
+    assert None is not key_of(RECIPE) != before
 
 
 def test_another_packages_op_switches_it_off() -> None:

@@ -53,7 +53,11 @@ def test_every_type_comes_back_as_it_is_decoded(name: str) -> None:
     assert_same(unpack(held, dtype, device), values(array, dtype))
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if name not in ("q2_k", "q3_k", "q6_k", "nvfp4")])
+AS_F32 = ("q2_k", "q3_k", "q6_k", "nvfp4", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq1_s", "iq1_m")
+"""Types without a form of their own."""
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in AS_F32])
 def test_block_types_stay_small(name: str) -> None:
     """A code takes 4 bits or 8, and its share of the scale and the minimum 4 more at most."""
     form = interleaved(as_dtype(name))
