@@ -20,7 +20,7 @@ from tensorgraph.errors import FormatError, UnknownNameError, UnsupportedError
 from tensorgraph.extents import Extents
 from tensorgraph.graph import Graph
 from tensorgraph.models.builder import AssumedWeights, Builder, FileWeights, WeightCatalog
-from tensorgraph.models.config import read_gguf, read_json
+from tensorgraph.models.config import as_gguf, read_gguf, read_json
 from tensorgraph.models.early_rows import choose_early
 from tensorgraph.models.names import Made
 from tensorgraph.models.text.gguf import GGUF
@@ -46,8 +46,10 @@ class Architecture:
         build: the graph of one step.
         published: names in config.json's `architectures`.
         extra: fields that need more than a key of the metadata: `fn(metadata) -> {field: value}`.
-        more: the metadata that is not one field's: `fn(config) -> {key: value}`, keys without the architecture's prefix.
+        more: the metadata that is not one field's: `fn(config) -> {key: value}`; keys are without the architecture's prefix
+            unless they are the vocabulary's.
         names: of which tensors of a published checkpoint the weights are made.
+        optional: ends of the names of the optional weights that each of its models has.
         result: the output of its graph: logits, or of an encoder `HIDDEN`.
     """
 
@@ -63,11 +65,12 @@ class Architecture:
         extra: Callable[[Metadata], dict[str, Any]] | None = None,
         more: Callable[[Any], dict[str, Any]] | None = None,
         names: Callable[[Any], Mapping[str, Made]] | None = None,
+        optional: tuple[str, ...] = (),
         result: str = LOGITS,
     ) -> None:
         self.name, self.config, self.states, self.build = name, config, states, build
         self.published, self.names, self.result = published, names, result
-        self.extra, self.more = extra, more
+        self.extra, self.more, self.optional = extra, more, optional
         if not sys._getframe(1).f_globals["__name__"].startswith(f"{__package__}."):
             importlib.import_module(f"{__package__}.all_files")  # one of our names is refused here, not when ours is wanted
         for known in (name, *also):
@@ -111,6 +114,14 @@ class Model:
     def encodes(self) -> bool:
         """Whether its tokens see those after them, so that a sequence takes one step, and gives no logits."""
         return self.architecture.result == HIDDEN
+
+    def metadata(self) -> dict[str, Any]:
+        """The configuration as a GGUF file says it, without the vocabulary; some fields may have no key there."""
+        name, more = self.architecture.name, self.architecture.more
+        found = {"general.architecture": name} | as_gguf(self.config, name)
+        for key, value in (more(self.config) if more else {}).items():
+            found[key if key.startswith("tokenizer.") else f"{name}.{key}"] = value
+        return found
 
     def states(self) -> Mapping[str, StateSpec]:
         return self.architecture.states(self.config)
@@ -168,10 +179,17 @@ def model_from_gguf(file: GGUF) -> Model:
         FormatError: its metadata lacks what the architecture needs.
     """
     architecture = find_architecture(file.architecture)
-    metadata = dict_with_vocabulary(file)
-    extra = architecture.extra(metadata) if architecture.extra else {}
-    config = read_gguf(architecture.config, metadata, file.architecture, extra)
+    config = config_of_metadata(architecture, dict_with_vocabulary(file))
     return Model(architecture, config, _weights_of(file), file)
+
+
+def config_of_metadata(architecture: Architecture, metadata: Metadata) -> Any:
+    """The configuration that a GGUF file says.
+
+    Raises: FormatError: it lacks what the architecture needs.
+    """
+    extra = architecture.extra(metadata) if architecture.extra else {}
+    return read_gguf(architecture.config, metadata, metadata["general.architecture"], extra)
 
 
 def model_from_checkpoint(file: Checkpoint) -> Model:
@@ -216,7 +234,8 @@ def model_from_config(path: str | Path, dtype: DType | str = "f16") -> Model:
     architecture = _published(given, path)
     head = () if given.get("tie_word_embeddings", False) else ("output.weight",)
     bias = ("exp_probs_b.bias",) if given.get("topk_method") == "noaux_tc" else ()
-    return Model(architecture, read_json(architecture.config, given), AssumedWeights(as_dtype(dtype), (*head, *bias)))
+    present = (*head, *bias, *architecture.optional)
+    return Model(architecture, read_json(architecture.config, given), AssumedWeights(as_dtype(dtype), present))
 
 
 def _published(given: Any, path: str | Path) -> Architecture:

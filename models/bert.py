@@ -129,6 +129,7 @@ Architecture(
     build=build,
     published=("BertModel", "BertForMaskedLM", "BertForPreTraining"),
     extra=extra,
+    more=lambda c: {TYPES: c.type_vocab_size},
     names=names,
     result=HIDDEN,
 )

@@ -7,7 +7,7 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -27,6 +27,7 @@ def from_gguf(
     stored: Mapping[Any, Any] = types.MappingProxyType({}),
     most: int = LARGEST,
     also: tuple[str, ...] = (),
+    leading: bool = False,
 ) -> Any:
     """A configuration field and its key in GGUF metadata, without the architecture's prefix.
 
@@ -34,8 +35,9 @@ def from_gguf(
         stored: what is stored for a published value, where that is something else.
         most: bounds a number of repetitions, such as layers, so that a damaged file cannot ask for a graph without end.
         also: further keys that hold the same value, which are written and not read.
+        leading: it is a number of layers, the first ones.
     """
-    metadata = {"gguf": key, "stored": stored, "most": most, "also": also}
+    metadata = {"gguf": key, "stored": stored, "most": most, "also": also, "leading": leading}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -166,6 +168,25 @@ def as_gguf(config: Any, architecture: str) -> dict[str, Any]:
             given = field.metadata["stored"].get(value, value) if field.metadata["stored"] else value
             found |= {f"{architecture}.{key}": given for key in (field.metadata["gguf"], *field.metadata["also"])}
     return found
+
+
+def by_layer(of: Callable[[Any], tuple[Any, ...]]) -> Any:
+    """A field of a value for each layer; `of` gives it, from the configuration, where the field is left empty."""
+    return dataclasses.field(default=(), metadata={"by_layer": of})
+
+
+def keep_layers(config: C, kept: Sequence[int]) -> C:
+    """The configuration of some layers, numbered anew: what fields say of each layer, or of the first ones, goes with them."""
+    changed: dict[str, Any] = {"num_hidden_layers": len(kept)}
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        if "by_layer" in field.metadata:
+            value = value or field.metadata["by_layer"](config)
+        if isinstance(value, tuple) and value:
+            changed[field.name] = tuple(value[i] for i in kept)
+        elif field.metadata.get("leading"):
+            changed[field.name] = sum(i < value for i in kept)
+    return dataclasses.replace(config, **changed)  # type: ignore[type-var]
 
 
 def read_json(config: type[C], given: Mapping[str, Any]) -> C:

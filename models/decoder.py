@@ -10,7 +10,7 @@ from tensorgraph.errors import FormatError
 from tensorgraph.graph import Graph, Node
 from tensorgraph.models.blocks import embed, feed_forward, flatten, head, heads, norm
 from tensorgraph.models.builder import Builder
-from tensorgraph.models.config import MOST_LAYERS, RopeScaling, from_gguf
+from tensorgraph.models.config import MOST_LAYERS, RopeScaling, by_layer, from_gguf
 from tensorgraph.models.names import Made, made_of_layers
 from tensorgraph.ops import flash_attn, rope
 from tensorgraph.ops.position import llama3_freq_factors, yarn_freq_factors
@@ -55,7 +55,7 @@ class WindowedConfig(DecoderConfig):
     """Some layers see a window alone: those that `layer_types` names, or `slides` says where it is empty, as in GGUF files."""
 
     sliding_window: int = from_gguf("attention.sliding_window")
-    layer_types: tuple[Literal["sliding_attention", "full_attention"], ...] = ()
+    layer_types: tuple[Literal["sliding_attention", "full_attention"], ...] = by_layer(lambda c: c.types())
 
     def __post_init__(self) -> None:
         if self.layer_types and len(self.layer_types) < self.num_hidden_layers:
@@ -65,9 +65,13 @@ class WindowedConfig(DecoderConfig):
     def slides(self, layer: int) -> bool:
         raise NotImplementedError
 
+    def types(self) -> tuple[str, ...]:
+        """Of each layer."""
+        every = range(self.num_hidden_layers)
+        return self.layer_types or tuple("sliding_attention" if self.slides(i) else "full_attention" for i in every)
+
     def window(self, layer: int) -> int | None:
-        slides = self.layer_types[layer] == "sliding_attention" if self.layer_types else self.slides(layer)
-        return self.sliding_window if slides else None
+        return self.sliding_window if self.types()[layer] == "sliding_attention" else None
 
 
 def names(c: DecoderConfig) -> dict[str, Made]:

@@ -46,7 +46,7 @@ class Config:
     n_routed_experts: int = from_gguf("expert_count", most=MOST_EXPERTS)
     n_shared_experts: int = from_gguf("expert_shared_count")
     num_experts_per_tok: int = from_gguf("expert_used_count")
-    first_k_dense_replace: int = from_gguf("leading_dense_block_count", 0)
+    first_k_dense_replace: int = from_gguf("leading_dense_block_count", 0, leading=True)
     n_group: int = from_gguf("expert_group_count", 1)
     topk_group: int = from_gguf("expert_group_used_count", 1)
     routed_scaling_factor: float = from_gguf("expert_weights_scale", 1.0)
@@ -96,6 +96,17 @@ def from_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "qk_nope_head_dim": width - number("rope.dimension_count"),
         "v_head_dim": number("attention.value_length_mla", "attention.value_length"),
         "num_hidden_layers": number("block_count") - number("nextn_predict_layers", default=0),
+    }
+
+
+def metadata(c: Config) -> dict[str, Any]:
+    """Those fields in GGUF's keys, and the sizes of what attention sees: a latent and the rotary part, of one head."""
+    return {
+        "attention.head_count_kv": 1,
+        "attention.key_length": c.kv_lora_rank + c.qk_rope_head_dim,
+        "attention.value_length": c.kv_lora_rank,
+        "attention.key_length_mla": c.qk_nope_head_dim + c.qk_rope_head_dim,
+        "attention.value_length_mla": c.v_head_dim,
     }
 
 
@@ -238,5 +249,6 @@ Architecture(
     build=build,
     published=("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"),
     extra=from_metadata,
+    more=metadata,
     names=names,
 )

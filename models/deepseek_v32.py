@@ -6,6 +6,7 @@ Source: DeepSeek-V3.2-Exp technical report.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from tensorgraph.graph import Graph, Node
 from tensorgraph.models import deepseek_v2
@@ -37,6 +38,11 @@ def names(c: Config) -> dict[str, Made]:
         "indexer.proj": "self_attn.indexer.weights_proj",
     }
     return deepseek_v2.names(c, deepseek_v2.PUBLISHED | indexer)
+
+
+def metadata(c: Config) -> dict[str, Any]:
+    """V3's keys, and no layers that predict further tokens."""
+    return deepseek_v2.metadata(c) | {"nextn_predict_layers": 0}
 
 
 def states(c: Config) -> dict[str, StateSpec]:
@@ -83,5 +89,6 @@ Architecture(
     build=build,
     published=("DeepseekV32ForCausalLM",),
     extra=deepseek_v2.from_metadata,
+    more=metadata,
     names=names,
 )

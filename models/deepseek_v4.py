@@ -43,6 +43,10 @@ CSA, HCA = 4, 128
 """Tokens in a block of compressed sparse and of heavily compressed attention; a ratio of 0 is a window alone."""
 
 
+SQRT_SOFTPLUS = 4
+"""GGUF's number for how experts are scored."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Fields as published; sizes in elements."""
@@ -52,7 +56,7 @@ class Config:
     moe_intermediate_size: int = from_gguf("expert_feed_forward_length")
     num_hidden_layers: int = from_gguf("block_count", most=MOST_LAYERS)
     num_attention_heads: int = from_gguf("attention.head_count")
-    head_dim: int = from_gguf("attention.key_length")
+    head_dim: int = from_gguf("attention.key_length", also=("attention.value_length",))
     qk_rope_head_dim: int = from_gguf("rope.dimension_count")
     q_lora_rank: int = from_gguf("attention.q_lora_rank")
     o_lora_rank: int = from_gguf("attention.output_lora_rank")
@@ -62,7 +66,7 @@ class Config:
     num_experts_per_tok: int = from_gguf("expert_used_count")
     norm_topk_prob: bool = from_gguf("expert_weights_norm", True)
     routed_scaling_factor: float = from_gguf("expert_weights_scale", 1.0)
-    num_hash_layers: int = from_gguf("hash_layer_count", 0)
+    num_hash_layers: int = from_gguf("hash_layer_count", 0, leading=True)
     swiglu_limit: float = from_gguf("swiglu_clamp_exp")
     sliding_window: int = from_gguf("attention.sliding_window")
     compress_ratios: tuple[int, ...] = from_gguf("attention.compress_ratios")
@@ -82,6 +86,18 @@ class Config:
         if len(self.compress_ratios) < self.num_hidden_layers or min(self.compress_ratios) < 0:
             given = f"{list(self.compress_ratios)} for {self.num_hidden_layers} layers"
             raise FormatError(f"[config] compress_ratios must have a ratio of 0 or more for each layer; got {given}")
+
+
+def metadata(c: Config) -> dict[str, Any]:
+    """What GGUF files say besides: a limit for each layer, the scoring function, what the streams' width is."""
+    limits = [c.swiglu_limit] * c.num_hidden_layers
+    return {
+        "attention.head_count_kv": 1,
+        "expert_gating_func": SQRT_SOFTPLUS,
+        "swiglu_clamp_exp": limits,
+        "swiglu_clamp_shexp": limits,
+        "embedding_length_out": c.hc_mult * c.hidden_size,
+    }
 
 
 def states(c: Config) -> dict[str, StateSpec]:
@@ -286,4 +302,12 @@ def moe(g: Builder, i: int, x: Node, c: Config) -> Node:
     return routed + g.linear("ffn_down_shexp", hidden, c.hidden_size)
 
 
-Architecture("deepseek4", config=Config, states=states, build=build, published=("DeepseekV4ForCausalLM",), names=names)
+Architecture(
+    "deepseek4",
+    config=Config,
+    states=states,
+    build=build,
+    published=("DeepseekV4ForCausalLM",),
+    more=metadata,
+    names=names,
+)

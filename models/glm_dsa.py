@@ -37,6 +37,10 @@ def from_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return deepseek_v2.from_metadata(metadata) | {"indexer_types": tuple("full" if f else "shared" for f in flags)}
 
 
+def metadata(c: Config) -> dict[str, Any]:
+    return deepseek_v32.metadata(c) | {"attention.indexer.types": [c.is_full(i) for i in range(c.num_hidden_layers)]}
+
+
 def states(c: Config) -> dict[str, StateSpec]:
     return {n: s for n, s in deepseek_v32.states(c).items() if not n.endswith("index_k") or c.is_full(int(n.split(".")[1]))}
 
@@ -59,5 +63,6 @@ Architecture(
     build=build,
     published=("GlmMoeDsaForCausalLM",),
     extra=from_metadata,
+    more=metadata,
     names=deepseek_v32.names,
 )

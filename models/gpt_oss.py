@@ -108,4 +108,6 @@ def _counter(rows: slice) -> Callable[[int], int]:
     return lambda n: len(range(*rows.indices(n)))
 
 
-Architecture("gpt-oss", config=Config, states=states, build=build, published=("GptOssForCausalLM",), names=names)
+Architecture(
+    "gpt-oss", config=Config, states=states, build=build, published=("GptOssForCausalLM",), names=names, optional=(".bias",)
+)

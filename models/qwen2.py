@@ -33,4 +33,12 @@ def attention(g: Builder, x: Node, c: Config) -> Node:
     return attend(g, q, k, v, c)
 
 
-Architecture("qwen2", config=Config, states=states, build=build, published=("Qwen2ForCausalLM",), names=names)
+Architecture(
+    "qwen2",
+    config=Config,
+    states=states,
+    build=build,
+    published=("Qwen2ForCausalLM",),
+    names=names,
+    optional=("attn_q.bias", "attn_k.bias", "attn_v.bias"),
+)

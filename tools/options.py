@@ -20,7 +20,8 @@ MODEL = (
 )
 DESCRIBED = (
     "A GGUF file, a published folder or config.json, smollm2, minilm, gemma3-270m, or a configuration that comes with "
-    "tensorgraph: deepseek-v3, deepseek-v3.2, deepseek-v4-flash, llama-3.1-8b, qwen3-30b-a3b."
+    "tensorgraph: deepseek-v2-lite, deepseek-v3, deepseek-v3.2, deepseek-v4-flash, gemma3-1b, gpt-oss-20b, llama-3.1-8b, "
+    "qwen2.5-0.5b, qwen3-0.6b, qwen3-30b-a3b."
 )
 HELP = {
     "backend": "The backend that computes, or several by commas in order of preference.",

@@ -93,7 +93,7 @@ def _value(key: str, value: Any) -> tuple[int, bytes]:
     """A value's type in the file, and its bytes."""
     if isinstance(value, str):
         return _STRING, _text(value)
-    if isinstance(value, np.ndarray | list | tuple) and len(value):
+    if isinstance(value, np.ndarray | list | tuple):
         return _ARRAY, _elements(key, value)
     number = _numbers(key, value)
     return _BOOL if number.dtype == np.bool_ else _NUMBERS[number.dtype.str[1:]], number.tobytes()
@@ -101,6 +101,8 @@ def _value(key: str, value: Any) -> tuple[int, bytes]:
 
 def _elements(key: str, values: Any) -> bytes:
     """An array: the type of its elements, their number, and they."""
+    if not len(values):
+        raise FormatError(f"[gguf] {key}: wanted an array of at least one element")
     if isinstance(values[0], str):
         return struct.pack("<IQ", _STRING, len(values)) + b"".join(map(_text, values))
     numbers = _numbers(key, values)

@@ -38,7 +38,7 @@ def _middle_scale(name: str, deviation: float) -> float:
 
 def _drawn(form: BlockFormat, n: int, scale: float, rng: np.random.Generator) -> U8:
     size_bytes = n * form.dtype.block_bytes
-    raw = rng.integers(0, 1 << 64, -(-size_bytes // 8), np.uint64).view(np.uint8)[:size_bytes].reshape(n, -1)
+    raw = rng.integers(0, 1 << 64, -(-size_bytes // 8), np.uint64).view(np.uint8)[:size_bytes].reshape(n, form.dtype.block_bytes)
     drawn = rng.random((n, 1), np.float32) * np.float32(2) - np.float32(1)
     scales: F32 = np.copysign(np.exp2(np.abs(drawn) - np.float32(0.5)) * np.float32(scale), drawn)
     for field in form.scales:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 TYPE = "Type of all matrices, or GLOB=TYPE of those whose names match; the last match wins. TYPE/TYPE: where rows do not fit."
 LAYERS = "Keep some layers: N, the first N, or numbers and ranges such as 0,2-5."
 SET = "Change a field of the configuration, spelled as in config.json; repeated."
-VOCAB = "auto, gpt2 (byte-level BPE), llama (SentencePiece-style) or none; auto: gpt2, where there are tokens enough."
+VOCAB = "auto, gpt2 (byte-level BPE), llama (SentencePiece-style), bert (WordPiece) or none; auto: gpt2, or bert for encoders."
 
 
 def synth(
@@ -43,7 +43,7 @@ def synth(
     Norms and other vectors stay f32, and so do routers unless a rule names them.
 
     \b
-    tensorgraph synth deepseek-v3 out.gguf --layers 2-4 --experts 16 --type q4_k --type 'output*=q6_k'
+    tensorgraph synth deepseek-v3 out.gguf --layers 2-4 --experts 16 --type q4_k/q8_0 --type 'output*=q6_k'
     tensorgraph synth llama-3.1-8b out.gguf --type q4_0/f16 --set hidden_size=2048 --set num_hidden_layers=8
     tensorgraph synth model.gguf out.gguf --type bf16 --vocab none
     """
@@ -52,13 +52,15 @@ def synth(
     from tensorgraph.tools.synth.shape import shape_of
     from tensorgraph.tools.synth.vocabulary import vocabulary
 
+    if out.is_dir() or not out.parent.is_dir():
+        raise InputError(f"[synth] wanted the name of a file in a folder that is there; got {out}")
     if out.exists() and not force:
         raise InputError(f"[synth] {out} is there already; --force replaces it")
     rules = TypeRules(["f16", *(types or ())])
     with described_model(model) as described:
         with options.working("planning"):
             shape = shape_of(described, rules, layers=layers, experts=experts, changes=changes or ())
-        words = vocabulary(vocab, shape.model.vocab_size)
+        words = vocabulary(vocab, shape.model.vocab_size, encodes=described.encodes)
     began = time.perf_counter()
     size_bytes = _write(out, shape, words, seed)
     tensors = [{"dtype": str(t.dtype), "shape": list(t.shape), "size_bytes": t.size_bytes} for t in shape.tensors]

@@ -11,8 +11,8 @@ from tensorgraph.errors import DTypeError, InputError
 from tensorgraph.ops.formats import FORMATS
 
 SCALARS = ("f32", "f16", "bf16")
-KEPT = ("*ffn_gate_inp*", "*hc_*_fn*", "*_ape.*")
-"""Matrices that stay f32 unless a rule names them, as converters leave them: routers and the like."""
+KEPT = ("*ffn_gate_inp*", "*hc_*_fn*", "*_ape.*", "*.bias", "position_embd.*", "token_types.*")
+"""Matrices that stay f32 unless a rule names them, as converters leave them: routers, biases of experts and the like."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class TypeRules:
         found = rule.fitting(shape[-1])
         if found is None:
             blocks = " or ".join(f"{dtype.block_size} ({dtype})" for dtype in rule.dtypes)
-            how = f"--type '{rule.pattern}={rule.dtypes[0]}/f16' gives such matrices f16"
+            given = f"'{rule.pattern}={rule.dtypes[0]}/f16'" if rule in self._named else f"{rule.dtypes[0]}/f16"
+            how = f"--type {given} makes such matrices f16"
             raise InputError(f"[synth] {name} is {shape[-1]} wide; wanted a multiple of {blocks}: {how}")
         return found
 

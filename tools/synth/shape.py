@@ -16,8 +16,9 @@ from tensorgraph.dtypes import DType, f32, i32
 from tensorgraph.errors import FormatError, InputError
 from tensorgraph.extents import Extents
 from tensorgraph.models import Model
+from tensorgraph.models.architecture import config_of_metadata
 from tensorgraph.models.builder import Wanted, WeightCatalog
-from tensorgraph.models.config import as_gguf, read_gguf, read_json
+from tensorgraph.models.config import keep_layers, read_json
 from tensorgraph.models.text.gguf_writer import NewTensor
 from tensorgraph.tools.synth.rules import TypeRules
 
@@ -68,45 +69,43 @@ def shape_of(
 
     Raises: InputError: the changes name no field, or no such layers. FormatError: they do not fit, or a file cannot say them.
     """
-    architecture, config = model.architecture, model.config
+    config, n_layers = model.config, model.config.num_hidden_layers
     decided: dict[str, bool] = {}
     if changes:
-        changed = parse_changes(changes, [field.name for field in dataclasses.fields(config)])
-        if TIED in changed:
+        changed = with_changes(dataclasses.asdict(config), changes)
+        config = read_json(type(config), changed)
+        if changed.get(TIED) != getattr(model.config, TIED, None):
             decided["output.weight"] = not changed[TIED]
-        config = read_json(type(config), _merged(dataclasses.asdict(config), changed))
     kept = parse_layers(layers, config.num_hidden_layers) if layers else tuple(range(config.num_hidden_layers))
     config = keep_layers(config, kept)
     if experts is not None:
         config = _with_experts(config, experts)
-    given = {} if (factors := _frequencies(config)) is None else {FREQUENCIES: factors}
+    given = {} if (factors := _frequencies(model, config)) is None else {FREQUENCIES: factors}
     decided |= dict.fromkeys(given, True)
-    shaped = Model(architecture, config, KeptWeights(model.catalog, kept, decided))
+    like = tuple(min(i, n_layers - 1) for i in kept)  # there may be more than the model has
+    shaped = Model(model.architecture, config, KeptWeights(model.catalog, like, decided))
     return Shape(shaped, metadata_of(shaped), tuple(_tensors(shaped, rules)), given)
 
 
-def parse_changes(given: Sequence[str], fields: Sequence[str]) -> dict[str, Any]:
-    """`name=value`, with values as in JSON or texts.
+def with_changes(fields: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
+    """A configuration's fields with others by `NAME=VALUE`, values as in JSON or texts; `NAME.NAME` is in an object.
 
     Raises: InputError.
     """
-    found: dict[str, Any] = {}
-    for text in given:
+    names, found = [], dict(fields)
+    for outer, value in fields.items():
+        names += [f"{outer}.{inner}" for inner in value] if isinstance(value, dict) else [outer]
+    for text in changes:
         name, equals, value = text.partition("=")
-        if not equals or name.partition(".")[0] not in fields:
-            raise InputError(f"[synth] --set wants NAME=VALUE with a name of {', '.join(fields)}; got {text!r}")
+        if not equals or name not in names:
+            raise InputError(f"[synth] --set wants NAME=VALUE with a name of {', '.join(names)}; got {text!r}")
         try:
-            found[name] = json.loads(value)
+            given = json.loads(value)
         except ValueError:
-            found[name] = value
-    return found
-
-
-def _merged(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    for name, value in changes.items():
+            given = value
         outer, dot, inner = name.partition(".")
-        config[outer] = {**config[outer], inner: value} if dot else value
-    return config
+        found[outer] = {**found[outer], inner: given} if dot else given
+    return found
 
 
 def parse_layers(text: str, n_layers: int) -> tuple[int, ...]:
@@ -127,19 +126,6 @@ def parse_layers(text: str, n_layers: int) -> tuple[int, ...]:
     return tuple(found)
 
 
-def keep_layers(config: Any, kept: Sequence[int]) -> Any:
-    """The configuration of some of its layers, numbered anew; fields that tell of layers go with them."""
-    n = config.num_hidden_layers
-    changed: dict[str, Any] = {"num_hidden_layers": len(kept)}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if isinstance(value, tuple) and len(value) >= n:
-            changed[field.name] = tuple(value[i] for i in kept)
-        elif field.metadata.get("leading"):
-            changed[field.name] = sum(i < value for i in kept)
-    return dataclasses.replace(config, **changed)
-
-
 def _with_experts(config: Any, experts: int) -> Any:
     fields = [f.name for f in dataclasses.fields(config) if f.metadata.get("gguf") == "expert_count"]
     if not fields or not getattr(config, fields[0]):
@@ -147,16 +133,16 @@ def _with_experts(config: Any, experts: int) -> Any:
     return dataclasses.replace(config, **{fields[0]: experts})
 
 
-def _frequencies(config: Any) -> np.ndarray | None:
-    """What divides rotary frequencies, where files hold it as a tensor."""
+def _frequencies(model: Model, config: Any) -> np.ndarray | None:
+    """What divides rotary frequencies, where files hold it as a tensor: by the configuration, or as the model's file has it."""
     from tensorgraph.ops.position import llama3_freq_factors
 
     s = getattr(config, "rope_scaling", None)
-    if s is None or s.rope_type != "llama3":
-        return None
-    original = s.original_max_position_embeddings
-    n_dims, base = getattr(config, "rope_dim", None) or config.head_size, config.rope_theta
-    return llama3_freq_factors(n_dims, base, s.factor, s.low_freq_factor, s.high_freq_factor, original).astype(np.float32)
+    if s is not None and s.rope_type == "llama3":
+        original = s.original_max_position_embeddings
+        n_dims, base = getattr(config, "rope_dim", None) or config.head_size, config.rope_theta
+        return llama3_freq_factors(n_dims, base, s.factor, s.low_freq_factor, s.high_freq_factor, original).astype(np.float32)
+    return model.file.data(FREQUENCIES) if model.file is not None and FREQUENCIES in model.file.tensors else None
 
 
 def metadata_of(model: Model) -> dict[str, Any]:
@@ -164,17 +150,13 @@ def metadata_of(model: Model) -> dict[str, Any]:
 
     Raises: FormatError: a file of this architecture cannot say what the configuration does.
     """
-    architecture, config = model.architecture, model.config
-    name = architecture.name
-    more = architecture.more(config) if architecture.more else {}
-    found = {"general.architecture": name, "general.name": "synthetic"} | as_gguf(config, name)
-    found |= {f"{name}.{key}": value for key, value in more.items()}
-    extra = architecture.extra(found) if architecture.extra else {}
-    read = Model(architecture, read_gguf(architecture.config, found, name, extra), model.catalog)
+    found = {"general.name": "synthetic"} | model.metadata()
+    read = Model(model.architecture, config_of_metadata(model.architecture, found), model.catalog)
     if str(graph_of(read)) != str(graph_of(model)):
-        fields = [field.name for field in dataclasses.fields(config)]
-        differ = [name for name in fields if getattr(config, name) != getattr(read.config, name)]
-        raise FormatError(f"[synth] a GGUF file of {name} cannot say all of {', '.join(differ)}")
+        fields = [field.name for field in dataclasses.fields(model.config)]
+        differ = [name for name in fields if getattr(model.config, name) != getattr(read.config, name)]
+        where = f"GGUF files of {model.architecture.name} have no key for {' and '.join(differ)}"
+        raise FormatError(f"[synth] {where}, and other layers would be read from this one")
     return found
 
 

@@ -18,7 +18,8 @@ SMALL = 0.1
 
 def deviation(tensor: NewTensor) -> float:
     """Of a tensor's values: a product with a matrix keeps the size of what it is given."""
-    return SMALL if len(tensor.shape) == 1 else 1.0 / math.sqrt(tensor.shape[-1])
+    vector = len(tensor.shape) == 1 or tensor.name.endswith(".bias")
+    return SMALL if vector else 1.0 / math.sqrt(tensor.shape[-1])
 
 
 def contents(tensor: NewTensor, seed: int, n_experts: int) -> Iterator[memoryview]:

@@ -10,30 +10,33 @@ from tensorgraph.errors import InputError
 from tensorgraph.models.text.byte_level import BYTE_OF_CHARACTER
 from tensorgraph.models.text.sentencepiece import SPACE
 from tensorgraph.models.text.vocabulary import Kind
+from tensorgraph.models.text.wordpiece import NAMED
 
 BYTES = 256
 LETTERS = "etaoinshrdlcumwfgypbvk"
 
 
-def vocabulary(kind: str, n_tokens: int) -> dict[str, Any]:
+def vocabulary(kind: str, n_tokens: int, *, encodes: bool = False) -> dict[str, Any]:
     """A vocabulary as GGUF metadata.
 
     Args:
-        kind: `gpt2`, byte-level BPE; `llama`, as SentencePiece makes them; `none`; `auto`: `gpt2` where there are tokens enough.
+        kind: `gpt2`, byte-level BPE; `llama`, as SentencePiece makes them; `bert`, WordPiece; `none`; or `auto`: `bert` for
+            encoders, `gpt2` for others, and where that takes more tokens `none`.
+        encodes: whether the model is an encoder.
 
     Raises: InputError: there are fewer tokens than it takes.
     """
-    least = {"gpt2": BYTES + 2, "llama": BYTES + 4}
     if kind == "auto":
-        kind = "gpt2" if n_tokens >= least["gpt2"] else "none"
+        kind = "bert" if encodes else "gpt2"
+        kind = kind if n_tokens >= KINDS[kind][0] else "none"
     if kind == "none":
         return {"tokenizer.ggml.model": "no_vocab"}
-    if kind not in least:
-        raise InputError(f"[synth] wanted --vocab auto, gpt2, llama or none; got {kind!r}")
-    if n_tokens < least[kind]:
-        raise InputError(f"[synth] a vocabulary like {kind}'s takes at least {least[kind]} tokens; got {n_tokens}")
-    made = _byte_level(n_tokens) if kind == "gpt2" else _sentencepiece(n_tokens)
-    return {f"tokenizer.ggml.{key}": value for key, value in ({"model": kind} | made).items()}
+    if kind not in KINDS:
+        raise InputError(f"[synth] wanted --vocab auto, {', '.join(KINDS)} or none; got {kind!r}")
+    least, make = KINDS[kind]
+    if n_tokens < least:
+        raise InputError(f"[synth] a vocabulary like {kind}'s takes at least {least} tokens; got {n_tokens}")
+    return {f"tokenizer.ggml.{key}": value for key, value in ({"model": kind} | make(n_tokens)).items()}
 
 
 def _byte_level(n_tokens: int) -> dict[str, Any]:
@@ -74,3 +77,27 @@ def _sentencepiece(n_tokens: int) -> dict[str, Any]:
         "unknown_token_id": 0,
         "add_bos_token": True,
     }
+
+
+def _word_pieces(n_tokens: int) -> dict[str, Any]:
+    """The named tokens, then letters and what they make, each as a word's beginning and as what goes on."""
+    spelled = ("".join(each) for n in range(1, 9) for each in product(LETTERS, repeat=n))
+    pieces = list(islice((piece for text in spelled for piece in (SPACE + text, text)), n_tokens - len(NAMED)))
+    named = list(NAMED.values())
+    return {
+        "tokens": [*named, *pieces],
+        "token_type": [Kind.CONTROL.value] * len(named) + [Kind.NORMAL.value] * len(pieces),
+        **{f"{GGUF_NAMES.get(name, name)}_token_id": i for i, name in enumerate(NAMED)},
+        "bos_token_id": named.index(NAMED["cls"]),
+        "eos_token_id": named.index(NAMED["sep"]),
+    }
+
+
+GGUF_NAMES = {"unk": "unknown", "sep": "seperator", "pad": "padding"}
+"""What keys call tokens, where that is something else."""
+KINDS = {
+    "gpt2": (BYTES + 2, _byte_level),
+    "llama": (BYTES + 4, _sentencepiece),
+    "bert": (len(NAMED) + 1, _word_pieces),
+}
+"""The least number of tokens, and what makes that many."""
