@@ -27,7 +27,7 @@ _PIECE = 128  # activation rows that pass over a slice before it is forgotten
 _SLICE_BYTES = 16 << 10  # of a decoded slice of one panel
 _AT_ONCE = {64: 2, 32: 1, 16: 1}  # by bytes of a register: panels side by side
 _TOKENS = {64: 8, 32: 4, 16: 2}  # and activation rows of a tile
-_FLOAT_TOKENS = {64: 8, 32: 6, 16: 2}
+_FLOAT_TOKENS = {64: 8, 32: 5, 16: 2}
 _UNROLLED = 4  # elements of f32 in a turn
 _LINE = 64
 Epilogue = Callable[[Value, Value, list[Value]], None]
@@ -220,8 +220,8 @@ def _integer_tiles(
     assert codes is not None
     each, tile = stored_bytes(codes, dot), _tile_tokens(k.target, "int8")
     halves = [(p, part) for p in range(len(panels)) for part in range(ROWS // lanes)]
-    # together they fill half of the registers; sums that are closed early need as many again
-    together = [halves] if dot.run == GROUPS and dot.n_sums == 1 and codes.n_factors < 2 else [[half] for half in halves]
+    # codes of activations are loaded once for what is gone through together; in two sums each these would fill all registers
+    together = [halves] if dot.n_sums == 1 else [[half] for half in halves]
     with k.loop(0, count, tile) as tiles, k.loop(0, n // BLOCK) as loop:
         tiles.next()
         loop.next()
