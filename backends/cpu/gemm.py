@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from tensorgraph.backends.cpu.activations import BLOCK, BLOCK_BYTES, Kind, Rows
 from tensorgraph.backends.cpu.blocks import load_block, multiply_blocks, read_block, store_block, stored_bytes
 from tensorgraph.backends.cpu.codes import ROWS
-from tensorgraph.backends.cpu.int8 import GROUPS, ByteDot, byte_dot
+from tensorgraph.backends.cpu.int8 import ByteDot, byte_dot
 from tensorgraph.backends.cpu.ir import F32, Int, Value
 from tensorgraph.backends.cpu.kernel import Kernel
 from tensorgraph.backends.cpu.matvec import panel_values
