@@ -227,7 +227,7 @@ def _same_in_all_layers(value: Any, name: str) -> Any:
     """The one value of an array that gives it for every layer."""
     if not hasattr(value, "__len__") or isinstance(value, str):
         return value
-    if not len(value) or any(v != value[0] for v in value):
+    if not len(value) or any(getattr(v, "ndim", 0) or v != value[0] for v in value):
         raise FormatError(f"[config] {name} must be the same in all layers; got {list(value[:8])}")
     return value[0].item() if hasattr(value[0], "item") else value[0]
 
