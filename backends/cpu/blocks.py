@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from tensorgraph.backends.cpu.activations import HALF_SUMS, SCALE, SCALED_SUM
 from tensorgraph.backends.cpu.codes import GROUPS, ROWS, Codes
@@ -23,7 +24,7 @@ class Block:
     Attributes:
         group: of a number, the codes of a group as the dot product takes them.
         factors: of sums over as many groups each, as `ByteDot.of_factor` gives them; none: one sum, taken as it is.
-        offset: pairs of i16 that the row's two half sums are multiplied by: what centred codes are short of.
+        offset: pairs of i16 that the row's two half sums are multiplied by: what centred codes with factors are short of.
         scale: f32.
         least: f32, of the row's scaled sum; or with `minima`, pairs as `offset`, the scale of their product.
     """
@@ -41,8 +42,6 @@ def read_block(k: Kernel, codes: Codes, dot: ByteDot, heads: Heads, at: Value, p
     scale, least = heads
     factors, of_minima = codes.factors_at(k, at, part, lanes)
     offset = minima = None
-    if codes.centre:
-        offset = k.const(_pair(-codes.centre), I32.x(lanes))
     if len(factors) == 1:
         scale = scale * k.convert(factors[0], F32)
         if of_minima:
@@ -69,7 +68,7 @@ def store_block(k: Kernel, codes: Codes, block: Block, to: Value, part: int, lan
     """Write a block as products take it: columns of 4 bytes of 16 rows."""
     columns = [column for g in range(GROUPS) for column in block.group(g)] + [block.scale]
     columns += [column for column in (block.least, *block.factors) if column is not None]
-    columns += [column for column in (block.offset, block.minima) if column is not None and codes.n_factors == 2]
+    columns += [column for column in (block.offset, block.minima) if column is not None]
     for n, column in enumerate(columns):
         k.store(column, to + (COLUMN * n + 4 * lanes * part))
 
@@ -90,9 +89,7 @@ def load_block(k: Kernel, codes: Codes, dot: ByteDot, at: Value, part: int, lane
     scale = column(next(numbers), F32.x(lanes))
     least = column(next(numbers), F32.x(lanes)) if codes.has_min else None
     factors = [column(next(numbers), whole) for _ in range(2 * two)]
-    offset = k.const(_pair(-codes.centre), whole) if codes.centre else None
-    if two and codes.centre:
-        offset = column(next(numbers), whole)
+    offset = column(next(numbers), whole) if two and codes.centre else None
     minima = column(next(numbers), whole) if two and codes.has_min else None
     return Block(group, factors, offset, scale, least, minima)
 
@@ -127,20 +124,37 @@ def multiply_blocks(
                 totals[b, t], sums[b, t] = dot.close(sums[b, t], factor, totals[b, t]), ()
 
     for t, row in enumerate(rows):
-        d = k.splat(k.load(row + SCALE, F32), lanes)
+        tail = _Tail(k, codes, row, lanes)
         for b, block in enumerate(blocks):
             total = totals[b, t]
             assert total is not None
+            yield b, t, partial(tail.add, block, total)
 
-            def add(old: Value, total: Value = total, block: Block = block, row: Value = row, d: Value = d) -> Value:
-                halves = k.splat(k.load(row + HALF_SUMS, I32), lanes) if block.offset or block.minima else None
-                if block.offset is not None and halves is not None:
-                    total = total + word_dot(k, block.offset, halves)
-                new = k.fma(k.convert(total, F32), block.scale * d, old)
-                if block.minima is not None and block.least is not None and halves is not None:
-                    new = k.fma(k.convert(word_dot(k, block.minima, halves), F32), block.least * d, new)
-                elif block.least is not None:
-                    new = k.fma(block.least, k.splat(k.load(row + SCALED_SUM, F32), lanes), new)
-                return new
 
-            yield b, t, add
+class _Tail:
+    """What stands behind the codes of a block of activations, loaded once for all that it is multiplied by."""
+
+    def __init__(self, k: Kernel, codes: Codes, row: Value, lanes: int) -> None:
+        self.k, two = k, codes.n_factors == 2
+        self.scale = k.splat(k.load(row + SCALE, F32), lanes)
+        self.halves = self.offset = self.scaled_sum = None
+        if codes.centre or (two and codes.has_min):
+            self.halves = k.splat(k.load(row + HALF_SUMS, I32), lanes)
+            if not two:
+                self.offset = word_dot(k, k.const(_pair(-codes.centre), self.halves.type), self.halves)
+        if codes.has_min and not two:
+            self.scaled_sum = k.splat(k.load(row + SCALED_SUM, F32), lanes)
+
+    def add(self, block: Block, total: Value, old: Value) -> Value:
+        """`old` and the product of a block, whose codes' is `total`."""
+        k = self.k
+        if self.offset is not None:
+            total = total + self.offset
+        elif block.offset is not None and self.halves is not None:
+            total = total + word_dot(k, block.offset, self.halves)
+        new = k.fma(k.convert(total, F32), block.scale * self.scale, old)
+        if block.least is not None and self.scaled_sum is not None:
+            new = k.fma(block.least, self.scaled_sum, new)
+        elif block.least is not None and block.minima is not None and self.halves is not None:
+            new = k.fma(k.convert(word_dot(k, block.minima, self.halves), F32), block.least * self.scale, new)
+        return new

@@ -25,7 +25,8 @@ cast = Op("cast", "x[...]: any -> y[...]: dtype", attrs={"dtype": Attr(DType)}, 
 be written.
 
 Dtypes: to floats the nearest, ties to even, integers by way of f64; floats to integers toward zero, held within the type's
-range, NaN to 0; integers to narrower ones by their low bits; to bool whether it is not 0; to block types as ggml quantises.
+range, NaN to 0; integers to narrower ones by their low bits; to bool whether it is not 0; to block types as ggml quantises,
+to iq1, iq2 and iq3 by a search of our own that takes no importance matrix.
 Raises: ShapeError: the last axis is no multiple of a block. DTypeError: the block type is only read, or is x's already.
 """
 

@@ -52,7 +52,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """One block type: `decode` is exact; `encode` rounds as ggml does, and is None where nothing here encodes the type; `parts`
+    """One block type: `decode` is exact; `encode` rounds, and is None where nothing here encodes the type; `parts`
     are what decode computes with, None where nothing else needs them.
 
     Attributes:
@@ -107,7 +107,7 @@ def decode_rows(raw: U8, dtype: DType | str) -> F32:
 
 
 def encode_rows(x: NDArray[np.floating], dtype: DType | str) -> U8:
-    """Round finite values to a block type, each block by itself, as ggml does.
+    """Round finite values to a block type, each block by itself, as ggml does; to iq1, iq2 and iq3 with a search of our own.
 
     Shapes: x [..., n] -> [..., row_bytes].
     Raises: DTypeError where nothing here encodes the type, ShapeError.

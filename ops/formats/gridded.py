@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from tensorgraph.ops.formats.bits import read_f16, scale_groups, unpack
 from tensorgraph.ops.formats.blocks import F32, U8, BlockFormat, Parts, Scale, declare
+from tensorgraph.ops.formats.grid_encoders import ENCODERS
+from tensorgraph.ops.formats.grid_searches import CODINGS
 from tensorgraph.ops.formats.grids import I8, grid, grid_values
 
 _NUMBERS = np.arange(256, dtype=np.uint8)
@@ -110,28 +112,28 @@ def iq1_m_scale(raw: U8) -> U8:
     return np.bitwise_or.reduce(top, axis=1, keepdims=True).view(np.uint8)
 
 
-def _declare(name: str, block_bytes: int, values: Callable[[U8], Values], unit: float) -> BlockFormat:
-    """`unit` times the f16 at the front (of iq1_m, that in the words) is what scales multiply."""
+def _declare(name: str, block_bytes: int, values: Callable[[U8], Values]) -> BlockFormat:
+    """A step times the f16 at the front (of iq1_m, that in the words) is what scales multiply."""
     numbers = np.zeros(256, np.uint8)
     numbers[grid_values(name).view(np.uint8)] = np.arange(len(grid_values(name)))
 
     def decode(raw: U8) -> F32:
         whole, scales = values(raw)
         d = read_f16(iq1_m_scale(raw) if name == "iq1_m" else raw, 0)
-        return scale_groups(whole, scales * (d * np.float32(unit)))
+        return scale_groups(whole, scales * (d * np.float32(CODINGS[name].step)))
 
     def parts(raw: U8) -> Parts:
         whole, scales = values(raw)
         return Parts(numbers[whole.view(np.uint8)], scales)
 
     scales = Scale(48, "f16_nibbles") if name == "iq1_m" else Scale(0)
-    return declare(name, 256, block_bytes, decode, parts=parts, scales=(scales,))
+    return declare(name, 256, block_bytes, decode, ENCODERS[name], parts=parts, scales=(scales,))
 
 
-iq2_xxs = _declare("iq2_xxs", 66, _iq2_xxs, 0.125)
-iq2_xs = _declare("iq2_xs", 74, _iq2_xs, 0.125)
-iq2_s = _declare("iq2_s", 82, _iq2_s, 0.125)
-iq3_xxs = _declare("iq3_xxs", 98, _iq3_xxs, 0.25)
-iq3_s = _declare("iq3_s", 110, _iq3_s, 1)
-iq1_s = _declare("iq1_s", 50, _iq1_s, 0.125)
-iq1_m = _declare("iq1_m", 56, _iq1_m, 0.125)
+iq2_xxs = _declare("iq2_xxs", 66, _iq2_xxs)
+iq2_xs = _declare("iq2_xs", 74, _iq2_xs)
+iq2_s = _declare("iq2_s", 82, _iq2_s)
+iq3_xxs = _declare("iq3_xxs", 98, _iq3_xxs)
+iq3_s = _declare("iq3_s", 110, _iq3_s)
+iq1_s = _declare("iq1_s", 50, _iq1_s)
+iq1_m = _declare("iq1_m", 56, _iq1_m)

@@ -71,19 +71,19 @@ class Groups:
         return self.walk([self.const(0.0)] * 2, larger)[0]
 
 
-def _quotient(k: Kernel, a: Number, b: Value) -> Value:
+def quotient(k: Kernel, a: Number, b: Value) -> Value:
     """a / b, and 0 where b is 0."""
     return k.select(b.ne(0.0), a / b, 0.0)
 
 
-def _whole(k: Kernel, q: Value, low: float, high: float) -> Value:
+def whole(k: Kernel, q: Value, low: float, high: float) -> Value:
     """The nearest whole numbers, ties to even, within bounds."""
     return (k.max(k.min(q, high), low) + _TO_WHOLE) - _TO_WHOLE
 
 
 def _kept(k: Kernel, q: Value, low: float, high: float, instead: float) -> Value:
     """The nearest whole numbers within bounds, as a code keeps them: NaN is a 0 in its bits, which stands for `instead`."""
-    return k.select(q.is_nan(), instead, _whole(k, q, low, high))
+    return k.select(q.is_nan(), instead, whole(k, q, low, high))
 
 
 def _largest(k: Kernel, x: Value) -> Value:
@@ -115,7 +115,7 @@ def _best_scale(
 
             products, squares = groups.sums(2, terms)
             better = squares.gt(0.0) & (products * products).gt(least * squares)
-            scale = k.select(better, _quotient(k, products, squares), scale)
+            scale = k.select(better, quotient(k, products, squares), scale)
             loop.next(scale, k.select(better, scale * products, least))
         best = loop.results
     return unless_tiny(k, best[0], most)
@@ -125,26 +125,26 @@ def centred_scale(groups: Groups, half: int) -> Value:
     k, most = groups.k, groups.extreme()
 
     def inverse(step: Value) -> Value:
-        return _quotient(k, k.splat(-_tenths(k, step, float(half)), groups.lanes), most)
+        return quotient(k, k.splat(-_tenths(k, step, float(half)), groups.lanes), most)
 
     tries = [(first, last, inverse) for first, last in ((0, 1), (-9, 0), (1, 10))]
-    return _best_scale(groups, most, tries, lambda q: _whole(k, q, -half, half - 1), lambda x, code: x * x * x * code)
+    return _best_scale(groups, most, tries, lambda q: whole(k, q, -half, half - 1), lambda x, code: x * x * x * code)
 
 
 def _table_scale(groups: Groups, found: Code, first: float) -> Value:
     k, most = groups.k, groups.extreme()
 
     def inverse(step: Value) -> Value:
-        return _quotient(k, k.splat(k.convert(step, F32) + first, groups.lanes), most)
+        return quotient(k, k.splat(k.convert(step, F32) + first, groups.lanes), most)
 
-    tries: list[Try] = [(0, 1, lambda step: _quotient(k, 1.0, most / -first)), (-7, 8, inverse)]
+    tries: list[Try] = [(0, 1, lambda step: quotient(k, 1.0, most / -first)), (-7, 8, inverse)]
     return _best_scale(groups, most, tries, found, lambda x, value: x * x * value * x)
 
 
 def descended_scale(groups: Groups, half: int) -> Value:
     k, most = groups.k, groups.extreme()
     x = [groups.load(i) for i in range(groups.size)]
-    codes = [_whole(k, v * _quotient(k, groups.const(-half), most), -half, half - 1) for v in x]
+    codes = [whole(k, v * quotient(k, groups.const(-half), most), -half, half - 1) for v in x]
     sums = [groups.const(0.0)] * 2
     for v, code in zip(x, codes, strict=True):
         sums = [sums[0] + v * v * v * code, sums[1] + v * v * code * code]
@@ -153,14 +153,14 @@ def descended_scale(groups: Groups, half: int) -> Value:
         for i, v in enumerate(x):
             code, weight = codes[i], v * v
             rest, rest_squares = products - weight * v * code, squares - weight * code * code
-            moved = _whole(k, _quotient(k, v * rest_squares, rest), -half, half - 1)
+            moved = whole(k, quotient(k, v * rest_squares, rest), -half, half - 1)
             new, new_squares = rest + weight * v * moved, rest_squares + weight * moved * moved
             better = rest.gt(0.0) & moved.ne(code) & new_squares.gt(0.0)
             better = better & (new * new * squares).gt(products * products * new_squares)
             pairs = ((moved, code), (new, products), (new_squares, squares))
             codes[i], products, squares = (k.select(better, *pair) for pair in pairs)
         loop.next(products, squares, *codes)
-    return unless_tiny(k, _quotient(k, loop.results[0], loop.results[1]), most)
+    return unless_tiny(k, quotient(k, loop.results[0], loop.results[1]), most)
 
 
 def _affine_scale(
@@ -177,28 +177,28 @@ def _affine_scale(
 
     def error(start: Value, inverse: Value, new_scale: Value, new_start: Value) -> Value:
         def term(x: Value) -> Values:
-            difference = new_scale * _whole(k, (x - start) * inverse, 0, top) + new_start - x
+            difference = new_scale * whole(k, (x - start) * inverse, 0, top) + new_start - x
             return [weight(x) * (k.unary("fabs", difference) if absolute else difference * difference)]
 
         return groups.sums(1, term)[0]
 
-    inverse = _quotient(k, groups.const(top), high - low)
-    scale = _quotient(k, 1.0, inverse)
+    inverse = quotient(k, groups.const(top), high - low)
+    scale = quotient(k, 1.0, inverse)
     with k.loop(0, steps + 1, 1, [scale, low, error(low, inverse, scale, low)]) as loop:
         scale, start, least = loop.values
         ends = k.splat(_tenths(k, loop.i, first) + float(top), groups.lanes)
-        inverse = _quotient(k, ends, high - start)
+        inverse = quotient(k, ends, high - start)
 
         def terms(x: Value, start: Value = start, inverse: Value = inverse) -> Values:
-            code = _whole(k, (x - start) * inverse, 0, top)
+            code = whole(k, (x - start) * inverse, 0, top)
             weighted = weight(x) * code
             return [weighted, weighted * code, weighted * x]
 
         sums, squares, products = groups.sums(3, terms)
         determinant = total * squares - sums * sums
-        new_scale = _quotient(k, total * products - total_x * sums, determinant)
-        new_start = _quotient(k, squares * total_x - sums * products, determinant)
-        new_scale = k.select(new_start.gt(0.0), _quotient(k, products, squares), new_scale)
+        new_scale = quotient(k, total * products - total_x * sums, determinant)
+        new_start = quotient(k, squares * total_x - sums * products, determinant)
+        new_scale = k.select(new_start.gt(0.0), quotient(k, products, squares), new_scale)
         new_start = k.min(new_start, 0.0)
         found = error(start, inverse, new_scale, new_start)
         better = determinant.gt(0.0) & found.lt(least)
@@ -213,10 +213,10 @@ def _affine_scale(
 def round_centred(block: Block, bits: int, scale_bits: int, search: Callable[[Groups, int], Value]) -> None:
     k, groups, half, top = block.k, Groups(block, 16), 1 << (bits - 1), 1 << (scale_bits - 1)
     scales = search(groups, half)
-    inverse = _quotient(k, k.const(-top, F32), extreme(k, scales))
+    inverse = quotient(k, k.const(-top, F32), extreme(k, scales))
     stored = _kept(k, scales * k.splat(inverse, groups.lanes), -top, top - 1, 0.0)
-    scale = stored * stored_scale(k, _quotient(k, 1.0, inverse), groups.lanes)
-    groups.replace(lambda x: _kept(k, _quotient(k, x, scale), -half, half - 1, -half) * scale)
+    scale = stored * stored_scale(k, quotient(k, 1.0, inverse), groups.lanes)
+    groups.replace(lambda x: _kept(k, quotient(k, x, scale), -half, half - 1, -half) * scale)
 
 
 def round_affine(block: Block, size: int, bits: int, scale_bits: int, first: float, steps: int) -> None:
@@ -230,10 +230,10 @@ def round_affine(block: Block, size: int, bits: int, scale_bits: int, first: flo
     scaled = []
     for each in found:
         most = _largest(k, each)
-        stored = _kept(k, each * k.splat(_quotient(k, k.const(top, F32), most), groups.lanes), 0, top, 0.0)
+        stored = _kept(k, each * k.splat(quotient(k, k.const(top, F32), most), groups.lanes), 0, top, 0.0)
         scaled.append(stored * stored_scale(k, most / float(top), groups.lanes))
     scale, minimum = scaled
-    groups.replace(lambda x: _kept(k, _quotient(k, x + minimum, scale), 0, (1 << bits) - 1, 0.0) * scale - minimum)
+    groups.replace(lambda x: _kept(k, quotient(k, x + minimum, scale), 0, (1 << bits) - 1, 0.0) * scale - minimum)
 
 
 def round_iq4_xs(block: Block) -> None:
@@ -244,7 +244,7 @@ def round_iq4_xs(block: Block) -> None:
 
     scales = _table_scale(groups, value, float(IQ4[0]))
     d = extreme(k, scales) / -32.0
-    wanted = scales * k.splat(_quotient(k, 1.0, d), groups.lanes)
-    inverse = _quotient(k, 1.0, _whole(k, wanted, -32, 31) * k.splat(d, groups.lanes))
+    wanted = scales * k.splat(quotient(k, 1.0, d), groups.lanes)
+    inverse = quotient(k, 1.0, whole(k, wanted, -32, 31) * k.splat(d, groups.lanes))
     scale = _kept(k, wanted, -32, 31, -32.0) * stored_scale(k, d, groups.lanes)
     groups.replace(lambda x: value(x * inverse) * scale)

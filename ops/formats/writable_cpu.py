@@ -11,6 +11,8 @@ from tensorgraph.backends.cpu.operands import Row
 from tensorgraph.ops.formats import rounding_cpu as one
 from tensorgraph.ops.formats import searches_cpu as many
 from tensorgraph.ops.formats.blocks import block_format
+from tensorgraph.ops.formats.grid_searches import CODINGS
+from tensorgraph.ops.formats.grid_searches_cpu import round_to_grid
 
 ROUNDINGS: dict[str, Callable[[one.Block], None]] = {
     "q8_0": partial(one.round_whole, centre=127.0),
@@ -27,6 +29,7 @@ ROUNDINGS: dict[str, Callable[[one.Block], None]] = {
     "q5_k": partial(many.round_affine, size=32, bits=5, scale_bits=6, first=-0.5, steps=15),
     "q3_k": partial(many.round_centred, bits=3, scale_bits=6, search=many.descended_scale),
     "q6_k": partial(many.round_centred, bits=6, scale_bits=8, search=many.centred_scale),
+    **{name: partial(round_to_grid, name=name) for name in CODINGS},
 }
 
 

@@ -249,7 +249,7 @@ def test_cast_of_what_an_integer_type_does_not_hold() -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu", "cpu:baseline"])
-@pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if form.encode])
+@pytest.mark.parametrize("name", FORMATS)
 def test_cast_to_and_from_blocks_to_the_bit(name: str, backend: str) -> None:
     """Of numbers of all sizes, with ties, zeros and numbers too small for a scale, in rows that lie apart."""
     rng, size = np.random.default_rng(5), FORMATS[name].dtype.block_size

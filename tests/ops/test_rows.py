@@ -96,7 +96,7 @@ def test_set_rows_rounds_what_it_writes_to_a_block_type() -> None:
         set_rows.compute({"a": stored, "b": new, "ids": np.array([5, 0])}, {"block": None})
 
 
-WRITABLE = [*(dtype for dtype in SCALARS if dtype.kind != "bool"), *(form.dtype for form in FORMATS.values() if form.encode)]
+WRITABLE = [*(dtype for dtype in SCALARS if dtype.kind != "bool"), *(form.dtype for form in FORMATS.values())]
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

@@ -76,14 +76,13 @@ def _case(op: Op, slots: Slots, attrs: Mapping[str, Any], dtype: DType | None) -
 
 
 def _weight(x: Array, dtype: DType) -> Array:
-    """Values as a weight of a type; random bytes where nothing writes it."""
-    from tensorgraph.ops.formats import block_format, encode
+    """Values as a weight of a type; of a block type random blocks instead, since some take long to be found."""
+    from tensorgraph.ops.formats.drawn import random_blocks
 
     if not dtype.is_block:
         return x.astype(dtype.numpy)
-    if block_format(dtype).encode is not None:
-        return encode(x, dtype)
-    return np.random.default_rng(0).integers(0, 64, (*x.shape[:-1], dtype.size_bytes(x.shape[-1])), np.uint8)
+    blocks = random_blocks(dtype, x.size // dtype.block_size, 1.0, np.random.default_rng(0))
+    return blocks.reshape(*x.shape[:-1], dtype.size_bytes(x.shape[-1]))
 
 
 def _speed(
