@@ -88,7 +88,8 @@ class Executor:
         with self.lock:
             self.close()
             self._threads = count
-            self._choice = ThreadChoice() if threads == "auto" and count > 1 else None
+            about = loop.LoopFunction(self.jit.target, {}).ticks_per_s
+            self._choice = ThreadChoice(about) if threads == "auto" and count > 1 else None
 
     def run(self, table_address: int, n_steps: int) -> list[int] | None:
         """Run a program, an int64 table [n_steps, 8]; what its kernels left, code and three details, or None: all went well."""
