@@ -127,6 +127,11 @@ def test_profile(jit: Jit, kernels: dict[str, int], threads: int) -> None:
     rounds = np.array([1, 0, 3, 2]) if threads == 1 else np.array([1, 0, 1, 1])
     assert (seconds >= 0.95e-6 * np.array(us) * rounds).all()
     assert seconds.sum() <= 1.05 * passed
+    counted = executor.profile_counters()
+    assert sum(c.chunks for c in counted) == 6 and counted[0].runs == 1 and len(counted) == threads
+    asleep_s = 1e-6 * np.dot(us, (1, 0, 3, 2))  # in kernels, all threads together
+    assert 0.95 * asleep_s <= sum(c.busy_s for c in counted) <= 1.05 * threads * passed
+    assert all(c.busy_s <= 1.05 * passed for c in counted)
     mixed = MixProgram(kernels["mix"], [(40, 1, 8), (1, 1, 1), (300, 2, 64)] * 50, threads)
     seconds = executor.profile(*mixed.program.table())
     assert (seconds >= 0).all() and seconds.sum() > 0
