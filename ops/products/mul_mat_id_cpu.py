@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from tensorgraph.backends.cpu.activations import Kind, Rows, row_bytes, write_row
 from tensorgraph.backends.cpu.codes import ROWS
-from tensorgraph.backends.cpu.gemm import MOST_TOKENS, multiply_piece, plan_tiles
+from tensorgraph.backends.cpu.gemm import MOST_TOKENS, multiply_piece, plan_tiles, rows_kind
 from tensorgraph.backends.cpu.ir import F32, I32, Int, Value
 from tensorgraph.backends.cpu.kernel import CHUNK, Buffer, Call, Context, Kernel, NodeKernel, Ref
 from tensorgraph.backends.cpu.matvec import kind_of, tile_dot
@@ -79,13 +79,15 @@ def calls(node: Node, context: Context) -> Sequence[Call]:
     tiling = plan_tiles(context.target, [a.dtype], kind, height)
     most_pieces = pairs // tiling.tokens + n_experts
     order = Ref(Buffer((1 + n_experts + pairs * 2 + most_pieces * 3) * 4, "order"))
+    sorted_kind = rows_kind(context.target, [a.dtype], kind)
+    each, attrs = row_bytes(sorted_kind, width), {**attrs, "kind": sorted_kind}
     rows = Ref(Buffer((pairs + MOST_TOKENS) * each, "rows"))
     sort = Call(sort_pairs, {"ids": Ref(ids), "order": order}, {"n_experts": n_experts, "tokens": tiling.tokens})
     given: dict[str, Ref | None] = {"b": Ref(b), "ids": Ref(ids), "order": order, "rows": rows, "y": Ref(node)}
     place_attrs = {**attrs, "n_experts": n_experts, "width": width}
     place = Call(place_rows, given, place_attrs, product(b.shape[:-1]), grain, scratch_bytes=each if shared else 0)
     taken: dict[str, Ref | None] = {"a": Ref(a), "order": order, "rows": rows, "y": Ref(node)}
-    many = Call(multiply_sorted, taken, {"kind": kind}, most_pieces * tiling.groups, scratch_bytes=tiling.scratch_bytes)
+    many = Call(multiply_sorted, taken, {"kind": sorted_kind}, most_pieces * tiling.groups, scratch_bytes=tiling.scratch_bytes)
     found: list[Call] = []
     for call in (written, few):
         found += guarded(replace(call, nodes=(node,)), pairs <= FEW)
