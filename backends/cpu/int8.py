@@ -62,8 +62,9 @@ class ByteDot(Protocol):
 
 def byte_dot(k: Kernel, most: int, lanes: int) -> ByteDot:
     """The fastest form for codes up to `most` and i32 sums of so many lanes."""
-    found = _form(k.target, lanes)
-    return _Pairs(k, most, lanes) if found is _Pairs else found(k, lanes)
+    if _has_fours(k.target, lanes):
+        return _Fours(k, lanes)
+    return _Pairs(k, most, lanes) if _has_pairs(k.target, lanes) else _Words(k, lanes)
 
 
 def wide_dot(k: Kernel, centre: int, lanes: int) -> ByteDot:
@@ -73,14 +74,16 @@ def wide_dot(k: Kernel, centre: int, lanes: int) -> ByteDot:
 
 def wants_wide(target: Target, most: int) -> bool:
     """Whether `wide_dot` is the fastest form for codes up to `most` that are decoded once for many rows."""
-    return _form(target, target.vector_bytes // 4) is _Pairs and most * _MOST_PAIR > _MOST_WORD
+    lanes, fits = target.vector_bytes // 4, most * _MOST_PAIR <= _MOST_WORD
+    return _has_pairs(target, lanes) and not _has_fours(target, lanes) and not fits
 
 
-def _form(target: Target, lanes: int) -> type[_Fours] | type[_Pairs] | type[_Words]:
-    has = target.has
-    if ("vnni" in has and lanes == 16) or ("avxvnni" in has and lanes == 8):
-        return _Fours
-    return _Pairs if ("avx512" in has and lanes == 16) or ("avx2" in has and lanes == 8) else _Words
+def _has_fours(target: Target, lanes: int) -> bool:
+    return ("vnni" in target.has and lanes == 16) or ("avxvnni" in target.has and lanes == 8)
+
+
+def _has_pairs(target: Target, lanes: int) -> bool:
+    return ("avx512" in target.has and lanes == 16) or ("avx2" in target.has and lanes == 8)
 
 
 def word_dot(k: Kernel, a: Value, b: Value) -> Value:
