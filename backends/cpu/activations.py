@@ -21,6 +21,7 @@ BLOCK = 32
 _BLOCK_BYTES = {"int8": 48, "int16": 112, "f32": 128}
 SCALE, SCALED_SUM, HALF_SUMS = 32, 36, 40  # bytes into a block
 _ROUND, _ROUND_BITS = 1.5 * 2.0**23, 0x4B400000  # added to a number below 2^22 it leaves the nearest whole one in the low bits
+_TINY = 2.0**-128  # what has an infinite inverse: such blocks are taken as zeros
 _AT_ONCE = 4  # blocks
 Load = Callable[[Value, int], Value]
 """`load(i, lanes)`: elements i to i + lanes - 1 as f32; a scalar where lanes is 1."""
@@ -95,7 +96,7 @@ def quantise_blocks(k: Kernel, kind: Kind, blocks: Sequence[Sequence[Value]], to
     magnitudes = [[p.bits_as(whole) & 0x7FFFFFFF for p in parts] for parts in given]
     amax = _fold_each(k, magnitudes, lambda a, b: k.select(b.gt(a), b, a)).bits_as(F32.x(_AT_ONCE))  # in order, NaN last
     d = amax / 127.0
-    inverse = k.select(d.eq(0.0), k.zero(d.type), 1.0 / d)
+    inverse = k.select(d.le(_TINY), k.zero(d.type), 1.0 / d)
     rounded = []  # codes in the low bits, `_ROUND` in the high ones
     for n, parts in enumerate(given):
         by = inverse.shuffle([n] * whole.lanes)
