@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from operator import mul
 
@@ -35,7 +35,7 @@ class IndexMap:
     def dense(shape: Shape) -> IndexMap:
         return IndexMap(shape, contiguous_strides(shape))
 
-    @property
+    @cached_property
     def is_dense(self) -> bool:
         """Whether the elements lie one after another from the base's first (axes of length 1 have any stride)."""
         step: Extent = 1
