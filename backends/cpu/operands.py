@@ -26,6 +26,11 @@ def stored_type(dtype: DType) -> Type:
     return _STORED[dtype.name]
 
 
+def is_stored(dtype: DType) -> bool:
+    """Whether there is a `stored_type`."""
+    return dtype.is_block or dtype.name in _STORED
+
+
 def computed_type(dtype: DType) -> Type:
     """What kernels compute in: f32 for floats, i32 or i64 for integers and bools."""
     return _COMPUTED.get(dtype.name, F32)
