@@ -32,7 +32,7 @@ class Rows:
 
     kind: Kind
     address: Value
-    row_bytes: int
+    row_bytes: Int
     count: int = 1
 
     def from_row(self, n: Int, count: int) -> Rows:
@@ -79,8 +79,8 @@ def quantise_row(k: Kernel, load: Load, width: int, to: Value) -> None:
         blocks(k.i64(whole), n_blocks - whole)
 
 
-def quantise_blocks(k: Kernel, blocks: Sequence[Sequence[Value]], to: Value) -> None:
-    """Up to 4 blocks of 32 elements, each in vectors of as many lanes, to an address."""
+def quantise_blocks(k: Kernel, blocks: Sequence[Sequence[Value]], to: Value, apart: int = BLOCK_BYTES) -> None:
+    """Up to 4 blocks of 32 elements, each in vectors of as many lanes, to an address, so many bytes apart."""
     given = [*blocks, *[blocks[-1]] * (_AT_ONCE - len(blocks))]
     whole = I32.x(given[0][0].lanes)
     magnitudes = [[p.bits_as(whole) & 0x7FFFFFFF for p in parts] for parts in given]
@@ -95,14 +95,14 @@ def quantise_blocks(k: Kernel, blocks: Sequence[Sequence[Value]], to: Value) -> 
             joined = [k.convert(codes, I8).bits_as(I32.x(whole.lanes // 4)) for codes in rounded[-1]]
             while len(joined) > 1:
                 joined = [k.join(a, b) for a, b in zip(joined[::2], joined[1::2], strict=True)]
-            k.store(joined[0], to + n * BLOCK_BYTES)
+            k.store(joined[0], to + n * apart)
     n = BLOCK // 2 // whole.lanes  # vectors of half a block
     start = BLOCK // 2 * _ROUND_BITS % (1 << 32)
     low, high = (_fold_each(k, half, lambda a, b: a + b) - start for half in ([r[:n] for r in rounded], [r[n:] for r in rounded]))
     total = low + high
     columns = [d.bits_as(total.type), (d * k.convert(total, F32)).bits_as(total.type), as_pair(low, high), total]
     for n, tail in enumerate(_transposed(columns)[: len(blocks)]):
-        k.store(tail, to + (n * BLOCK_BYTES + SCALE))
+        k.store(tail, to + (n * apart + SCALE))
 
 
 def _fold_each(k: Kernel, blocks: Sequence[Sequence[Value]], combine: Callable[[Value, Value], Value]) -> Value:
