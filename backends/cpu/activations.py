@@ -33,7 +33,7 @@ class Rows:
 
     kind: Kind
     address: Value
-    row_bytes: int
+    row_bytes: Int
     count: int = 1
 
     @property
@@ -46,6 +46,11 @@ class Rows:
 
     def from_row(self, n: Int, count: int) -> Rows:
         return Rows(self.kind, self.address + self.address.fn.i64(n) * self.row_bytes, self.row_bytes, count)
+
+
+def block_bytes(kind: Kind) -> int:
+    """Bytes of 32 elements of a row."""
+    return _BLOCK_BYTES[kind]
 
 
 def row_bytes(kind: Kind, width: int) -> int:
@@ -88,9 +93,9 @@ def quantise_row(k: Kernel, kind: Kind, load: Load, width: int, to: Value) -> No
         blocks(k.i64(whole), n_blocks - whole)
 
 
-def quantise_blocks(k: Kernel, kind: Kind, blocks: Sequence[Sequence[Value]], to: Value) -> None:
-    """Up to 4 blocks of 32 elements, each in vectors of as many lanes, to an address."""
-    each = _BLOCK_BYTES[kind]
+def quantise_blocks(k: Kernel, kind: Kind, blocks: Sequence[Sequence[Value]], to: Value, apart: int = 0) -> None:
+    """Up to 4 blocks of 32 elements, each in vectors of as many lanes, to an address, so many bytes apart: 0 for side by side."""
+    apart = apart or _BLOCK_BYTES[kind]
     given = [*blocks, *[blocks[-1]] * (_AT_ONCE - len(blocks))]
     whole = I32.x(given[0][0].lanes)
     magnitudes = [[p.bits_as(whole) & 0x7FFFFFFF for p in parts] for parts in given]
@@ -105,16 +110,16 @@ def quantise_blocks(k: Kernel, kind: Kind, blocks: Sequence[Sequence[Value]], to
             joined = [k.convert(codes, I8).bits_as(I32.x(whole.lanes // 4)) for codes in rounded[-1]]
             while len(joined) > 1:
                 joined = [k.join(a, b) for a, b in zip(joined[::2], joined[1::2], strict=True)]
-            k.store(joined[0], to + n * each)
+            k.store(joined[0], to + n * apart)
             for i, codes in enumerate(rounded[-1] if kind == "int16" else []):
-                k.store(k.convert(codes, I16), to + (n * each + WIDE + 2 * whole.lanes * i))
+                k.store(k.convert(codes, I16), to + (n * apart + WIDE + 2 * whole.lanes * i))
     n = BLOCK // 2 // whole.lanes  # vectors of half a block
     start = BLOCK // 2 * _ROUND_BITS % (1 << 32)
     low, high = (_fold_each(k, half, lambda a, b: a + b) - start for half in ([r[:n] for r in rounded], [r[n:] for r in rounded]))
     total = low + high
     columns = [d.bits_as(total.type), (d * k.convert(total, F32)).bits_as(total.type), as_pair(low, high), total]
     for n, tail in enumerate(_transposed(columns)[: len(blocks)]):
-        k.store(tail, to + (n * each + SCALE))
+        k.store(tail, to + (n * apart + SCALE))
 
 
 def _fold_each(k: Kernel, blocks: Sequence[Sequence[Value]], combine: Callable[[Value, Value], Value]) -> Value:
