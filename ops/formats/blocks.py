@@ -35,11 +35,19 @@ class BlockFormat:
 
 
 def declare(
-    name: str, block_size: int, block_bytes: int, decode: Callable[[U8], F32], encode: Callable[[F32], U8] | None = None
+    name: str,
+    block_size: int,
+    block_bytes: int,
+    decode: Callable[[U8], F32],
+    encode: Callable[[F32], U8] | None = None,
+    *,
+    in_streams: bool = False,
 ) -> BlockFormat:
-    """Register a block type under `name`, both as an element type and as a format."""
+    """Register a block type under `name`, both as an element type and as a format; `in_streams`: rows of state may be of it."""
     dtype = register_dtype(DType(name, "block", block_bytes, block_size))
     registry.decoders.add(name, partial(decode_rows, dtype=dtype))
+    if in_streams:
+        registry.encoders.add(name, partial(encode_rows, dtype=dtype))
     return FORMATS.setdefault(name, BlockFormat(dtype, decode, encode))
 
 
