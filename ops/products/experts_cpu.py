@@ -126,7 +126,7 @@ def mixture_calls(
         return Call(emit, operands, {"m": m}, items, nodes=nodes, **more)
 
     grain = max(1, CHUNK // m.width)
-    calls = [call(sort_and_write, {**of_order, "x": given["x"], "rows": rows}, of_unit, n_tokens, grain=grain)]
+    calls = [call(sort_and_write, {**of_order, "x": given["x"], "rows": rows}, of_unit[:1], n_tokens, grain=grain)]
     few, many = n_tokens <= FEW, n_tokens > FEW
     if few is not False:
         guard = few if isinstance(few, Guard) else ALWAYS
@@ -142,7 +142,7 @@ def mixture_calls(
         products = Ref(Buffer((pairs + MOST_TOKENS) * m.height * 4, "products"))
         n_pieces = most_pieces(m.n_experts, pairs, piece)
         copied = {**of_order, "rows": rows, "placed": placed}
-        calls.append(call(place_rows_of_tokens, copied, of_unit, pairs, grain=grain, guard=guard))
+        calls.append(call(place_rows_of_tokens, copied, of_unit[:1], pairs, grain=grain, guard=guard))
         room = m.room(target) + piece * BLOCK * 4
         items = n_pieces * (first.groups // m.groups_together(target))
         calls.append(call(units_of_many, {**of_units, "rows": placed}, of_unit, items, scratch_bytes=room, guard=guard))
