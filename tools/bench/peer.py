@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 BATCH = 512
-KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30}
+KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "bf16": 30}
 FLASH_ATTN = {"off": 0, "on": 1}
 LOG_ERROR = 4
 
