@@ -18,7 +18,7 @@ COMMANDS = {
     "check-node": "check_node:check_node",
     **{"bench": "bench.command:bench", "profile": "profile:profile", "test-ops": "test_ops:test_ops", "ops": "ops:ops"},
     "new-op": "new_op:new_op",
-    "synth": "synth.command:synth",
+    **{"synth": "synth.command:synth", "quantize": "quantize:quantize"},
 }
 INTERRUPTED = 130
 BAD_INPUT = 2

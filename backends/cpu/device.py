@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -144,7 +144,8 @@ class CpuDevice(Device):
 
     def stream_layout(self, spec: StateSpec, users: Sequence[tuple[Node, str]]) -> Layout:
         able = [self._reads(user, slot) for user, slot in users]
-        return "rows16" if able and all("rows16" in each for each in able) else "rows"
+        layouts: tuple[Layout, ...] = get_args(Layout)
+        return next((layout for layout in layouts[1:] if able and all(layout in each for each in able)), "rows")
 
     def _reads(self, user: Node, slot: str) -> tuple[str, ...]:
         kernel: NodeKernel | None = None if user.op in STRUCTURAL else registry.ops.get(user.op).kernel("cpu")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from tensorgraph.dtypes import DType, as_dtype
 from tensorgraph.errors import InputError, StateError, UnsupportedError
 from tensorgraph.graph import Node
 from tensorgraph.memory import needs_storage
+from tensorgraph.state import Layout
 from tensorgraph.views import IndexMap
 
 if TYPE_CHECKING:
@@ -385,7 +386,7 @@ def _read_operand(k: Kernel, key: OperandKey) -> Operand:
     if key.layout == "number":
         return Operand(k, dtype, (k.load(k.slot(), I64),), (), k.zero(PTR), key.layout)
     address = k.slot()
-    table = k.slot() if key.layout in ("rows", "rows16") else None
+    table = k.slot() if key.layout in get_args(Layout) else None
     if key.offset:
         address = address + k.load(k.slot(), I64) * (4 if dtype.is_block else dtype.block_bytes)
 

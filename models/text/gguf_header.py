@@ -247,6 +247,11 @@ class Metadata(Mapping[str, Any]):
         """Where the value of `key` begins in the file, in bytes."""
         return self._entries[key][1]
 
+    def stored(self, key: str) -> tuple[int, bytes]:
+        """The number of a value's type, and its bytes as the file holds them."""
+        kind, at, end = self._entries[key]
+        return kind, self._file.content[at:end]
+
     def integer(self, key: str) -> int:
         """The value of `key` as an integer that is not negative; FormatError if it is anything else."""
         value = self[key]

@@ -228,8 +228,7 @@ def test_dot_products_of_bytes(target: Target, lanes: int, most: int) -> None:
     for n, count in enumerate((2, 1)):
         total, sums = k.const(-70_000, whole), ()
         for g in range(8):
-            four = dot.of_four(k.splat(k.load(x + 4 * g, I32), lanes))
-            sums = dot.add(sums, dot.of_codes(k.load(at + 4 * lanes * g, I8.x(4 * lanes))), four)
+            sums = dot.add(sums, dot.of_codes(k.load(at + 4 * lanes * g, I8.x(4 * lanes))), dot.of_row(x, g))
             if (g + 1) % min(dot.run, 8 // count) == 0:
                 factor = dot.of_factor(k.load(f + g // 4 * 4 * lanes, whole)) if count == 2 else None
                 total, sums = dot.close(sums, factor, total), ()
@@ -251,7 +250,7 @@ def test_the_instruction_for_four_bytes_is_used_where_there_is_one() -> None:
     k = Function("kernel", {"at": PTR}, AVX_VNNI)
     (at,) = k.parameters.values()
     dot = byte_dot(k, 255, 8)
-    sums = dot.add((), dot.of_codes(k.load(at, I8.x(32))), dot.of_four(k.load(at, I32.x(8))))
+    sums = dot.add((), dot.of_codes(k.load(at, I8.x(32))), dot.of_row(at, 0))
     k.store(dot.close(sums, None, k.load(at, I32.x(8))), at)
     assert "{vex}" in (text := Jit(AVX_VNNI, None).assembly(k.text())) and "vpdpbusd" in text
 
