@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import tensorgraph.ops  # noqa: F401  (registers the block types)
+from tensorgraph.backends.cpu import weights
 from tensorgraph.backends.cpu.device import CpuDevice
 from tensorgraph.backends.cpu.emit import Function
 from tensorgraph.backends.cpu.ir import I64, PTR
@@ -99,9 +100,13 @@ def test_views_are_packed_as_they_are_seen(name: str) -> None:
     assert_same(unpack(pack(view, dtype, "r16", device), dtype, device), values(np.ascontiguousarray(view), dtype))
 
 
-def test_more_rows_than_are_recoded_at_once() -> None:
-    device, dtype = CpuDevice(), as_dtype("q5_0")
-    array = random_rows(dtype, 2, 1100, 1024)
+@pytest.mark.parametrize("shape", [(2, 1100, 1024), (37, 40, 256)])
+@pytest.mark.parametrize("name", ["q5_0", "q4_k", "nvfp4"])
+def test_more_than_is_packed_or_decoded_at_once(name: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "BATCH_BYTES", 1 << 17)
+    monkeypatch.setattr(weights, "_DECODED", 1 << 18)
+    device, dtype = CpuDevice(), as_dtype(name)
+    array = random_rows(dtype, *shape)
     assert_same(unpack(pack(array, dtype, "r16", device), dtype, device), values(array, dtype))
 
 
@@ -141,11 +146,11 @@ def test_parts_of_a_row(name: str, target: Target) -> None:
     counts = (4, 8, 16) if dtype.is_block else (1, 4, 8, 16)
     k = Function("kernel", {"units": PTR, "to": PTR, "row": I64}, target)
     units, to, row = k.parameters.values()
-    weights = Operand(k, dtype, (2, rows, width), (), units, "r16")
+    operand = Operand(k, dtype, (2, rows, width), (), units, "r16")
     for i, lanes in enumerate(counts):
         with k.loop(0, width, lanes) as loop:
             loop.next()
-            k.store(load_r16_row(weights, row, loop.i, lanes), to + (loop.i + i * width) * 4)
+            k.store(load_r16_row(operand, row, loop.i, lanes), to + (loop.i + i * width) * 4)
     jit = Jit(target, None)
     run = ctypes.CFUNCTYPE(None, *(ctypes.c_int64,) * 3)(jit.compile([k.text()])[0])
     for matrix in range(2):
