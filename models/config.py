@@ -177,12 +177,13 @@ def by_layer(of: Callable[[Any], tuple[Any, ...]]) -> Any:
 
 def keep_layers(config: C, kept: Sequence[int]) -> C:
     """The configuration of some layers, numbered anew: what fields say of each layer, or of the first ones, goes with them."""
+    n_layers: int = config.num_hidden_layers  # type: ignore[attr-defined]
     changed: dict[str, Any] = {"num_hidden_layers": len(kept)}
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
         value = getattr(config, field.name)
         if "by_layer" in field.metadata:
             value = value or field.metadata["by_layer"](config)
-        if isinstance(value, tuple) and value:
+        if isinstance(value, tuple) and len(value) >= n_layers:
             changed[field.name] = tuple(value[i] for i in kept)
         elif field.metadata.get("leading"):
             changed[field.name] = sum(i < value for i in kept)
@@ -226,7 +227,7 @@ def _same_in_all_layers(value: Any, name: str) -> Any:
     """The one value of an array that gives it for every layer."""
     if not hasattr(value, "__len__") or isinstance(value, str):
         return value
-    if not len(value) or any(v != value[0] for v in value):
+    if not len(value) or any(getattr(v, "ndim", 0) or v != value[0] for v in value):
         raise FormatError(f"[config] {name} must be the same in all layers; got {list(value[:8])}")
     return value[0].item() if hasattr(value[0], "item") else value[0]
 

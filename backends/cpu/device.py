@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from tensorgraph.backends.cpu.executor import Executor, usable_cores
 from tensorgraph.backends.cpu.grouping import group_nodes
 from tensorgraph.backends.cpu.jit import Jit
 from tensorgraph.backends.cpu.kernel import Call, Context, Kernel, NodeKernel, code_of
-from tensorgraph.backends.cpu.operands import stored_type
+from tensorgraph.backends.cpu.operands import is_stored
 from tensorgraph.backends.cpu.packing import Packing
 from tensorgraph.backends.cpu.program import Program, Recipe, write_kernel
 from tensorgraph.backends.cpu.recipes import Entry, keys_of, read_entry
@@ -25,7 +25,7 @@ from tensorgraph.backends.cpu.target import Target, find_target, host
 from tensorgraph.backends.cpu.weights import LAYOUTS, pack, unpack
 from tensorgraph.device import Device, Part, Run, Values, readers
 from tensorgraph.dtypes import DType
-from tensorgraph.errors import InputError, UnsupportedError
+from tensorgraph.errors import InputError
 from tensorgraph.graph import STRUCTURAL, Graph, Node
 from tensorgraph.memory import Group
 from tensorgraph.state import Layout, StateSpec
@@ -136,14 +136,7 @@ class CpuDevice(Device):
         if node.op in STRUCTURAL:
             return True
         kernel: NodeKernel | None = registry.ops.get(node.op).kernel("cpu")
-        if kernel is None:
-            return False
-        try:
-            for value in (node, *node.inputs):
-                stored_type(value.dtype)
-        except UnsupportedError:
-            return False
-        return kernel.supports(node)
+        return kernel is not None and all(is_stored(v.dtype) for v in (node, *node.inputs)) and kernel.supports(node)
 
     def constant_layout(self, constant: Node, users: Sequence[Node]) -> str:
         able = [self._reads(user, slot) for user in users for slot, value in _slots(user) if value is constant]
@@ -151,7 +144,8 @@ class CpuDevice(Device):
 
     def stream_layout(self, spec: StateSpec, users: Sequence[tuple[Node, str]]) -> Layout:
         able = [self._reads(user, slot) for user, slot in users]
-        return "rows16" if able and all("rows16" in each for each in able) else "rows"
+        layouts: tuple[Layout, ...] = get_args(Layout)
+        return next((layout for layout in layouts[1:] if able and all(layout in each for each in able)), "rows")
 
     def _reads(self, user: Node, slot: str) -> tuple[str, ...]:
         kernel: NodeKernel | None = None if user.op in STRUCTURAL else registry.ops.get(user.op).kernel("cpu")

@@ -22,6 +22,14 @@ _NUMBERS = {"u1": 0, "i1": 1, "u2": 2, "i2": 3, "u4": 4, "i4": 5, "f4": 6, "u8":
 
 
 @dataclass(frozen=True)
+class StoredValue:
+    """A value of metadata as a file holds it: the number of its type, and its bytes."""
+
+    kind: int
+    content: bytes
+
+
+@dataclass(frozen=True)
 class NewTensor:
     """A tensor that is to be stored; `shape` in NumPy order."""
 
@@ -39,7 +47,7 @@ def header(metadata: Mapping[str, Any], tensors: Sequence[NewTensor]) -> bytes:
 
     Args:
         metadata: numbers, bools, texts, and lists or arrays of them. A whole number is stored as u32, one below 0 and each of
-            a list as i32, other numbers as f32; NumPy's numbers and arrays as they are.
+            a list as i32, other numbers as f32; NumPy's numbers and arrays, and stored values, as they are.
 
     Raises: FormatError: a file cannot hold a value or a tensor.
     """
@@ -91,6 +99,8 @@ def _text(text: str) -> bytes:
 
 def _value(key: str, value: Any) -> tuple[int, bytes]:
     """A value's type in the file, and its bytes."""
+    if isinstance(value, StoredValue):
+        return value.kind, value.content
     if isinstance(value, str):
         return _STRING, _text(value)
     if isinstance(value, np.ndarray | list | tuple):

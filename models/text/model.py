@@ -47,8 +47,8 @@ def load(
     tokenizer.json or tokenizer.model), or the name of one in installed packages (`packaged.PACKAGED`: `smollm2`, `minilm`,
     `gemma3-270m`).
 
-    `kv_type` is the type of the rows that sessions keep: f16, bf16 or f32. `threads` is how many the devices compute with; they
-    keep what they have where None.
+    `kv_type` is the type of the rows that sessions keep: f16, bf16, f32 or q8_0. `threads` is how many the devices compute with;
+    they keep what they have where None.
 
     Raises:
         InputError: there is no such file, or no such number of threads. FormatError: it is damaged. UnknownNameError: its

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tensorgraph import registry
-from tensorgraph.backends.cpu.activations import BLOCK, BLOCK_BYTES, Kind, Rows, quantise_blocks, row_bytes, write_row
+from tensorgraph.backends.cpu.activations import BLOCK, Kind, Rows, block_bytes, quantise_blocks, row_bytes, write_row
 from tensorgraph.backends.cpu.codes import ROWS
 from tensorgraph.backends.cpu.gemm import MOST_TOKENS, Tiling, plan_tiles
 from tensorgraph.backends.cpu.ir import F32, I32, Value
@@ -83,7 +83,7 @@ class Mixture:
     @property
     def tiles_together(self) -> int:
         """Tiles of units that are written together: those of a block, where they are rounded."""
-        return BLOCK // ROWS if self.middle == "int8" else 1
+        return BLOCK // ROWS if self.middle != "f32" else 1
 
     def groups_together(self, target: Target) -> int:
         """The same in groups of panels."""
@@ -193,10 +193,10 @@ def units_of_few(k: Kernel, operands: Operands, *, m: Mixture) -> None:
             for i in range(some):
                 values = [unit(k, operands, m, expert, t, [s[i] for s in sums]) for t, sums in zip(tiles, found, strict=True)]
                 to = units.address + (first + (n + i)) * m.unit_bytes
-                if m.middle == "int8":
+                if m.middle != "f32":
                     lanes = min(k.lanes, ROWS)
                     parts = [v.shuffle(range(j, j + lanes)) for v in values for j in range(0, ROWS, lanes)]
-                    quantise_blocks(k, [parts], to + number * BLOCK_BYTES)
+                    quantise_blocks(k, m.middle, [parts], to + number * block_bytes(m.middle))
                 else:
                     k.store(values[0], to + number * (ROWS * 4), mask=tile_mask(k, m.size, number * ROWS))
 
@@ -213,7 +213,7 @@ def units_of_many(k: Kernel, operands: Operands, *, m: Mixture) -> None:
 
         def store(tile: Value, n: Value, sums: list[Value]) -> None:
             value = unit(k, operands, m, expert, tile, sums)
-            if m.middle == "int8":
+            if m.middle != "f32":
                 k.store(value, between + n * (BLOCK * 4) + tile % 2 * (ROWS * 4))
             else:
                 k.store(value, to + n * m.unit_bytes + tile * (ROWS * 4), mask=tile_mask(k, m.size, tile * ROWS))
@@ -222,11 +222,11 @@ def units_of_many(k: Kernel, operands: Operands, *, m: Mixture) -> None:
         with k.loop(0, together) as groups:
             groups.next()
             multiply_rows(k, weights, number * together + groups.i, tiling.per_group, expert, x, count, store)
-        if m.middle == "int8":
+        if m.middle != "f32":
             for n, some in in_steps(k, count, _AT_ONCE):
                 sources = [between + (n + i) * (BLOCK * 4) for i in range(some)]
                 blocks = [[k.load(source + j * 4, F32.x(lanes)) for j in range(0, BLOCK, lanes)] for source in sources]
-                quantise_blocks(k, blocks, to + n * m.unit_bytes + number * BLOCK_BYTES, m.unit_bytes)
+                quantise_blocks(k, m.middle, blocks, to + n * m.unit_bytes + number * block_bytes(m.middle), m.unit_bytes)
 
 
 def unit(k: Kernel, operands: Operands, m: Mixture, expert: Value, tile: Value, sums: Sequence[Value]) -> Value:

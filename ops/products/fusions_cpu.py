@@ -184,7 +184,7 @@ def _residual(chain: Chain, user: Node, taken: Node) -> bool:
 
 
 def _append(scope: Scope, chain: Chain, user: Node, taken: Node) -> bool:
-    if user.op != "append" or user in scope.kept:
+    if user.op != "append" or user in scope.kept or user.dtype.is_block:
         return False
     chain.part = replace(chain.part, stream=True)
     return True

@@ -17,7 +17,7 @@ from tensorgraph.backends.cpu.ir import F32, F64, Value
 from tensorgraph.backends.cpu.kernel import Kernel
 from tensorgraph.backends.cpu.matvec import panel_dot
 from tensorgraph.backends.cpu.operands import Operand, Row
-from tensorgraph.backends.cpu.state_calls import element_place
+from tensorgraph.backends.cpu.state_calls import stream_row
 from tensorgraph.backends.cpu.weights import find_panel, n_tiles
 from tensorgraph.dtypes import f32
 from tensorgraph.ops.attention.paged_cpu import Heads, combine
@@ -173,11 +173,7 @@ def finish(k: Kernel, operands: Operands, p: int, part: Part, rows: Sequence[Val
         other = present(operands, f"residual{p}").row([t])
         values = [v + other.load(row, ROWS, tile_mask(k, part.rows, row)) for v, row in zip(values, rows, strict=True)]
     y = present(operands, f"y{p}")
-    if part.stream:
-        at, stride = element_place(k, y, t, "new")
-        out = Row(k, y.dtype, at, stride)
-    else:
-        out = y.row([t])
+    out = stream_row(k, y, t, "new") if part.stream else y.row([t])
     for row, value in zip(rows, values, strict=True):
         out.store(row, value, tile_mask(k, part.rows, row))
 

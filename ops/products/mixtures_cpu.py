@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from tensorgraph import registry
 from tensorgraph.backends.cpu.fusion import Scope
+from tensorgraph.backends.cpu.gemm import rows_kind
 from tensorgraph.backends.cpu.group import CpuGroup, make_group
 from tensorgraph.backends.cpu.kernel import Ref
 from tensorgraph.backends.cpu.matvec import kind_of
@@ -101,8 +102,8 @@ def _described(scope: Scope, unit: Node, gate: Product, up: Product, down: Produ
     assert isinstance(width, int) and isinstance(size, int) and isinstance(height, int)
     return Mixture(
         weights=dtypes,
-        kind=kind_of(dtypes[0], exact),
-        middle=kind_of(dtypes[2], exact),
+        kind=rows_kind(scope.context.target, dtypes[:2], kind_of(dtypes[0], exact)),
+        middle=rows_kind(scope.context.target, dtypes[2:], kind_of(dtypes[2], exact)),
         unit=unit.op,
         attrs=tuple(sorted(unit.attrs.items())),
         n_experts=n_experts,

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from tensorgraph.backends.cpu.activations import Kind, Rows, row_bytes, write_row
 from tensorgraph.backends.cpu.codes import ROWS
-from tensorgraph.backends.cpu.gemm import MOST_TOKENS, plan_tiles
+from tensorgraph.backends.cpu.gemm import MOST_TOKENS, plan_tiles, rows_kind
 from tensorgraph.backends.cpu.ir import F32, I32, Value
 from tensorgraph.backends.cpu.kernel import CHUNK, Buffer, Call, Context, Kernel, NodeKernel, Ref
 from tensorgraph.backends.cpu.matvec import kind_of, tile_dot
@@ -42,6 +42,8 @@ def calls(node: Node, context: Context) -> Sequence[Call]:
     few = Call(multiply_pairs, {**operands, "rows": plain}, attrs, pairs * n_tiles(height), vec_grain(height, tile_bytes(a)))
 
     tiling = plan_tiles(context.target, [a.dtype], kind, height)
+    sorted_kind = rows_kind(context.target, [a.dtype], kind)
+    each, attrs = row_bytes(sorted_kind, width), {**attrs, "kind": sorted_kind}
     order = Ref(Buffer(order_bytes(n_experts, pairs, tiling.tokens), "order"))
     rows = Ref(Buffer((pairs + MOST_TOKENS) * each, "rows"))
     sort = Call(sort_pairs, {"ids": Ref(ids), "order": order}, {"n_experts": n_experts, "tokens": tiling.tokens})
@@ -50,7 +52,7 @@ def calls(node: Node, context: Context) -> Sequence[Call]:
     place = Call(place_rows, given, place_attrs, product(b.shape[:-1]), grain, scratch_bytes=each if shared else 0)
     items = most_pieces(n_experts, pairs, tiling.tokens) * tiling.groups
     taken: dict[str, Ref | None] = {"a": Ref(a), "order": order, "rows": rows, "y": Ref(node)}
-    many = Call(multiply_sorted, taken, {"kind": kind}, items, scratch_bytes=tiling.scratch_bytes)
+    many = Call(multiply_sorted, taken, {"kind": sorted_kind}, items, scratch_bytes=tiling.scratch_bytes)
     found: list[Call] = []
     for call in (written, few):
         found += guarded(replace(call, nodes=(node,)), pairs <= FEW)

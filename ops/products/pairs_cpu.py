@@ -16,7 +16,7 @@ from tensorgraph.backends.cpu.weights import find_panel, n_tiles
 from tensorgraph.dims import Extent
 from tensorgraph.ops.rows.index_cpu import checked
 
-MOST_ALONE: dict[Kind, int] = {"int8": 4, "f32": 6}
+MOST_ALONE: dict[Kind, int] = {"int8": 4, "int16": 4, "f32": 6}
 """Rows of a piece up to which panels are read for every two of them: to decode them for so few costs more."""
 
 

@@ -17,8 +17,10 @@ from tensorgraph.errors import FormatError
 from tensorgraph.extents import Extents
 from tensorgraph.graph import Graph, input
 from tensorgraph.models import llama
-from tensorgraph.models.architecture import Model, model_from_config, model_from_gguf
+from tensorgraph.models.architecture import Model, config_of_metadata, model_from_config, model_from_gguf
 from tensorgraph.models.builder import AssumedWeights, Builder
+from tensorgraph.models.config import keep_layers
+from tensorgraph.models.text.gguf import GGUF
 from tests.models import tiny
 from tests.reference import reference_path
 
@@ -166,3 +168,29 @@ def test_an_unsplit_key_and_value_weight(n: int) -> None:
     engine = Engine(model_from_gguf(rewritten("deepseek_v3", newer | older, weights)), kv_dtype="f32")
     logits = tiny.whole(engine, stored["input_ids"][:n])
     assert tiny.nmse(logits, stored["logits"][:n]) <= tiny.bound("deepseek_v3")
+
+
+@pytest.mark.parametrize("architecture", [a for a in tiny.ARCHITECTURES if a not in tiny.FOLDERS])
+def test_a_configuration_becomes_the_metadata_that_it_was_read_from(architecture: str) -> None:
+    model = tiny.model(architecture)
+    found = model.metadata()
+    assert config_of_metadata(model.architecture, found) == model.config
+    assert isinstance(model.file, GGUF)
+    for key, value in model.file.metadata.items():
+        if key.startswith(model.architecture.name):
+            assert np.array_equal(np.float32(found[key]) if isinstance(value, float) else found[key], value), key
+
+
+def test_kept_layers_take_along_what_is_said_of_them() -> None:
+    gemma, v3 = tiny.model("gemma3").config, tiny.model("deepseek_v3").config
+    assert [gemma.window(i) for i in range(7)] == [24, 24, 24, 24, 24, None, 24]
+    kept = keep_layers(gemma, (1, 5, 6))
+    assert [kept.window(i) for i in range(3)] == [24, None, 24] and kept.num_hidden_layers == 3
+    assert (v3.first_k_dense_replace, v3.num_hidden_layers) == (1, 3)
+    assert [keep_layers(v3, layers).first_k_dense_replace for layers in ((0, 2), (1, 2))] == [1, 0]
+
+
+@pytest.mark.parametrize("value", [7, "x", [1, 2], [np.ones(2), np.ones(2)], True])
+def test_a_stored_value_that_stands_for_none(value: Any) -> None:
+    with pytest.raises(FormatError, match="expert_gating_func must be"):
+        model_from_gguf(rewritten("deepseek_v3", {"deepseek2.expert_gating_func": value}))

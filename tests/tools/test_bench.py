@@ -21,6 +21,7 @@ from tensorgraph.tools.bench.ours import Ours
 from tensorgraph.tools.bench.roofs import Roofs
 from tests.layout import ROOT
 from tests.tools.commands import as_json, gguf, ok, refused, tg
+from tests.tools.fake_peer import FakePeer
 
 MEASURED = {1: Roofs(10.0, 100.0, 400.0), 2: Roofs(20.0, 200.0, None)}
 REFERENCE = ("--backend", "reference", "-t", 2)
@@ -37,75 +38,6 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
 @pytest.fixture
 def fixed_roofs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "roofs_now", lambda threads: {n: MEASURED[n] for n in sorted({1, threads})})
-
-
-# What the fake peer's functions do is written to LOG, a line of JSON each. Flash attention (context 2) takes less of its clock.
-FAKE = """
-import json, os, sys, time
-from types import SimpleNamespace as Space
-LOG, MODE = {log!r}, {mode!r}
-LLAMA_LOAD_MODE_MMAP = 1
-decodes, clock = 0, 0.0
-time.perf_counter = lambda: clock
-def note(**what):
-    with open(LOG, "a") as log: log.write(json.dumps(what) + "\\n")
-if MODE == "broken": raise OSError("libllama.so is not there")
-def llama_log_callback(function): return function
-def llama_log_set(function, data): global say; say = function
-def llama_backend_init(): print("noise on stdout")
-def llama_model_default_params(): return Space(n_gpu_layers=-1, load_mode=-1)
-def llama_context_default_params():
-    names = "n_ctx n_batch n_ubatch n_threads n_threads_batch type_k type_v offload_kqv op_offload no_perf flash_attn_type"
-    return Space(**dict.fromkeys(names.split()))
-def llama_model_load_from_file(path, params):
-    note(load=path.decode(), environment=sorted(k for k in os.environ if k.startswith(("OMP_", "GOMP_"))), **vars(params))
-    if MODE == "unreadable": say(4, b"wrong magic\\n", None)
-    return None if MODE == "unreadable" else "model"
-def llama_init_from_model(model, params):
-    note(**vars(params))
-    return None if MODE == "no flash" and params.flash_attn_type else params.flash_attn_type + 1
-def llama_version(): return b"b1"
-def llama_print_system_info(): return b"FAKE = 1"
-def llama_model_get_vocab(model): return model
-def llama_vocab_n_tokens(vocabulary): return 5 if MODE == "small" else 512
-def llama_model_n_params(model): return 7
-def llama_model_size(model): return 8
-def llama_get_memory(context): return context
-def llama_memory_clear(memory, data): note(clear=memory)
-def llama_memory_seq_rm(memory, seq, start, end):
-    note(cut=memory, at=[seq, start, end])
-    return MODE != "recurrent"
-def llama_batch_init(n, embeddings, sequences):
-    return Space(token=[0] * n, pos=[0] * n, n_seq_id=[0] * n, seq_id=[[9] for _ in range(n)], logits=[9] * n)
-def llama_batch_free(batch): batch.token = None
-def llama_decode(context, batch):
-    global decodes, clock
-    decodes += 1
-    rows = list(zip(batch.token, batch.pos, batch.n_seq_id, [s[0] for s in batch.seq_id], batch.logits))
-    note(context=context, rows=rows, n=batch.n_tokens, pid=os.getpid())
-    if MODE == "dies" and decodes > 6: print("GGML_ASSERT failed", file=sys.stderr, flush=True); os._exit(3)
-    if MODE == "refuses" and decodes > 6: say(4, b"no slot", None); return 1
-    if MODE == "hangs": time.sleep(600)
-    clock += 0.5 if context == 2 else 0.75
-    return 0
-def llama_synchronize(context): note(synchronize=context)
-"""
-
-
-class FakePeer:
-    """An interpreter whose llama_cpp is `FAKE`."""
-
-    def __init__(self, folder: Path, mode: str = "") -> None:
-        self.log, self.python = folder / "log", folder / "python"
-        (folder / "llama_cpp").mkdir()
-        (folder / "llama_cpp/__init__.py").write_text('__version__ = "9.9"')
-        (folder / "llama_cpp/llama_cpp.py").write_text(FAKE.format(log=str(self.log), mode=mode))
-        self.log.touch()
-        self.python.write_text(f'#!/bin/sh\nPYTHONPATH={folder} exec {sys.executable} "$@"\n')
-        self.python.chmod(0o755)
-
-    def notes(self, key: str) -> list[dict[str, Any]]:
-        return [note for note in map(json.loads, self.log.read_text().splitlines()) if key in note]
 
 
 @pytest.fixture
@@ -157,7 +89,7 @@ def test_bytes_of_a_token_are_those_of_the_file(architecture: str, unused_expert
 @pytest.mark.usefixtures("fixed_roofs")
 def test_json_has_every_round(limits: list[int | None]) -> None:
     found = as_json("bench", gguf("llama"), *REFERENCE, "-p", 6, "-n", 2, "-d", 0, "-d", 4, "-r", 3)
-    assert (found["rounds"], found["kv_type"], found["exact"], found["errors"]) == (3, "f16", False, [])
+    assert (found["rounds"], found["kv_type"], found["exact"], found["busy"], found["errors"]) == (3, "f16", False, 0, [])
     assert found["machine"]["cores"] >= 1 and found["machine"]["processor"] and set(found["versions"]) >= {"python", "numpy"}
     (run,) = found["runs"]
     assert (run["backend"], run["threads"], run["n_threads"], run["peer"]) == ("reference", "2", 2, None)
@@ -175,25 +107,6 @@ def test_json_has_every_round(limits: list[int | None]) -> None:
             assert case["stream_fraction"] == pytest.approx(case["token_bytes"] * case["median"] / 20e9)
         else:
             assert "token_bytes" not in case
-
-
-@pytest.mark.usefixtures("fixed_roofs")
-def test_the_table_has_a_row_a_case(tmp_path: Path) -> None:
-    lines = ok("bench", gguf("llama"), *REFERENCE, "-p", 6, "-n", 2, "-d", 4, "-r", 1).splitlines()
-    assert lines[0].split() == ["model", "size", "params", "backend", "threads", "test", "t/s"]
-    assert lines[1].split()[:-3] == ["llama-f32", "f32", "1.9", "MiB", "0.50", "M", "reference", "2", "pp6", "@", "d4"]
-    assert "tg2 @ d4" in lines[2] and "± 0.00" in lines[2] and lines[3] == ""
-    assert [line.split() for line in lines if line.split()[:1] in (["1"], ["2"])] == [
-        ["1", "10.0", "100", "400"],
-        ["2", "20.0", "200", "-"],
-    ]
-    assert lines[-1].startswith("llama-f32, 2 threads, tg2 @ d4: 1.7 MB read a token, ")
-    assert lines[-1].endswith("% of the read rate")
-    fake = FakePeer(tmp_path)
-    lines = ok("bench", gguf("llama"), *REFERENCE, "-p", 2, "-n", 0, "-r", 1, "--md", "--peer", fake.python).splitlines()
-    assert lines[0] == "| model | size | params | backend | threads | test | t/s | peer t/s | ratio |"
-    assert lines[1] == "| :-- |" + " --: |" * 8 and len(lines[2].split("|")) == 11
-    assert any(line.startswith("peer, 2 threads: llama-cpp-python 9.9 (llama.cpp b1), ") for line in lines)
 
 
 @pytest.mark.usefixtures("fixed_roofs")

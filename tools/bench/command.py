@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from tensorgraph.errors import InputError
+from tensorgraph.errors import InputError, TensorGraphError
 from tensorgraph.tools import options
 from tensorgraph.tools.bench.cases import Case, cases
 
@@ -45,44 +45,53 @@ def bench(
     peer: Annotated[
         str | None, typer.Option(help="Also measure llama.cpp: an interpreter that has llama-cpp-python.", metavar="PYTHON")
     ] = None,
-    peer_model: Annotated[
-        Path | None, typer.Option(help="The peer's file, such as the same weights in its fastest type.", show_default="MODEL")
+    peer_models: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--peer-model",
+            help="The peer's file, such as the same weights in its fastest type; repeated: beside each of them.",
+            metavar="MODEL",
+            show_default="MODEL",
+        ),
     ] = None,
+    busy: Annotated[int, typer.Option(min=0, help="Other processes that keep a core busy each meanwhile.", metavar="N")] = 0,
     as_json: options.Json = False,
     markdown: Annotated[bool, typer.Option("--md", help="Print tables in Markdown.")] = False,
 ) -> None:
     """Measure tokens a second: pp, a prompt at once, and tg, token by token; -p, -n, -d and -t may be repeated.
 
     A peer's rounds alternate with ours. Each round also measures what the machine reads and computes at that moment, and
-    decoding is compared with it.
+    decoding is compared with it: `read` is what it reads a second, and which part that is of what could be read then.
 
     \b
     tensorgraph bench smollm2 -t 1 -t 2
     tensorgraph bench model.gguf -p 512 -n 128 -d 0 -d 4096 --json
-    tensorgraph bench model.gguf --peer venv/bin/python --peer-model model-q4_0.gguf --md
+    tensorgraph bench model.gguf other.gguf --peer venv/bin/python --md
+    tensorgraph bench model.gguf --peer venv/bin/python --peer-model model-q4_0.gguf --busy 1
     """
     names, wanted = models or ["smollm2"], cases(prompt or [512], tokens or [128], depth or [0])
     if not wanted:
         raise InputError("[bench] wanted tokens to evaluate: -p or -n above 0")
     if as_json and markdown:
         raise InputError("[bench] wanted --json or --md; got both")
-    if peer_model is not None and (peer is None or len(names) > 1):
+    if peer_models and (peer is None or len(names) > 1):
         raise InputError("[bench] --peer-model goes with --peer and one MODEL")
     counts = thread_counts(threads or [options.AUTO])
     if backend.startswith("reference"):
         if len(counts) > 1:
             raise InputError(f"[bench] NumPy's BLAS takes its threads once; wanted one -t for {backend}, got {len(counts)}")
         options.limit_threads(counts[0])
-    from tensorgraph.tools.bench import machine, report
+    settings = Settings(wanted, rounds, backend, kv_type, exact, peer, busy)
+    pairs = [Pair(name, other) for name in names for other in peer_models or [name]]
+    runs, about = measure_all(settings, [(pair, count) for pair in pairs for count in counts])
+    from tensorgraph.tools.bench import report
 
-    settings = Settings(wanted, rounds, backend, kv_type, exact, peer, peer_model)
-    with progress() as say:
-        runs = [settings.measure(name, count, say) for name in names for count in counts]
-    about = {"rounds": rounds, "kv_type": kv_type, "exact": exact, **machine.describe()}
     if as_json:
         typer.echo(json.dumps(report.as_object(runs, about, settings.errors)))
-    else:
+    elif markdown or not sys.stdout.isatty():
         typer.echo(report.as_text(runs, about, markdown=markdown))
+    else:
+        report.show(runs, about)
     if settings.errors:
         raise typer.Exit(PEER_FAILED)
 
@@ -96,20 +105,32 @@ def thread_counts(given: Sequence[str]) -> list[int | None]:
     return list(dict.fromkeys(None if count == options.AUTO else count for count in counts))
 
 
+class Pair(NamedTuple):
+    """A model, and what the peer is given: the same, or other weights."""
+
+    name: str
+    peer_name: str
+
+
 @dataclass
 class Settings:
-    """What is measured, the same for every model; `errors` are what went wrong with the peer."""
+    """What is measured, the same for every model; `errors` are what went wrong with the peer.
+
+    Attributes:
+        python: the peer's interpreter, None where there is no peer.
+        busy: how many other processes keep a core busy meanwhile.
+    """
 
     cases: list[Case]
     rounds: int
-    backend: str
-    kv_type: str
-    exact: bool
-    python: str | None
-    peer_model: Path | None
+    backend: str = options.BACKEND
+    kv_type: str = "f16"
+    exact: bool = False
+    python: str | None = None
+    busy: int = 0
     errors: list[str] = field(default_factory=list)
 
-    def measure(self, name: str, threads: int | None, say: Callable[[str], None]) -> Run:
+    def measure(self, pair: Pair, threads: int | None, say: Callable[[str], None]) -> Run:
         """All cases of one model with one number of threads, and the peer's by turns."""
         from tensorgraph.tools.bench import machine
         from tensorgraph.tools.bench.ours import Ours, describe, open_model
@@ -117,7 +138,7 @@ class Settings:
         from tensorgraph.tools.bench.report import Run
         from tensorgraph.tools.bench.rounds import Contest
 
-        label = options.AUTO if threads is None else str(threads)
+        name, label = pair.name, options.AUTO if threads is None else str(threads)
         n_threads, context = threads or machine.cores(), max(case.end for case in self.cases)
 
         def told(text: str) -> None:
@@ -128,9 +149,9 @@ class Settings:
             if context > model.model.context:
                 raise InputError(f"[bench] the context of {name} holds {model.model.context} tokens; wanted {context}")
             ours, vocab_size = Ours(model, context), model.model.vocab_size
-            peer = self._open_peer(name, model, n_threads, context)
-            about = {**peer.about, "file": str(self.peer_model or name)} if peer is not None else None
+            peer = self._open_peer(pair.peer_name, model, n_threads, context)
             try:
+                about = {**peer.about, **main_type(pair.peer_name), "file": pair.peer_name} if peer is not None else None
                 contest = Contest(ours, peer, lost=PeerError, lose=self._lose)
                 ids = random_ids(context, vocab_size)
                 figures = contest.run_cases(self.cases, ids, self.rounds, roofs=lambda: roofs_now(n_threads), say=told)
@@ -150,7 +171,7 @@ class Settings:
         if self.python is None:
             return None
         try:
-            peer = Peer(self.python, self.peer_model or find_model(name), threads, context, self.kv_type)
+            peer = Peer(self.python, find_model(name), threads, context, self.kv_type)
         except PeerError as error:
             self._lose(error)
             return None
@@ -164,6 +185,34 @@ class Settings:
         sentence = " ".join(str(error).split())
         typer.echo(f"tensorgraph: {sentence}", err=True)
         self.errors.append(sentence)
+
+
+def measure_all(settings: Settings, wanted: Sequence[tuple[Pair, int | None]]) -> tuple[list[Run], dict[str, Any]]:
+    """Measure pairs with numbers of threads, one after another; and what the figures are of."""
+    from tensorgraph.tools.bench import machine
+    from tensorgraph.tools.bench.busy import busy
+
+    about = {"rounds": settings.rounds, "kv_type": settings.kv_type, "exact": settings.exact, "busy": settings.busy}
+    about |= machine.describe()
+    with busy(settings.busy), progress() as say:
+        runs = [
+            settings.measure(pair, count, lambda text, i=i: say(f"{i} of {len(wanted)}: {text}"))  # type: ignore[misc]
+            for i, (pair, count) in enumerate(wanted, 1)
+        ]
+    return runs, about
+
+
+def main_type(name: str) -> dict[str, str]:
+    """`type` of a GGUF file, the one of most bytes; nothing where it cannot be read here."""
+    from tensorgraph.models.text.gguf import GGUF
+    from tensorgraph.models.text.packaged import find_model
+    from tensorgraph.tools.bench.ours import most_bytes
+
+    try:
+        with GGUF.open(find_model(name)) as file:
+            return {"type": most_bytes(file)}
+    except TensorGraphError:
+        return {}
 
 
 def random_ids(n: int, vocab_size: int) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -51,10 +52,11 @@ def l3_bytes() -> int:
 
 
 def describe() -> dict[str, Any]:
-    """Machine and versions, as JSON takes them."""
+    """Machine, versions and the time, as JSON takes them; `load` is how many processes ran or waited in the last minute."""
     name, features = processor()
-    machine = {"processor": name, "cores": cores(), "features": list(features), "cache_bytes": l3_bytes()}
-    return {"machine": machine | {"system": platform.platform()}, "versions": versions()}
+    machine: dict[str, Any] = {"processor": name, "cores": cores(), "features": list(features), "cache_bytes": l3_bytes()}
+    machine |= {"system": platform.platform(), "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None}
+    return {"date": datetime.now(UTC).isoformat(timespec="minutes"), "machine": machine, "versions": versions()}
 
 
 def versions() -> dict[str, str]:

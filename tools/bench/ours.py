@@ -11,6 +11,7 @@ from tensorgraph import registry
 from tensorgraph.compiler import CompileOptions
 from tensorgraph.extents import Extents
 from tensorgraph.graph import STRUCTURAL
+from tensorgraph.models.architecture import WeightFile
 from tensorgraph.models.text.model import TextModel, TextSession, load
 from tensorgraph.op import node_bytes
 from tensorgraph.session import SessionSnapshot
@@ -90,15 +91,20 @@ class Ours:
 
 
 def describe(model: TextModel) -> dict[str, Any]:
-    """Size and parameters of the file, and its main type: the one of most bytes."""
+    """Size and parameters of the file, and its main type."""
     assert model.model.file is not None
     tensors = model.model.file.tensors.values()
-    by_type: dict[str, int] = {}
-    for tensor in tensors:
-        by_type[str(tensor.dtype)] = by_type.get(str(tensor.dtype), 0) + tensor.size_bytes
     return {
         "architecture": model.model.architecture.name,
-        "type": max(by_type, key=lambda name: by_type[name]),
-        "size_bytes": sum(by_type.values()),
+        "type": most_bytes(model.model.file),
+        "size_bytes": sum(tensor.size_bytes for tensor in tensors),
         "parameters": sum(math.prod(tensor.shape) for tensor in tensors),
     }
+
+
+def most_bytes(file: WeightFile) -> str:
+    """The element type that most of a file's bytes are of."""
+    by_type: dict[str, int] = {}
+    for tensor in file.tensors.values():
+        by_type[str(tensor.dtype)] = by_type.get(str(tensor.dtype), 0) + tensor.size_bytes
+    return max(by_type, key=lambda name: by_type[name])

@@ -12,6 +12,9 @@ from tensorgraph.tools.bench.cases import deviation, median
 from tensorgraph.tools.bench.roofs import Roofs
 from tensorgraph.tools.bench.rounds import Figures
 
+PEER_TYPE = "peer's"
+"""The column of its file's main type."""
+
 
 @dataclass
 class Run:
@@ -71,16 +74,66 @@ def _case_object(run: Run, f: Figures) -> dict[str, Any]:
 
 def as_text(runs: Sequence[Run], about: Mapping[str, Any], *, markdown: bool = False) -> str:
     """The table, then the machine, the peer and the roofs."""
-    with_peer = any(f.peer_s for run in runs for f in run.figures)
-    rows = [("model", "size", "params", "backend", "threads", "test", "t/s", *(("peer t/s", "ratio") if with_peer else ()))]
-    rows += [_row(run, f, with_peer) for run in runs for f in run.figures]
-    roofs = [
-        ("threads", "read GB/s", "f32 GFLOP/s", "int8 GOP/s"),
-        *(_roof_row(n, found) for n, found in sorted(_by_threads(runs).items())),
-    ]
     table = markdown_table if markdown else options.table
-    parts = [table(rows, left=1), "\n".join(_notes(runs, about)), table(roofs, left=0), "\n".join(_decodes(runs))]
-    return "\n\n".join(part for part in parts if part)
+    lines = [f"- {line}" if markdown else line for line in notes(runs, about)]
+    return "\n\n".join([table(table_rows(runs), left=1), "\n".join(lines), table(roof_rows(runs), left=0)])
+
+
+def show(runs: Sequence[Run], about: Mapping[str, Any]) -> None:
+    """The same on a terminal: models apart, and ratios in colour."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    def table(rows: Sequence[Sequence[str]], left: int) -> Table:
+        found = Table(box=SIMPLE_HEAD, pad_edge=False)
+        for i, name in enumerate(rows[0]):
+            found.add_column(name, justify="left" if i < left else "right", no_wrap=True)
+        for row, following in zip(rows[1:], [*rows[2:], ()], strict=True):
+            found.add_row(*row, end_section=left > 0 and row[:1] != following[:1])
+        return found
+
+    rows = table_rows(runs)
+    coloured = [rows[0], *(tuple(_coloured(name, c) for name, c in zip(rows[0], row, strict=True)) for row in rows[1:])]
+    tables = table(coloured, 1), table(roof_rows(runs), 0)
+    console = Console(highlight=False)
+    wide = console.options.update(max_width=1000)
+    console.width = max(console.width, console.measure(tables[0], options=wide).maximum)  # too long lines are the terminal's
+    console.print(tables[0])
+    console.print("\n".join(notes(runs, about)), markup=False, soft_wrap=True)
+    console.print(tables[1])
+
+
+def _coloured(column: str, cell: str) -> str:
+    return f"[bold {'green' if float(cell) >= 1 else 'red'}]{cell}[/]" if column == "ratio" and cell != "-" else cell
+
+
+def table_rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+    """A row for each model, number of threads and test, below their heads; columns are there where they say something."""
+    found = [_row(run, f) for run in runs for f in run.figures]
+    same = all(run.peer is None or run.peer["file"] == run.model["file"] for run in runs)
+    columns = [name for name in found[0] if any(row[name] for row in found) and not (same and name == PEER_TYPE)]
+    return [tuple(columns), *(tuple(row[name] or "-" for name in columns) for row in found)]
+
+
+def _row(run: Run, f: Figures) -> dict[str, str]:
+    name, kind = str(run.model["name"]), str(run.model["type"])
+    row = {
+        "model": name if kind in name.split("-") else f"{name} {kind}",
+        "size": options.size_text(run.model["size_bytes"]),
+        "params": f"{run.model['parameters'] / 1e6:.1f} M",
+        "threads": run.threads,
+        "test": str(f.case),
+        "t/s": _rates_text(f.ours_rates),
+        PEER_TYPE: str((run.peer or {}).get("type", "")),
+        "peer t/s": _rates_text(f.peer_rates),
+        "ratio": "" if f.ratio is None else f"{f.ratio:.2f}",
+        "read": "",
+    }
+    if f.case.kind == "tg":
+        n = run.token_bytes[str(f.case)]
+        row["read"] = f"{n * median(f.ours_rates) / 1e9:.1f} GB/s {f.roof_fraction(n, run.n_threads):4.0%}"
+    return row
 
 
 def markdown_table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -89,47 +142,68 @@ def markdown_table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:]))
 
 
-def _row(run: Run, f: Figures, with_peer: bool) -> tuple[str, ...]:
-    size, parameters = options.size_text(run.model["size_bytes"]), f"{run.model['parameters'] / 1e6:.2f} M"
-    name = f"{run.model['name']} {run.model['type']}"
-    row = (name, size, parameters, run.backend, run.threads, str(f.case), _rates_text(f.ours_rates))
-    if not with_peer:
-        return row
-    return (*row, _rates_text(f.peer_rates), "-" if f.ratio is None else f"{f.ratio:.2f}")
-
-
 def _rates_text(rates: Sequence[float]) -> str:
-    return f"{median(rates):.2f} ± {deviation(rates):.2f}" if rates else "-"
+    return f"{median(rates):.2f} ± {deviation(rates):.2f}" if rates else ""
 
 
-def _notes(runs: Sequence[Run], about: Mapping[str, Any]) -> list[str]:
+def notes(runs: Sequence[Run], about: Mapping[str, Any]) -> list[str]:
+    """What the figures are of."""
     machine = about["machine"]
     features = f", {' '.join(machine['features'])}" if machine["features"] else ""
+    load = f"; a load of {machine['load']:.1f} before" if machine["load"] is not None else ""
     lines = [f"median ± median absolute deviation of {about['rounds']} rounds, after a warm-up"]
-    lines.append(f"machine: {machine['processor']}, {_count(machine['cores'], 'core')}{features}")
+    if any(f.peer_s for run in runs for f in run.figures):
+        lines[0] += "; ratio: the median of the rounds' ratios"
+    if about["busy"]:
+        who = "another process" if about["busy"] == 1 else f"each of {about['busy']} other processes"
+        lines.append(f"meanwhile {who} kept a core busy, beside both sides")
+    lines.append(f"machine: {machine['processor']}, {_count(machine['cores'], 'core')}{features}{load}")
     lines.append("versions: " + ", ".join(f"{name} {version}" for name, version in about["versions"].items()))
+    backends = ", ".join(dict.fromkeys(run.backend for run in runs))
+    lines.append(f"backend {backends}, rows {about['kv_type']}{', exact' if about['exact'] else ''}")
+    return [*lines, *_peer_notes(runs), *_restless(runs)]
+
+
+def _peer_notes(runs: Sequence[Run]) -> list[str]:
+    """Which library, its files where they are others than ours, and what its warm-ups decided."""
+    lines: list[str] = []
     for run in runs:
         if run.peer is not None:
             library = f" (llama.cpp {run.peer['library']})" if run.peer["library"] else ""
-            settings = _settings_text(run.figures)
-            what = f"llama-cpp-python {run.peer['package']}{library}, {run.peer['file']}"
-            lines.append(f"peer, {_threads_text(run)}: {what}; {settings}")
-        for whose, restless in (
-            ("our", [str(f.case) for f in run.figures if not f.ours_quiet]),
-            ("the peer's", [str(f.case) for f in run.figures if not f.peer_quiet]),
-        ):
-            if restless:
-                lines.append(f"note: {whose} threads kept running after {', '.join(restless)}, so the other side was disturbed")
+            lines.append(f"peer: llama-cpp-python {run.peer['package']}{library}")
+            if run.peer["file"] != run.model["file"]:
+                kind = f", {run.peer['type']}" if run.peer.get("type") else ""
+                lines.append(f"peer of {run.model['name']}: {run.peer['file']}{kind}")
+    decided: dict[str, list[str]] = {}
+    for run in runs:
+        for f in run.figures:
+            if f.peer_setting:
+                decided.setdefault(f.peer_setting, []).append(_where(run, f))
+    if len(decided) == 1:
+        lines.append(f"peer: {next(iter(decided))}")
+    elif decided:
+        few = min(decided, key=lambda setting: len(decided[setting]))
+        (most,) = decided.keys() - {few}
+        lines.append(f"peer: {most}; {few} in {', '.join(dict.fromkeys(decided[few]))}")
+    return list(dict.fromkeys(lines))
+
+
+def _restless(runs: Sequence[Run]) -> list[str]:
+    lines = []
+    for whose, quiet in (("our", "ours_quiet"), ("the peer's", "peer_quiet")):
+        if restless := [_where(run, f) for run in runs for f in run.figures if not getattr(f, quiet)]:
+            lines.append(f"note: {whose} threads kept running after {', '.join(restless)}, so the other side was disturbed")
     return lines
 
 
-def _settings_text(figures: Sequence[Figures]) -> str:
-    """`flash attention on (pp512, tg128)`"""
-    cases: dict[str, list[str]] = {}
-    for f in figures:
-        if f.peer_setting:
-            cases.setdefault(f.peer_setting, []).append(str(f.case))
-    return ", ".join(f"{setting} ({', '.join(names)})" for setting, names in cases.items())
+def _where(run: Run, f: Figures) -> str:
+    return f"{run.model['name']} {f.case} on {run.threads if run.threads == options.AUTO else _count(run.n_threads, 'thread')}"
+
+
+def roof_rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+    """What the machine could do, below their heads: medians over all rounds."""
+    head = ("threads", "read GB/s", "f32 GFLOP/s", "int8 GOP/s")
+    return [head, *(_roof_row(n, found) for n, found in sorted(_by_threads(runs).items()))]
 
 
 def _by_threads(runs: Sequence[Run]) -> dict[int, list[Roofs]]:
@@ -145,22 +219,6 @@ def _roof_row(n: int, found: Sequence[Roofs]) -> tuple[str, ...]:
     dots = [r.dot_gops for r in found if r.dot_gops is not None]
     dot_text = f"{median(dots):.0f}" if dots else "-"
     return str(n), f"{median([r.stream_gbs for r in found]):.1f}", f"{median([r.fma_gflops for r in found]):.0f}", dot_text
-
-
-def _decodes(runs: Sequence[Run]) -> list[str]:
-    lines = []
-    for run in runs:
-        for f in run.figures:
-            if f.case.kind == "tg":
-                n = run.token_bytes[str(f.case)]
-                reached, part = n * median(f.ours_rates) / 1e9, f.roof_fraction(n, run.n_threads)
-                what = f"{run.model['name']}, {_threads_text(run)}, {f.case}"
-                lines.append(f"{what}: {n / 1e6:.1f} MB read a token, {reached:.1f} GB/s, {part:.0%} of the read rate")
-    return lines
-
-
-def _threads_text(run: Run) -> str:
-    return "1 thread" if run.threads == "1" else f"{run.threads} threads"
 
 
 def _count(n: int, one: str) -> str:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tensorgraph.errors import InputError
-from tensorgraph.tools import options
+from tensorgraph.tools import gguf_output, options
 from tensorgraph.tools.inspect import totals
 
 if TYPE_CHECKING:
@@ -28,14 +24,14 @@ VOCAB = "auto, gpt2 (byte-level BPE), llama (SentencePiece-style), bert (WordPie
 
 def synth(
     model: Annotated[str, typer.Argument(metavar="MODEL|CONFIG.json|NAME", help=options.DESCRIBED, show_default=False)],
-    out: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to write.", show_default=False)],
+    out: gguf_output.Out,
     types: Annotated[list[str] | None, typer.Option("--type", help=TYPE, metavar="[GLOB=]TYPE", show_default="f16")] = None,
     layers: Annotated[str | None, typer.Option(help=LAYERS, metavar="LIST", show_default="all")] = None,
     experts: Annotated[int | None, typer.Option(min=1, help="Keep so many experts.", show_default="all")] = None,
     changes: Annotated[list[str] | None, typer.Option("--set", help=SET, metavar="NAME=VALUE")] = None,
     vocab: Annotated[str, typer.Option(help=VOCAB, metavar="KIND")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the weights.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT.gguf if it is there.")] = False,
+    force: gguf_output.Force = False,
     as_json: options.Json = False,
 ) -> None:
     """Write a GGUF file with random weights in a model's shape, to measure shapes and types without the model.
@@ -52,10 +48,7 @@ def synth(
     from tensorgraph.tools.synth.shape import shape_of
     from tensorgraph.tools.synth.vocabulary import vocabulary
 
-    if out.is_dir() or not out.parent.is_dir():
-        raise InputError(f"[synth] wanted the name of a file in a folder that is there; got {out}")
-    if out.exists() and not force:
-        raise InputError(f"[synth] {out} is there already; --force replaces it")
+    gguf_output.check("synth", out, force)
     rules = TypeRules(["f16", *(types or ())])
     with described_model(model) as described:
         with options.working("planning"):
@@ -76,57 +69,18 @@ def synth(
 
 
 def _write(out: Path, shape: Shape, words: dict[str, Any], seed: int) -> int:
-    """Write the file, which appears whole or not at all; its bytes.
-
-    Raises: InputError: there is no room for it.
-    """
-    from tensorgraph.models.text.gguf_writer import NewTensor, header, size_bytes, write
+    from tensorgraph.models.text.gguf_writer import NewTensor
     from tensorgraph.tools.synth.values import contents
 
-    head = header({**shape.metadata, **words}, shape.tensors)
-    total = size_bytes(head, shape.tensors)
-    free = shutil.disk_usage(out.parent).free
-    if total > free:
-        raise InputError(f"[synth] {out} takes {options.size_text(total)}; there is room for {options.size_text(free)}")
     n_experts = next((v for k, v in shape.metadata.items() if k.endswith(".expert_count")), 0)
 
     def content(tensor: NewTensor) -> Iterable[memoryview]:
         return [shape.given[tensor.name].data] if tensor.name in shape.given else contents(tensor, seed, n_experts)
 
-    part = out.with_name(f"{out.name}.part")
-    try:
-        with part.open("wb") as stream, _progress(total, out.name) as advance:
-            write(stream, head, shape.tensors, lambda tensor: advance(content(tensor)))
-        part.replace(out)
-    finally:
-        part.unlink(missing_ok=True)
-    return total
-
-
-@contextmanager
-def _progress(total: int, what: str) -> Iterator[Callable[[Iterable[memoryview]], Iterable[memoryview]]]:
-    """A function that passes pieces on, and counts their bytes in a bar on stderr where that is a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda pieces: pieces
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
-        task = bar.add_task(what, total=total)
-
-        def passed(pieces: Iterable[memoryview]) -> Iterator[memoryview]:
-            for piece in pieces:
-                yield piece
-                bar.advance(task, piece.nbytes)
-                bar.refresh()
-
-        yield passed
+    return gguf_output.write_file("synth", out, {**shape.metadata, **words}, shape.tensors, content)
 
 
 def _report_text(report: dict[str, Any]) -> str:
-    rows = [(t["dtype"], str(t["tensors"]), f"{t['parameters']:,}", options.size_text(t["size_bytes"])) for t in report["totals"]]
     written = f"{options.size_text(report['size_bytes'])} in {report['write_s']:.1f} s"
     head = f"{report['file']} ({report['architecture']}, vocabulary {report['vocab']}): {written}"
-    return f"{head}\n\n{options.table([('type', 'tensors', 'parameters', 'size'), *rows])}"
+    return f"{head}\n\n{gguf_output.totals_table(report['totals'])}"

@@ -176,6 +176,6 @@ def _tensors(model: Model, rules: TypeRules) -> list[NewTensor]:
     matrices = [node.name for node in nodes if len(node.shape) > 1 and node.dtype != i32]
     rules.check_used(matrices)
     return [
-        NewTensor(node.name, rules.of(node.name, node.shape) if node.name in matrices else node.dtype, node.shape)
+        NewTensor(node.name, rules.of(node.name, node.shape, f32) if node.name in matrices else node.dtype, node.shape)
         for node in nodes
     ]
