@@ -17,6 +17,7 @@ from tensorgraph.tools import options
 if TYPE_CHECKING:
     import numpy as np
 
+    from tensorgraph.backends.cpu.executor import ThreadCounters
     from tensorgraph.backends.cpu.kernel import Call
     from tensorgraph.models.text.model import TextModel, TextSession
     from tensorgraph.session import SessionSnapshot
@@ -101,6 +102,8 @@ class Timed(Protocol):
 
     def profiling(self, note: Callable[..., None]) -> AbstractContextManager[None]: ...
 
+    def thread_counters(self) -> list[ThreadCounters]: ...
+
 
 class NativeRun(NamedTuple):
     """What the device tells of a run of the native loop."""
@@ -113,11 +116,12 @@ class NativeRun(NamedTuple):
 
 @dataclass
 class Steps:
-    """Steps of one case: the seconds of each, and the native runs that it consisted of."""
+    """Steps of one case: the seconds of each, the native runs that it consisted of, and what threads did in all of them."""
 
     case: Case
     wall_s: list[float] = field(default_factory=list)
     runs: list[list[NativeRun]] = field(default_factory=list)
+    threads: list[ThreadCounters] = field(default_factory=list)
 
     @property
     def native_s(self) -> float:
@@ -197,11 +201,12 @@ def feed(session: TextSession, prefix: SessionSnapshot, steps: Steps, fed: Seque
     def note(calls: Sequence[Call], dims: Mapping[str, int], seconds: np.ndarray, spent_s: float) -> None:
         steps.runs[-1].append(NativeRun(calls, dict(dims), seconds, spent_s))
 
+    timed = [device for device in session.engine.devices if isinstance(device, Timed)]
     with ExitStack() as stack:
-        for device in session.engine.devices:
-            if isinstance(device, Timed):
-                stack.enter_context(device.profiling(note))
+        for device in timed:
+            stack.enter_context(device.profiling(note))
         session.restore(prefix)
+        before = counters(timed)
         for tokens in fed:
             if steps.case.kind == "pp":
                 session.restore(prefix)
@@ -209,8 +214,21 @@ def feed(session: TextSession, prefix: SessionSnapshot, steps: Steps, fed: Seque
             began = time.perf_counter()
             session.eval(tokens)
             steps.wall_s.append(time.perf_counter() - began)
+        steps.threads = since(before, counters(timed))
     session.restore(prefix)
     return steps
+
+
+def counters(devices: Sequence[Timed]) -> list[ThreadCounters]:
+    """Of the threads of all devices."""
+    return [counter for device in devices for counter in device.thread_counters()]
+
+
+def since(before: Sequence[ThreadCounters], now: Sequence[ThreadCounters]) -> list[ThreadCounters]:
+    """What was done between two looks; nothing had been where there were no threads yet."""
+    zeros = [type(counter)(0, 0, 0, 0.0) for counter in now]
+    pairs = zip(now, before if len(before) == len(now) else zeros, strict=True)
+    return [type(a)(a.chunks - b.chunks, a.runs - b.runs, a.parks - b.parks, a.busy_s - b.busy_s) for a, b in pairs]
 
 
 def _middle(found: Sequence[Roofs]) -> Roofs | None:
@@ -232,8 +250,24 @@ def as_object(
         times = {"wall_s": steps.native_s + steps.outside_s, "native_s": steps.native_s, "outside_s": steps.outside_s}
         case = {"test": str(steps.case), **asdict(steps.case), "steps": len(steps.runs), "calls": steps.n_calls, **times}
         shown = [_group_object(g, steps, roofs) for g in _slowest(groups, top)]
-        found.append(case | {"groups": shown})
+        found.append(case | {"threads": _thread_objects(steps), "groups": shown})
     return {**about, "roofs": asdict(roofs) if roofs else None, "cases": found}
+
+
+def _thread_objects(steps: Steps) -> list[dict[str, Any]]:
+    """Of each thread, the calling one first; `chunks` is a mean of a step, `busy` the part of the native loop's time."""
+    n, native_s = len(steps.runs), steps.native_s * len(steps.runs)
+    chunks = sum(counter.chunks for counter in steps.threads) or 1
+    return [
+        {
+            "chunks": counter.chunks / n,
+            "share": counter.chunks / chunks,
+            "busy": counter.busy_s / native_s,
+            "runs": counter.runs,
+            "parks": counter.parks,
+        }
+        for counter in steps.threads
+    ]
 
 
 def _group_object(group: Group, steps: Steps, roofs: Roofs | None) -> dict[str, Any]:
@@ -292,7 +326,17 @@ def _case_text(steps: Steps, groups: Sequence[Group], by: str, roofs: Roofs | No
     first = (by, "calls", "ms a step", "us a call", "share", "MB", "MFLOP", "GB/s", "GFLOP/s")
     listed = [*shown, *([rest] if rest.calls else ()), whole]
     rows = [(*first, "of roof") if roofs else first, *(_row(group, steps, roofs) for group in listed)]
-    return f"{head}\na step: {(native + outside) * 1e3:.3f} ms = {split}\n\n{options.table(rows)}"
+    tables = "\n\n".join([options.table(rows), *([options.table(_thread_rows(steps))] if steps.threads else [])])
+    return f"{head}\na step: {(native + outside) * 1e3:.3f} ms = {split}\n\n{tables}"
+
+
+def _thread_rows(steps: Steps) -> list[tuple[str, ...]]:
+    """Below their heads."""
+    rows: list[tuple[str, ...]] = [("thread", "chunks a step", "of all", "busy", "runs", "slept")]
+    for i, t in enumerate(_thread_objects(steps)):
+        row = (f"{t['chunks']:.1f}", f"{t['share']:.1%}", f"{t['busy']:.1%}", str(t["runs"]), str(t["parks"]))
+        rows.append((f"{i}{' (calling)' if i == 0 else ''}", *row))
+    return rows
 
 
 def _row(group: Group, steps: Steps, roofs: Roofs | None) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ import numpy as np
 from tensorgraph import registry
 from tensorgraph.backends.cpu.code_cache import CodeCache, default_folder
 from tensorgraph.backends.cpu.constants import ConstantMemory, Held, aligned, forget
-from tensorgraph.backends.cpu.executor import Executor, usable_cores
+from tensorgraph.backends.cpu.executor import Executor, ThreadCounters, usable_cores
 from tensorgraph.backends.cpu.grouping import group_nodes
 from tensorgraph.backends.cpu.jit import Jit
 from tensorgraph.backends.cpu.kernel import Call, Context, Kernel, NodeKernel, code_of
@@ -273,6 +273,10 @@ class CpuDevice(Device):
         finally:
             self.note = before
             self.code.executor.halt()
+
+    def thread_counters(self) -> list[ThreadCounters]:
+        """What each thread has done in all runs that were profiled, the calling one first."""
+        return self.code.executor.profile_counters()
 
     def profile(
         self, table: tuple[np.ndarray, int], messages: Mapping[int, str], calls: Sequence[Call], dims: Mapping[str, int]

@@ -11,14 +11,15 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tensorgraph.backends.cpu import native_loop as loop
 from tensorgraph.backends.cpu.jit import Jit
+from tensorgraph.backends.cpu.loop_function import WAKE, LoopFunction
 from tensorgraph.backends.cpu.thread_choice import ThreadChoice
 from tensorgraph.errors import AttributeValueError
 
@@ -33,6 +34,15 @@ _TICKS = ctypes.CFUNCTYPE(_Int)
 def usable_cores() -> int:
     """How many processors this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class ThreadCounters(NamedTuple):
+    """What a thread has done: chunks, runs that it was in, times that it slept, seconds in kernels."""
+
+    chunks: int
+    runs: int
+    parks: int
+    busy_s: float
 
 
 class Follower(Protocol):
@@ -88,7 +98,8 @@ class Executor:
         with self.lock:
             self.close()
             self._threads = count
-            self._choice = ThreadChoice() if threads == "auto" and count > 1 else None
+            about = LoopFunction(self.jit.target, {}).ticks_per_s
+            self._choice = ThreadChoice(about) if threads == "auto" and count > 1 else None
 
     def run(self, table_address: int, n_steps: int) -> list[int] | None:
         """Run a program, an int64 table [n_steps, 8]; what its kernels left, code and three details, or None: all went well."""
@@ -126,11 +137,20 @@ class Executor:
 
     def counters(self) -> list[dict[str, int]]:
         """Of each thread, the calling one first, since the workers started: chunks it ran, runs it was in, times it slept."""
-        names = {"chunks": loop.CHUNKS, "runs": loop.RUNS, "parks": loop.PARKS}
         with self.lock:
-            team = self.team
-            lines = [loop.THREADS + loop.LINE_BYTES * thread for thread in range(self._threads)]
-            return [{name: team.at(line + at) if team else 0 for name, at in names.items()} for line in lines]
+            return self._counted(self.team, {"chunks": loop.CHUNKS, "runs": loop.RUNS, "parks": loop.PARKS})
+
+    def profile_counters(self) -> list[ThreadCounters]:
+        """The same of all profiles, which have threads of their own, and the seconds that each was in kernels."""
+        with self.lock:
+            names = {"chunks": loop.CHUNKS, "runs": loop.RUNS, "parks": loop.PARKS, "busy": loop.BUSY}
+            counted = self._counted(self._timed, names)
+            per_tick = self._seconds_per_tick()
+            return [ThreadCounters(c["chunks"], c["runs"], c["parks"], c["busy"] * per_tick) for c in counted]
+
+    def _counted(self, team: Team | None, names: Mapping[str, int]) -> list[dict[str, int]]:
+        lines = [loop.THREADS + loop.LINE_BYTES * thread for thread in range(self._threads)]
+        return [{name: team.at(line + at) if team else 0 for name, at in names.items()} for line in lines]
 
     def close(self) -> None:
         """End the workers and wait until they have; a later run starts them again."""
@@ -181,7 +201,7 @@ class _Code:
         alone, caller, worker, chooser = jit.compile([*texts, loop.chooser_text(jit.target)])
         self.jit, self.worker = jit, _WORK(worker)
         self.alone, self.caller, self.chooser = _RUN(alone), _RUN(caller), _RUN(chooser)
-        self.futex = loop.LoopFunction(jit.target, {}).futex
+        self.futex = LoopFunction(jit.target, {}).futex
 
 
 class Team:
@@ -237,7 +257,7 @@ class Team:
     def _wake(self) -> None:
         if self.code.futex is not None:
             self.put(loop.WAKES, (self.at(loop.WAKES) + 1) & 0x7FFFFFFF)
-            ctypes.CDLL(None).syscall(_Int(self.code.futex), _Int(self.address + loop.WAKES), _Int(loop.WAKE), _Int(1 << 30))
+            ctypes.CDLL(None).syscall(_Int(self.code.futex), _Int(self.address + loop.WAKES), _Int(WAKE), _Int(1 << 30))
 
 
 def _work(code: _Code, memory: NDArray[np.int64], thread: int) -> None:

@@ -165,7 +165,7 @@ def _multiply_panels(k: Kernel, panels: Sequence[Panel], x: Rows, count: Value, 
         for at in sums:
             for part in range(ROWS // lanes):
                 k.store(k.zero(F32.x(lanes)), at + (loop.i * ROWS + part * lanes) * 4)
-    dot = _dot(k, form, lanes) if x.is_integer else None
+    dot = many_dot(k, form, lanes) if x.is_integer else None
     length = slice_length(form, dot)
     with k.loop(0, width, length) as loop:
         loop.next()
@@ -184,7 +184,8 @@ def rows_kind(target: Target, dtypes: Sequence[DType], kind: Kind) -> Kind:
     return "int16" if kind == "int8" and wide else kind
 
 
-def _dot(k: Kernel, form: Interleaved, lanes: int) -> ByteDot | None:
+def many_dot(k: Kernel, form: Interleaved, lanes: int) -> ByteDot | None:
+    """How codes of a form meet many rows; None for floats."""
     codes = form.codes
     if codes is None:
         return None

@@ -11,12 +11,8 @@ that has more, its first chunk claimed already.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-
-from tensorgraph.backends.cpu.emit import Function
-from tensorgraph.backends.cpu.ir import I1, I32, I64, PTR, Type, Value
+from tensorgraph.backends.cpu.ir import I1, I32, I64, PTR, Value
+from tensorgraph.backends.cpu.loop_function import LoopFunction
 from tensorgraph.backends.cpu.target import Target
 
 STEP_BYTES = 64
@@ -29,7 +25,7 @@ WAKES, PARKED, STOP = range(256, 280, 8)  # an i32 that sleepers wait on; whethe
 STATUS, SPENT, BEGAN = range(384, 408, 8)  # address of the status; where timed: of each step's duration, when this one began
 TICKS, WEIGHT, SIZES = range(408, 432, 8)  # the last run's duration and size; address of a line for each size
 THREADS = 512  # a line for each thread
-CHUNKS, RUNS, PARKS, LAST_RUN = range(0, 32, 8)
+CHUNKS, RUNS, PARKS, LAST_RUN, BUSY = range(0, 40, 8)  # the last where timed: ticks in kernels
 LINE_BYTES = 128
 
 # Of the line for programs whose weight has i bits, the i-th of 65: whether they run on the calling thread alone; after how many
@@ -38,134 +34,6 @@ ALONE, LEFT, LIMIT, COUNT, LAST = (*range(0, 32, 8), 64)
 KEPT, TOLD = 8, 1 << 62  # `TOLD` in a returned status: look at the line of this size
 
 SPIN_S, YIELD_S = 3e-4, 5e-5  # after so long a worker sleeps; after so long a waiting thread lets others have the processor
-_FUTEX = {"x86_64": 202, "aarch64": 98}  # the system call's number on Linux
-WAIT, WAKE = 128, 129  # operations of that call, within this process
-_SLEEP_US = 100  # where there is no such call
-
-
-@dataclass
-class Cycle:
-    """A loop being written that goes on at its head or ends wherever it says so."""
-
-    f: LoopFunction
-    head: str
-    exit: str
-    values: list[Value]
-    back: list[tuple[str, Sequence[Value]]] = field(default_factory=list)
-    out: list[tuple[str, Sequence[Value]]] = field(default_factory=list)
-    results: list[Value] = field(default_factory=list)
-
-    def again(self, *values: Value) -> None:
-        """Go on at the head with these values."""
-        self.back.append(self.f.jump(self.head, values))
-
-    def leave(self, *values: Value) -> None:
-        """End, with these results."""
-        self.out.append(self.f.jump(self.exit, values))
-
-
-class LoopFunction(Function):
-    """A function with what threads need between them: atomics, waiting, the clock, system calls."""
-
-    def __init__(self, target: Target, parameters: dict[str, Type], result: Type | None = None) -> None:
-        super().__init__("kernel", parameters, target, result)
-        self._timespec = self.alloca(I64, 2) if target.family != "x86_64" else None
-        self.ticks_per_s = 3e9 if self._timespec is None else 1e9  # about
-        self.futex = _FUTEX.get(target.family) if "linux" in target.triple else None
-
-    @contextmanager
-    def cycle(self, *carried: Value) -> Iterator[Cycle]:
-        """A loop without a counter; every path through it must end in `again` or `leave`."""
-        head, exit, before = self._label("head"), self._label("exit"), self._block
-        self.write(f"br label %{head}")
-        self._begin(head)
-        at = len(self._lines)
-        cycle = Cycle(self, head, exit, [self._phi(v.type) for v in carried])
-        yield cycle
-        self.write("unreachable")
-        self._begin(exit)
-        cycle.results = [self._merge(column, cycle.out) for column in range(len(cycle.out[0][1]) if cycle.out else 0)]
-        edges = [(before, carried), *cycle.back]
-        for i, phi in enumerate(cycle.values):
-            self._lines[at + i] = f"  {phi.ref} = phi {phi.type} {_edges(i, edges)}"
-
-    def _merge(self, column: int, edges: Sequence[tuple[str, Sequence[Value]]]) -> Value:
-        type = edges[0][1][column].type
-        return self.instruction(f"phi {type} {_edges(column, edges)}", type)
-
-    def jump(self, label: str, values: Sequence[Value]) -> tuple[str, Sequence[Value]]:
-        """Go to a block; what is written next is never reached, until the block around it ends."""
-        edge = self._block, values
-        self.write(f"br label %{label}")
-        self._begin(self._label("never"))
-        return edge
-
-    def load_acquire(self, address: Value, type: Type = I64) -> Value:
-        """What another thread published there, and with it all that it wrote before."""
-        return self.instruction(f"load atomic {type}, ptr {address.ref} seq_cst, align {type.size_bytes}", type)
-
-    def store_release(self, value: Value, address: Value) -> None:
-        """Publish a value, and with it all that this thread wrote before."""
-        self.write(f"store atomic {value.type} {value.ref}, ptr {address.ref} release, align {value.type.size_bytes}")
-
-    def atomic(self, operation: str, address: Value, value: Value) -> Value:
-        """`add` or `xchg` in one step; gives what was there."""
-        return self.instruction(f"atomicrmw {operation} ptr {address.ref}, {value.type} {value.ref} seq_cst", value.type)
-
-    def swap_if(self, address: Value, expected: Value, value: Value) -> Value:
-        """Whether `expected` was there, and so is replaced."""
-        type = value.type
-        pair = self.instruction(f"cmpxchg ptr {address.ref}, {type} {expected.ref}, {type} {value.ref} acq_rel acquire", type)
-        return self.instruction(f"extractvalue {{ {type}, i1 }} {pair.ref}, 1", I1)
-
-    def run_kernel(self, kernel: Value, *arguments: Value) -> None:
-        """Call `(args, thread, chunk, chunks, first)`."""
-        self.write(f"call void {kernel.ref}({', '.join(f'{a.type} {a.ref}' for a in arguments)})")
-
-    def pause(self) -> None:
-        """Tell the core that this thread waits."""
-        if self.target.family == "x86_64":
-            self.declare("llvm.x86.sse2.pause", None, ())
-            self.write("call void @llvm.x86.sse2.pause()")
-        elif self.target.family == "aarch64":
-            self.declare("llvm.aarch64.hint", None, (I32,))
-            self.write("call void @llvm.aarch64.hint(i32 1)")
-
-    def ticks(self) -> Value:
-        """A clock that all threads share: the cycle counter, or nanoseconds where programs may not read that."""
-        if self._timespec is None:
-            return self.call("llvm.readcyclecounter", I64)
-        self.call("clock_gettime", I32, self.const(6 if "darwin" in self.target.triple else 1, I32), self._timespec)
-        return self.load(self._timespec, I64) * 1_000_000_000 + self.load(self._timespec + 8, I64)
-
-    def sleep(self, wakes: Value, seen: Value) -> None:
-        """Until the counter at `wakes` is not `seen` and somebody woke its sleepers; or for a little while."""
-        if self.futex is None:
-            self.call("usleep", I32, self.const(_SLEEP_US, I32))
-        else:
-            self._system_call(f"ptr {wakes.ref}, i64 {WAIT}, i64 {self.convert(seen, I64).ref}, ptr null, ptr null, i64 0")
-
-    def wake(self, team: Value) -> None:
-        """Wake whoever sleeps; a load where nobody does."""
-        if self.futex is None:
-            return
-        with self.when(self.load(team + PARKED, I64).ne(0)):
-            with self.when(self.atomic("xchg", team + PARKED, self.i64(0)).ne(0)):
-                wakes = team + WAKES
-                self.atomic("add", wakes, self.const(1, I32))
-                self._system_call(f"ptr {wakes.ref}, i64 {WAKE}, i64 {0x7FFFFFFF}, ptr null, ptr null, i64 0")
-
-    def _system_call(self, arguments: str) -> None:
-        self._declared["syscall"] = "declare i64 @syscall(i64, ...)"
-        self.instruction(f"call i64 (i64, ...) @syscall(i64 {self.futex}, {arguments})", I64)
-
-    def add_to(self, address: Value, value: Value | int) -> None:
-        """Add to an i64 that only this thread writes."""
-        self.store(self.load(address, I64) + value, address)
-
-
-def _edges(column: int, edges: Sequence[tuple[str, Sequence[Value]]]) -> str:
-    return ", ".join(f"[ {values[column].ref}, %{block} ]" for block, values in edges)
 
 
 def ticks_text(target: Target) -> str:
@@ -226,6 +94,7 @@ def _alone(f: LoopFunction, timed: bool) -> list[Value]:
         if timed:
             now = f.ticks()
             _spend(f, team, loop.i, now - before)
+            f.add_to(team + (THREADS + BUSY), now - before)
             before = now
         loop.next(ran + chunks, before)
     f.add_to(team + (THREADS + CHUNKS), loop.results[0])
@@ -290,6 +159,27 @@ def _spend(f: LoopFunction, team: Value, step: Value, ticks: Value) -> None:
     f.add_to(f.load(team + SPENT, PTR) + step * 8, ticks)
 
 
+def _run(f: LoopFunction, mine: Value, timed: bool, kernel: Value, *arguments: Value) -> Value:
+    """Call a kernel; the ticks that it took, of which this thread keeps count, or 0 where no times are taken."""
+    if not timed:
+        f.run_kernel(kernel, *arguments)
+        return f.i64(0)
+    before = f.ticks()
+    f.run_kernel(kernel, *arguments)
+    spent = f.ticks() - before
+    f.add_to(mine + BUSY, spent)
+    return spent
+
+
+def _wake(f: LoopFunction, team: Value) -> None:
+    """Wake whoever sleeps; a load where nobody does."""
+    if f.futex is None:
+        return
+    with f.when(f.load(team + PARKED, I64).ne(0)):
+        with f.when(f.atomic("xchg", team + PARKED, f.i64(0)).ne(0)):
+            f.wake(team + WAKES)
+
+
 def _go_on(f: LoopFunction, team: Value, thread: Value, word: Value, timed: bool, *, begins: bool) -> Value:
     """As owner of the program: up to the next step of several chunks, of which one is done here, or to the end.
 
@@ -310,10 +200,9 @@ def _go_on(f: LoopFunction, team: Value, thread: Value, word: Value, timed: bool
         kernel, args, chunks = f.load(line, PTR), f.load(line + 8, PTR), _cut(f, line)
         with f.when(chunks.le(1)):
             with f.when(chunks.eq(1)):
-                before = f.ticks() if timed else zero
-                f.run_kernel(kernel, args, thread, zero, chunks, yes)
+                spent = _run(f, mine, timed, kernel, args, thread, zero, chunks, yes)
                 if timed:
-                    _spend(f, team, step, f.ticks() - before)
+                    _spend(f, team, step, spent)
             c.again(step + 1, ran + chunks)
         f.add_to(mine + CHUNKS, ran)
         f.store(kernel, team + KERNEL)
@@ -322,8 +211,8 @@ def _go_on(f: LoopFunction, team: Value, thread: Value, word: Value, timed: bool
         if timed:
             f.store(f.ticks(), team + BEGAN)
         f.store_release((chunks << 16) + serial + 1, team + WORD)
-        f.wake(team)
-        f.run_kernel(kernel, args, thread, zero, chunks, yes)
+        _wake(f, team)
+        _run(f, mine, timed, kernel, args, thread, zero, chunks, yes)
         c.leave(f.i64(1))
     return c.results[0]
 
@@ -350,8 +239,8 @@ def _take_part(f: LoopFunction, team: Value, thread: Value, finished: Value, tim
                     f.store(run, mine + LAST_RUN)
                     f.add_to(mine + RUNS, 1)
             with f.when((taken + 1).lt(chunks)):
-                f.wake(team)
-            f.run_kernel(kernel, args, thread, taken, chunks, first)
+                _wake(f, team)
+            _run(f, mine, timed, kernel, args, thread, taken, chunks, first)
             c.again(finished + 1, zero, zero)
         with f.when(finished.gt(0)):
             f.add_to(mine + CHUNKS, finished)

@@ -87,6 +87,13 @@ def read_block(k: Kernel, dtype: DType, row: Row, first: Value) -> Value:
     return codes * k.splat(scale, dtype.block_size)
 
 
+def widen_blocks(k: Kernel, dtype: DType, address: Value, to: Value, width: Int) -> None:
+    """A row of blocks that lie one behind the other, in f32."""
+    with k.loop(0, k.i64(width), dtype.block_size) as loop:
+        loop.next()
+        k.store(read_block(k, dtype, Row(k, u8, address, 1), loop.i), to + loop.i * 4)
+
+
 def copy_row(k: Kernel, source: Row, to: Row, width: Int) -> None:
     """Element by element, rounded to the destination's type."""
 

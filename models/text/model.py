@@ -48,8 +48,8 @@ def load(
     tokenizer.json or tokenizer.model), or the name of one in installed packages (`packaged.PACKAGED`: `smollm2`, `minilm`,
     `gemma3-270m`).
 
-    `kv_type` is the type of the rows that sessions keep: f16, bf16 or f32. `threads` is how many the devices compute with; they
-    keep what they have where None.
+    `kv_type` is the type of the rows that sessions keep: f16, bf16, f32 or q8_0. `threads` is how many the devices compute with;
+    they keep what they have where None.
 
     With `packed_cache`, weights that devices repack are kept on disk in that form, once the model is closed, and mapped by later
     starts: in the user's cache folder (`~/.cache/tensorgraph/packed`), or in a folder of that name. GGUF files only. What is kept

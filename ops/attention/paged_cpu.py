@@ -9,7 +9,7 @@ log(2), so that weights are powers of 2.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tensorgraph.backends.cpu.functions import exp2_nonpositive, tanh
@@ -97,25 +97,9 @@ def logits_of(k: Kernel, h: Heads, products: Value) -> Value:
     return products * (h.scale * LOG2_E)
 
 
-def queries_at_once(k: Kernel, vectors: int) -> int:
-    """How many queries' sums, of so many vectors of 16 lanes each, registers hold beside what is added to them."""
-    if k.lanes == L:
-        return max(1, 24 // vectors)
-    registers = L // k.lanes  # of one vector
-    held = 31 if "neon" in k.target.has else 15
-    return max(1, (held - registers * vectors) // (registers * vectors))
-
-
 def evenly(n: int, most: int) -> int:
     """The size of equal parts of n, at most `most`."""
     return -(-n // -(-n // most))
-
-
-def tree(values: Sequence[Value], combine: Callable[[Value, Value], Value]) -> Value:
-    listed = list(values)
-    while len(listed) > 1:
-        listed = [combine(*listed[i : i + 2]) if i + 1 < len(listed) else listed[i] for i in range(0, len(listed), 2)]
-    return listed[0]
 
 
 def combine(k: Kernel, h: Heads, part: Value, n_slices: Int, sink: Value | None, to: Value) -> None:

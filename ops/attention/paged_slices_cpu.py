@@ -13,19 +13,18 @@ from typing import Any
 from tensorgraph.backends.cpu.functions import exp2_nonpositive
 from tensorgraph.backends.cpu.ir import F32, I32, Value
 from tensorgraph.backends.cpu.kernel import Kernel, lay_out
-from tensorgraph.dtypes import DType
+from tensorgraph.dtypes import DType, f32
 from tensorgraph.ops.attention.paged_cpu import (
     HEAD,
     Heads,
     Operands,
     evenly,
     logits_of,
-    queries_at_once,
     seen_rows,
     segments,
     token_of,
 )
-from tensorgraph.ops.attention.stored_rows_cpu import LINE, Finder, L, dot, value_elements
+from tensorgraph.ops.attention.stored_rows_cpu import LINE, Finder, L, copy_keys, dot, queries_at_once, value_elements
 
 SLICE = 128
 """Rows of a slice."""
@@ -52,6 +51,7 @@ def _rooms(h: Heads, n_kv: int) -> dict[str, int]:
     return {
         "weights": n * SLICE * 4,
         "sums": n * h.d_v * 4,
+        "panel": max(h.d_k, L) * L * 4,
         **dict.fromkeys(("tops", "totals"), n * L * 4),
     }
 
@@ -108,7 +108,8 @@ class Slice:
         n_kv: kv heads, from `head` on.
         dtypes, finders: of keys, of values.
         at: where things lie in scratch, n being the query heads: `weights` f32 [n, SLICE], first logits; `tops` and `totals`
-            f32 [n, L], the maxima of logits and the sums of weights, lane by lane; `sums` of weighed values f32 [n, Dv].
+            f32 [n, L], the maxima of logits and the sums of weights, lane by lane; `sums` of weighed values f32 [n, Dv];
+            `panel` f32 [Dk, L], a page's keys where they are wanted more than once.
         begin: the page that the slice begins with.
     """
 
@@ -131,6 +132,11 @@ class Slice:
     def together(self) -> int:
         """Query heads that share a load."""
         return evenly(self.h.group, queries_at_once(self.k, 1))
+
+    @property
+    def passes(self) -> range:
+        """The first of each such number of heads."""
+        return range(0, self.h.group, self.together)
 
     def _ask(self, page: Value, n_bytes: int, turns: int) -> Callable[[Value, int], None]:
         """Asks for what lies ahead of a part of a page, of which so many turns use so many bytes: line by line, turn by turn."""
@@ -158,14 +164,20 @@ class Slice:
                 each.next()
                 page = whole + each.i * page_bytes
                 ask = self._ask(page, page_bytes, h.d_k)
-                for g in range(0, h.group, self.together):
+                copied = dtype.is_block and len(self.passes) > 1
+                if copied:
+                    copy_keys(k, dtype, h.d_k, page, self.at["panel"], ask)
+                for g in self.passes:
                     numbers = [each.i * h.group + m for m in range(g, min(g + self.together, h.group))]
                     queries = [query + m * (h.d_k * 4) for m in numbers]
-                    found = dot(k, dtype, h.d_k, page, queries, *([ask] if g == 0 else []))
+                    if copied:
+                        found = dot(k, f32, h.d_k, self.at["panel"], queries)
+                    else:
+                        found = dot(k, dtype, h.d_k, page, queries, *([ask] if g == 0 else []))
                     for m, products in zip(numbers, found, strict=True):
                         logits = k.select(seen, logits_of(k, h, products), float("-inf"))
                         place = self.at["tops"] + m * (L * 4)
-                        k.store(k.max(k.load(place, F32.x(L)), logits), place)
+                        k.store(k.max(k.load(place, F32.x(L)), logits) + 0.0, place)  # else a store of chosen lanes: slow
                         k.store(logits, self.at["weights"] + (pages.i * L + m * SLICE) * 4)
 
     def add(self) -> None:
@@ -216,16 +228,22 @@ class Slice:
     def _add_page(self, page: Value, weights: Value, sums: Value) -> None:
         k, h, (_, dtype) = self.k, self.h, self.dtypes
         ask = self._ask(page, dtype.size_bytes(h.d_v) * L, h.d_v)
-        for g in range(0, h.group, self.together):
-            some = range(g, min(g + self.together, h.group))
-            with k.loop(0, h.d_v, L) as columns:
-                columns.next()
+        copied = dtype.is_block and len(self.passes) > 1
+        with k.loop(0, h.d_v, L) as columns:
+            columns.next()
+            for g in self.passes:
+                some = range(g, min(g + self.together, h.group))
                 places = [sums + (columns.i + m * h.d_v) * 4 for m in some]
                 totals = [k.load(place, F32.x(L)) for place in places]
                 for r in range(L):
                     if g == 0:
                         ask(columns.i, r)
-                    value = value_elements(k, dtype, page, r, columns.i)
+                    if copied and g:
+                        value = k.load(self.at["panel"] + r * (L * 4), F32.x(L))
+                    else:
+                        value = value_elements(k, dtype, page, r, columns.i)
+                    if copied and not g:
+                        k.store(value, self.at["panel"] + r * (L * 4))
                     factors = [k.splat(k.load(weights + (m * SLICE + r) * 4, F32), L) for m in some]
                     totals = [k.fma(factor, value, total) for factor, total in zip(factors, totals, strict=True)]
                 for place, total in zip(places, totals, strict=True):

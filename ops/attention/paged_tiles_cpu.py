@@ -22,13 +22,11 @@ from tensorgraph.ops.attention.paged_cpu import (
     Operands,
     Seen,
     logits_of,
-    queries_at_once,
     seen_rows,
     segments,
     token_of,
-    tree,
 )
-from tensorgraph.ops.attention.stored_rows_cpu import LINE, Finder, L, dot, key_element, key_scales, value_elements
+from tensorgraph.ops.attention.stored_rows_cpu import LINE, Finder, L, copy_keys, dot, queries_at_once, tree, value_elements
 
 BLOCK = 64
 """Rows scored at once."""
@@ -182,7 +180,7 @@ class Tile:
             page = finder.page((start + pages.i) // L, head)
             panel = page if keys.dtype is f32 else self.panel
             if keys.dtype is not f32:
-                self._copy_keys(keys, page)
+                copy_keys(k, keys.dtype, h.d_k, page, self.panel)
             with k.loop(0, self.n, self.together) as queries:
                 queries.next()
                 span = self._span(queries.i)
@@ -190,17 +188,6 @@ class Tile:
                     some = [self.queries + (queries.i + r) * (h.d_k * 4) for r in range(self.together)]
                     for r, products in enumerate(dot(k, f32, h.d_k, panel, some)):
                         k.store(logits_of(k, h, products), self.weights + ((queries.i + r) * BLOCK + pages.i) * 4)
-
-    def _copy_keys(self, keys: Operand, page: Value) -> None:
-        """A page's keys to the panel."""
-        k, h, block = self.k, self.h, keys.dtype.block_size
-        with k.loop(0, h.d_k, block) as blocks:
-            blocks.next()
-            scales = key_scales(k, keys.dtype, page, blocks.i) if keys.dtype.is_block else None
-            with k.loop(blocks.i, blocks.i + block) as loop:
-                loop.next()
-                value = key_element(k, keys.dtype, page, loop.i)
-                k.store(value if scales is None else value * scales, self.panel + loop.i * (L * 4))
 
     def highest_of(self, row: Value, start: Value, n_rows: Value) -> Value:
         """The highest logit of a query in a block; those of rows that it does not see become -inf."""

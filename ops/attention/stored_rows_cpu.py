@@ -77,18 +77,50 @@ def value_elements(k: Kernel, dtype: DType, page: Value, row: Int, column: Value
     return k.convert(k.convert(codes, I32), F32) * k.splat(k.half_to_f32(k.load(at, I16)), L)
 
 
+def queries_at_once(k: Kernel, vectors: int) -> int:
+    """How many queries' sums, of so many vectors of 16 lanes each, registers hold beside what is added to them."""
+    if k.lanes == L:
+        return max(1, 24 // vectors)
+    registers = L // k.lanes  # of one vector
+    held = 31 if "neon" in k.target.has else 15
+    return max(1, (held - registers * vectors) // (registers * vectors))
+
+
+def tree(values: Sequence[Value], combine: Callable[[Value, Value], Value]) -> Value:
+    listed = list(values)
+    while len(listed) > 1:
+        listed = [combine(*listed[i : i + 2]) if i + 1 < len(listed) else listed[i] for i in range(0, len(listed), 2)]
+    return listed[0]
+
+
+Meanwhile = Callable[[Value, int], None]
+"""`(i, u)`: called where element i + u is next."""
+
+
+def copy_keys(k: Kernel, dtype: DType, width: int, page: Value, to: Value, meanwhile: Meanwhile = lambda i, u: None) -> None:
+    """A page's keys as f32 [width, L]."""
+    block = dtype.block_size if dtype.is_block else width
+    step = next(n for n in (4, 2, 1) if block % n == 0)
+    with k.loop(0, width, block) as blocks:
+        blocks.next()
+        scales = key_scales(k, dtype, page, blocks.i) if dtype.is_block else None
+        with k.loop(blocks.i, blocks.i + block, step) as loop:
+            loop.next()
+            for u in range(step):
+                meanwhile(loop.i, u)
+                value = key_element(k, dtype, page, loop.i + u)
+                k.store(value if scales is None else value * scales, to + (loop.i + u) * (L * 4))
+
+
 def dot(
     k: Kernel,
     dtype: DType,
     width: int,
     page: Value,
     queries: Sequence[Value],
-    meanwhile: Callable[[Value, int], None] = lambda i, u: None,
+    meanwhile: Meanwhile = lambda i, u: None,
 ) -> list[Value]:
-    """Products of a page's rows with queries (addresses of f32 [width]): for each query, lanes are rows.
-
-    `meanwhile(i, u)` is called where element i + u is next.
-    """
+    """Products of a page's rows with queries (addresses of f32 [width]): for each query, lanes are rows."""
     step = next(n for n in (4, 2, 1) if width % n == 0)
     zero = [k.zero(F32.x(L))] * len(queries)
 

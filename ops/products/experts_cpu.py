@@ -21,13 +21,13 @@ from tensorgraph.backends.cpu.matvec import panel_dot
 from tensorgraph.backends.cpu.operands import Operand
 from tensorgraph.backends.cpu.target import Target
 from tensorgraph.backends.cpu.weights import find_panel, interleaved, n_tiles
-from tensorgraph.dims import ALWAYS, Extent, Guard
+from tensorgraph.dims import Extent, Guard
 from tensorgraph.dtypes import DType
 from tensorgraph.graph import Node
-from tensorgraph.ops.products.mul_mat_cpu import load_f32
+from tensorgraph.ops.products.linear_cpu import Operands, present
+from tensorgraph.ops.products.mul_mat_cpu import guarded, load_f32, tile_mask
 from tensorgraph.ops.products.pairs_cpu import Sorted, in_steps, most_pieces, multiply_rows, order_bytes, sort_pairs
 
-Operands = Mapping[str, Operand | None]
 FEW = 4
 """Tokens of which sums are made where their products are."""
 MORE = ("more0", "more1")
@@ -97,8 +97,8 @@ class Mixture:
     def grain(self) -> int:
         """Tiles of down in a chunk, so many that each expert's are worth it."""
         form = interleaved(self.weights[2])
-        tile = ROWS * self.size // form.block * form.unit_bytes // ROWS * self.n_used
-        return max(1, min(_CHUNK_BYTES // tile, n_tiles(self.height) // 8))
+        tile_bytes = self.size // form.block * form.unit_bytes
+        return max(1, min(_CHUNK_BYTES // (tile_bytes * self.n_used), n_tiles(self.height) // 8))
 
     @property
     def most_tiles(self) -> int:
@@ -120,45 +120,44 @@ def mixture_calls(
     of_units = {**of_order, "units": units} | {name: given.get(name) for name in ("gate", "up", "gate_bias", "up_bias")}
     of_down = {**of_order, "units": units} | {name: given.get(name) for name in ("down", "down_bias")}
     of_sums = {**of_order} | {name: given.get(name) for name in ("w", *MORE, "y")}
+    placed = Ref(Buffer((pairs + MOST_TOKENS) * m.row_bytes, "placed"))
+    products = Ref(Buffer((pairs + MOST_TOKENS) * m.height * 4, "products"))
     of_unit, of_product, of_sum = nodes
-
-    def call(emit: Emit, operands: Mapping[str, Ref | None], nodes: tuple[Node, ...], items: Extent, **more: Any) -> Call:
-        return Call(emit, operands, {"m": m}, items, nodes=nodes, **more)
-
-    grain = max(1, CHUNK // m.width)
-    calls = [call(sort_and_write, {**of_order, "x": given["x"], "rows": rows}, of_unit, n_tokens, grain=grain)]
     few, many = n_tokens <= FEW, n_tokens > FEW
-    if few is not False:
-        guard = few if isinstance(few, Guard) else ALWAYS
-        items = pairs * (n_tiles(m.size) // m.tiles_together)
-        calls.append(call(units_of_few, {**of_units, "rows": rows}, of_unit, items, guard=guard))
-        room = m.most_tiles * FEW * ROWS * 4
-        operands, all_nodes = {**of_down, **of_sums}, (*of_product, *of_sum)
-        tiles = n_tiles(m.height)
-        calls.append(call(sums_of_few, operands, all_nodes, tiles, grain=m.grain, scratch_bytes=room, guard=guard))
-    if many is not False:
-        guard = many if isinstance(many, Guard) else ALWAYS
-        placed = Ref(Buffer((pairs + MOST_TOKENS) * m.row_bytes, "placed"))
-        products = Ref(Buffer((pairs + MOST_TOKENS) * m.height * 4, "products"))
-        n_pieces = most_pieces(m.n_experts, pairs, piece)
-        copied = {**of_order, "rows": rows, "placed": placed}
-        calls.append(call(place_rows_of_tokens, copied, of_unit, pairs, grain=grain, guard=guard))
-        room = m.room(target) + piece * BLOCK * 4
-        items = n_pieces * (first.groups // m.groups_together(target))
-        calls.append(call(units_of_many, {**of_units, "rows": placed}, of_unit, items, scratch_bytes=room, guard=guard))
-        operands = {**of_down, "products": products}
-        room = second.scratch_bytes
-        calls.append(call(products_of_many, operands, of_product, n_pieces * second.groups, scratch_bytes=room, guard=guard))
-        grain = max(1, CHUNK // (m.height * m.n_used))
-        calls.append(call(sum_products, {**of_sums, "products": products}, of_sum, n_tokens, grain=grain, guard=guard))
-    return calls
+
+    def call(
+        emit: Emit,
+        nodes: tuple[Node, ...],
+        operands: Mapping[str, Ref | None],
+        items: Extent,
+        grain: int = 1,
+        scratch: int = 0,
+        guard: Guard | bool = True,
+    ) -> list[Call]:
+        return guarded(Call(emit, operands, {"m": m}, items, max(1, grain), scratch_bytes=scratch, nodes=nodes), guard)
+
+    rows_at_once, sums_at_once = CHUNK // m.width, CHUNK // (m.height * m.n_used)
+    tiles, n_pieces = n_tiles(m.size) // m.tiles_together, most_pieces(m.n_experts, pairs, piece)
+    items = n_pieces * (first.groups // m.groups_together(target))
+    room = m.most_tiles * FEW * ROWS * 4, m.room(target) + piece * BLOCK * 4, second.scratch_bytes
+    return [
+        *call(sort_and_write, of_unit[:1], {**of_order, "x": given["x"], "rows": rows}, n_tokens, rows_at_once),
+        *call(units_of_few, of_unit, {**of_units, "rows": rows}, pairs * tiles, guard=few),
+        *call(sums_of_few, (*of_product, *of_sum), {**of_down, **of_sums}, n_tiles(m.height), m.grain, room[0], few),
+        *call(place_rows_of_tokens, of_unit[:1], {**of_order, "rows": rows, "placed": placed}, pairs, rows_at_once, guard=many),
+        *call(units_of_many, of_unit, {**of_units, "rows": placed}, items, scratch=room[1], guard=many),
+        *call(
+            products_of_many, of_product, {**of_down, "products": products}, n_pieces * second.groups, scratch=room[2], guard=many
+        ),
+        *call(sum_products, of_sum, {**of_sums, "products": products}, n_tokens, sums_at_once, guard=many),
+    ]
 
 
 def sort_and_write(k: Kernel, operands: Operands, *, m: Mixture) -> None:
     """The order of pairs, by the first chunk, and each token's row as products read it."""
-    x, rows = at(operands, "x"), at(operands, "rows")
+    x, rows = present(operands, "x"), present(operands, "rows")
     with k.when(k.chunk.eq(0)):
-        ordered = {name: at(operands, name) for name in ("ids", "order")}
+        ordered = {name: present(operands, name) for name in ("ids", "order")}
         sort_pairs(k, ordered, n_experts=m.n_experts, tokens=m.piece(k.target))
     with k.rows(x.shape[:1]) as (t,):
         write_row(k, m.kind, load_f32(k, x.row([t, 0])), m.width, rows.address + t * m.row_bytes)
@@ -166,7 +165,7 @@ def sort_and_write(k: Kernel, operands: Operands, *, m: Mixture) -> None:
 
 def place_rows_of_tokens(k: Kernel, operands: Operands, *, m: Mixture) -> None:
     """Copies of tokens' rows at the places of their pairs."""
-    order, rows, placed = sorted_pairs(k, operands, m), at(operands, "rows"), at(operands, "placed")
+    order, rows, placed = sorted_pairs(k, operands, m), present(operands, "rows"), present(operands, "placed")
     with k.span(order.n_pairs) as pairs:
         place, source = order.read(order.place(pairs.i)), rows.address + pairs.i // m.n_used * m.row_bytes
         to = placed.address + place * m.row_bytes
@@ -180,7 +179,7 @@ def place_rows_of_tokens(k: Kernel, operands: Operands, *, m: Mixture) -> None:
 
 def units_of_few(k: Kernel, operands: Operands, *, m: Mixture) -> None:
     """Units of all pairs, expert by expert."""
-    order, rows, units = sorted_pairs(k, operands, m), at(operands, "rows"), at(operands, "units")
+    order, rows, units = sorted_pairs(k, operands, m), present(operands, "rows"), present(operands, "units")
     with k.rows([order.n_pieces, n_tiles(m.size) // m.tiles_together]) as (piece, number):
         expert, first, count = order.read_piece(piece)
         tiles = [number * m.tiles_together + i for i in range(m.tiles_together)]
@@ -188,7 +187,9 @@ def units_of_few(k: Kernel, operands: Operands, *, m: Mixture) -> None:
             tokens = [order.read(order.pair(first + (n + i))) // m.n_used for i in range(some)]
             start = rows.address + tokens[0] * m.row_bytes
             x = Rows(m.kind, start, (tokens[-1] - tokens[0]) * m.row_bytes, some)  # the second of two lies so far behind
-            found = [panel_dot(k, [find_panel(at(operands, name), tile, expert) for name in ("gate", "up")], x) for tile in tiles]
+            found = [
+                panel_dot(k, [find_panel(present(operands, name), tile, expert) for name in ("gate", "up")], x) for tile in tiles
+            ]
             for i in range(some):
                 values = [unit(k, operands, m, expert, t, [s[i] for s in sums]) for t, sums in zip(tiles, found, strict=True)]
                 to = units.address + (first + (n + i)) * m.unit_bytes
@@ -197,12 +198,12 @@ def units_of_few(k: Kernel, operands: Operands, *, m: Mixture) -> None:
                     parts = [v.shuffle(range(j, j + lanes)) for v in values for j in range(0, ROWS, lanes)]
                     quantise_blocks(k, m.middle, [parts], to + number * block_bytes(m.middle))
                 else:
-                    k.store(values[0], to + number * (ROWS * 4), mask=inside(k, m.size, number))
+                    k.store(values[0], to + number * (ROWS * 4), mask=tile_mask(k, m.size, number * ROWS))
 
 
 def units_of_many(k: Kernel, operands: Operands, *, m: Mixture) -> None:
     """Units of every piece, piece by piece."""
-    order, rows, units = sorted_pairs(k, operands, m), at(operands, "rows"), at(operands, "units")
+    order, rows, units = sorted_pairs(k, operands, m), present(operands, "rows"), present(operands, "units")
     tiling, together = m.first(k.target), m.groups_together(k.target)
     between, lanes = k.scratch() + m.room(k.target), min(k.lanes, ROWS)
     with k.rows([order.n_pieces, tiling.groups // together]) as (piece, number):
@@ -215,9 +216,9 @@ def units_of_many(k: Kernel, operands: Operands, *, m: Mixture) -> None:
             if m.middle != "f32":
                 k.store(value, between + n * (BLOCK * 4) + tile % 2 * (ROWS * 4))
             else:
-                k.store(value, to + n * m.unit_bytes + tile * (ROWS * 4), mask=inside(k, m.size, tile))
+                k.store(value, to + n * m.unit_bytes + tile * (ROWS * 4), mask=tile_mask(k, m.size, tile * ROWS))
 
-        weights = [at(operands, "gate"), at(operands, "up")]
+        weights = [present(operands, "gate"), present(operands, "up")]
         with k.loop(0, together) as groups:
             groups.next()
             multiply_rows(k, weights, number * together + groups.i, tiling.per_group, expert, x, count, store)
@@ -237,7 +238,7 @@ def unit(k: Kernel, operands: Operands, m: Mixture, expert: Value, tile: Value, 
 
 def sums_of_few(k: Kernel, operands: Operands, *, m: Mixture) -> None:
     """Some tiles of all tokens: down of every pair, weighed and summed expert by expert."""
-    order, units, w = sorted_pairs(k, operands, m), at(operands, "units"), at(operands, "w")
+    order, units, w = sorted_pairs(k, operands, m), present(operands, "units"), present(operands, "w")
     n_tokens, tiles, lanes = k.i64(w.shape[0]), n_tiles(m.height), F32.x(ROWS)
     start, stop = k.chunk * tiles // k.chunks, (k.chunk + 1) * tiles // k.chunks
 
@@ -252,7 +253,7 @@ def sums_of_few(k: Kernel, operands: Operands, *, m: Mixture) -> None:
         pieces.next()
         each.next()
         expert, first, count = order.read_piece(pieces.i)
-        panel = find_panel(at(operands, "down"), each.i, expert)
+        panel = find_panel(present(operands, "down"), each.i, expert)
         for n, some in in_steps(k, count, 2):
             x = Rows(m.middle, units.address + (first + n) * m.unit_bytes, m.unit_bytes, some)
             for i, sums in enumerate(panel_dot(k, [panel], x)[0]):
@@ -264,15 +265,15 @@ def sums_of_few(k: Kernel, operands: Operands, *, m: Mixture) -> None:
     with k.loop(start, stop) as each, k.loop(0, n_tokens) as tokens:
         each.next()
         tokens.next()
-        value, mask = k.load(kept(each.i, tokens.i), lanes), inside(k, m.height, each.i)
+        value, mask = k.load(kept(each.i, tokens.i), lanes), tile_mask(k, m.height, each.i * ROWS)
         for row in (more.row([tokens.i]) for more in (operands.get(name) for name in MORE) if more is not None):
             value = value + row.load(each.i * ROWS, ROWS, mask)
-        at(operands, "y").row([tokens.i]).store(each.i * ROWS, value, mask)
+        present(operands, "y").row([tokens.i]).store(each.i * ROWS, value, mask)
 
 
 def products_of_many(k: Kernel, operands: Operands, *, m: Mixture) -> None:
     """Down of every piece, at the places of pairs."""
-    order, units, products = sorted_pairs(k, operands, m), at(operands, "units"), at(operands, "products")
+    order, units, products = sorted_pairs(k, operands, m), present(operands, "units"), present(operands, "products")
     tiling = m.second(k.target)
     with k.rows([order.n_pieces, tiling.groups]) as (piece, group):
         expert, first, count = order.read_piece(piece)
@@ -280,15 +281,15 @@ def products_of_many(k: Kernel, operands: Operands, *, m: Mixture) -> None:
         def store(tile: Value, n: Value, sums: list[Value]) -> None:
             value = biased(k, operands.get("down_bias"), expert, tile, sums[0])
             to = products.address + ((first + n) * m.height + tile * ROWS) * 4
-            k.store(value, to, mask=inside(k, m.height, tile))
+            k.store(value, to, mask=tile_mask(k, m.height, tile * ROWS))
 
         x = Rows(m.middle, units.address + first * m.unit_bytes, m.unit_bytes)
-        multiply_rows(k, [at(operands, "down")], group, tiling.per_group, expert, x, count, store)
+        multiply_rows(k, [present(operands, "down")], group, tiling.per_group, expert, x, count, store)
 
 
 def sum_products(k: Kernel, operands: Operands, *, m: Mixture) -> None:
     """The weighed sum over a token's experts, in their order."""
-    order, products, w, y = (sorted_pairs(k, operands, m), *(at(operands, name) for name in ("products", "w", "y")))
+    order, products, w, y = (sorted_pairs(k, operands, m), *(present(operands, name) for name in ("products", "w", "y")))
     more = [operand for operand in (operands.get(name) for name in MORE) if operand is not None]
     with k.rows(w.shape[:1]) as (token,):
         out, added = y.row([token]), [operand.row([token]) for operand in more]
@@ -319,19 +320,8 @@ def biased(k: Kernel, bias: Operand | None, expert: Value, tile: Value, sums: Va
         return sums
     height = bias.shape[-1]
     assert isinstance(height, int)
-    return sums + bias.row([expert]).load(tile * ROWS, ROWS, inside(k, height, tile))
-
-
-def inside(k: Kernel, height: int, tile: Value) -> Value | None:
-    """The lanes of a tile that are rows; None where all are."""
-    return k.tail_mask(ROWS, k.i64(height) - tile * ROWS) if height % ROWS else None
+    return sums + bias.row([expert]).load(tile * ROWS, ROWS, tile_mask(k, height, tile * ROWS))
 
 
 def sorted_pairs(k: Kernel, operands: Operands, m: Mixture) -> Sorted:
-    return Sorted(k, at(operands, "order").address, m.n_experts, k.i64(k.size(at(operands, "ids").shape)))
-
-
-def at(operands: Operands, name: str) -> Operand:
-    operand = operands[name]
-    assert operand is not None
-    return operand
+    return Sorted(k, present(operands, "order").address, m.n_experts, k.i64(k.size(present(operands, "ids").shape)))

@@ -72,7 +72,7 @@ def _mixture(scope: Scope, unit: Node, gate_node: Node, up_node: Node) -> CpuGro
         return None
     n_tokens, n_used = ids.shape
     found = _weighed_sum(scope, down.result)
-    if found is None or not isinstance(n_used, int) or not n_used:
+    if found is None or not isinstance(n_used, int) or 0 in (n_used, *gate.weights.shape, *down.weights.shape):
         return None
     w, summed = found
     shape = (n_tokens, down.node.shape[-1])

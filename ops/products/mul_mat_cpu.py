@@ -110,7 +110,12 @@ def store_tile(k: Kernel, y: Operand, row: Value, tile: Value, sums: Value) -> N
     height = y.shape[-1]
     assert isinstance(height, int)
     at = y.address + (row * height + tile * ROWS) * 4
-    k.store(sums, at, mask=k.tail_mask(ROWS, k.i64(height) - tile * ROWS) if height % ROWS else None)
+    k.store(sums, at, mask=tile_mask(k, height, tile * ROWS))
+
+
+def tile_mask(k: Kernel, height: int, row: Value) -> Value | None:
+    """The lanes of a tile from a row on that are rows; None where all are."""
+    return k.tail_mask(ROWS, k.i64(height) - row) if height % ROWS else None
 
 
 def multiply_few(k: Kernel, operands: Mapping[str, Operand], *, kind: Kind, tokens: int) -> None:

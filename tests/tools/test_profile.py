@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tensorgraph.backends.cpu.executor import ThreadCounters
 from tensorgraph.backends.cpu.kernel import Call, Ref
 from tensorgraph.compiler import run_op
 from tensorgraph.device import get_devices
@@ -18,7 +19,7 @@ from tensorgraph.ops import add, mul_mat, rms_norm
 from tensorgraph.tools import profile as command
 from tensorgraph.tools.bench.cases import Case
 from tensorgraph.tools.bench.roofs import Roofs
-from tensorgraph.tools.profile import NativeRun, Steps, as_text
+from tensorgraph.tools.profile import NativeRun, Steps, as_text, since
 from tensorgraph.tools.profile_groups import Work, charged, kernel_name, labels, works
 from tests.reference import reference_path
 from tests.tools.commands import as_json, gguf, ok, refused
@@ -165,6 +166,34 @@ def test_every_grouping_has_all_calls(by: str) -> None:
             assert [g["label"].split()[0] for g in groups] == [str(i) for i in range(int(case["calls"]))]
         else:
             assert [g["total_s"] for g in groups] == sorted((g["total_s"] for g in groups), reverse=True)
+
+
+def test_threads_share_the_chunks_of_all_calls() -> None:
+    """Those of both cases apart; with one thread all are its own, and it is busy for nearly all of the loop's time."""
+    found = as_json("profile", gguf("llama"), *QUICK)["cases"]
+    for case in found:
+        (thread,) = case["threads"]
+        assert thread["chunks"] >= case["calls"] and thread["share"] == 1
+        assert (thread["runs"], thread["parks"]) == (case["steps"], 0)
+        assert thread["busy"] == pytest.approx(1, abs=0.05)
+    both = as_json("profile", gguf("llama"), *QUICK[:-1], 2)["cases"]
+    for case, alone in zip(both, found, strict=True):
+        calling, other = case["threads"]
+        assert calling["chunks"] + other["chunks"] == alone["threads"][0]["chunks"]
+        assert calling["share"] + other["share"] == pytest.approx(1) and calling["runs"] == case["steps"] >= other["runs"]
+        assert 0 <= other["busy"] < 1.05 and 0 < calling["busy"] < 1.05
+    text = ok("profile", gguf("llama"), *QUICK).split("\n\n")
+    assert [part.splitlines()[0].split() for part in text if part.startswith("thread")] == [
+        ["thread", "chunks", "a", "step", "of", "all", "busy", "runs", "slept"]
+    ] * 2
+
+
+def test_counters_are_differences() -> None:
+    two = [ThreadCounters(5, 2, 1, 0.5), ThreadCounters(3, 1, 0, 0.25)]
+    assert since(two, [ThreadCounters(9, 3, 1, 1.5), ThreadCounters(4, 1, 2, 0.25)]) == [
+        ThreadCounters(4, 1, 0, 1.0), ThreadCounters(1, 0, 2, 0.0)
+    ]  # fmt: skip
+    assert since(two[:1], two) == two
 
 
 def test_operations_are_two_a_weight_and_token() -> None:

@@ -178,7 +178,7 @@ def test_ctrl_c_ends_the_program_with_130() -> None:
         (("-p", PROMPT, "--ctx", 5), "the context holds 5 tokens; 0 tokens are there and 23 are new"),
         (("-p", PROMPT, "--temp", -1), "temperature"),
         (("-p", PROMPT, "--top-p", 0), "top_p"),
-        (("-p", PROMPT, "--kv-type", "q4_0"), "scalar float type"),
+        (("-p", PROMPT, "--kv-type", "q4_0"), "wanted f16, bf16, f32 or q8_0 for a stream; got q4_0"),
         (("-p", PROMPT, "--kv-type", "wide"), "'wide'"),
         (("-p", PROMPT, "--backend", "abacus"), "'abacus'"),
         (("-p", PROMPT, "--stop", ""), "stop texts"),

@@ -132,8 +132,8 @@ class Settings:
     busy: int = 0
     errors: list[str] = field(default_factory=list)
 
-    def measure(self, pair: Pair, threads: int | None, say: Callable[[str], None]) -> Run:
-        """All cases of one model with one number of threads, and the peer's by turns."""
+    def measure(self, pair: Pair, threads: int | None, say: Callable[[str], None], place: str) -> Run:
+        """All cases of one model with one number of threads, and the peer's by turns; `place` is among all that is measured."""
         from tensorgraph.tools.bench import machine
         from tensorgraph.tools.bench.ours import Ours, describe, open_model
         from tensorgraph.tools.bench.peer_process import PeerError
@@ -144,7 +144,7 @@ class Settings:
         n_threads, context = threads or machine.cores(), max(case.end for case in self.cases)
 
         def told(text: str) -> None:
-            say(f"{name}, {label} threads: {text}")
+            say(f"{place}: {name}, {label} threads: {text}")
 
         told("loading")
         with open_model(name, self.backend, threads, self.kv_type, self.exact, self.packed_cache) as model:
@@ -189,19 +189,21 @@ class Settings:
         self.errors.append(sentence)
 
 
-def measure_all(settings: Settings, wanted: Sequence[tuple[Pair, int | None]]) -> tuple[list[Run], dict[str, Any]]:
-    """Measure pairs with numbers of threads, one after another; and what the figures are of."""
+def measure_all(
+    settings: Settings, wanted: Sequence[tuple[Pair, int | None]], told: Callable[[Run], None] = lambda run: None
+) -> tuple[list[Run], dict[str, Any]]:
+    """Measure pairs with numbers of threads, one after another; and what the figures are of. `told` is given each run at once."""
     from tensorgraph.tools.bench import machine
     from tensorgraph.tools.bench.busy import busy
 
     about = {"rounds": settings.rounds, "kv_type": settings.kv_type, "exact": settings.exact, "busy": settings.busy}
     about |= {"packed_cache": settings.packed_cache}
     about |= machine.describe()
+    runs: list[Run] = []
     with busy(settings.busy), progress() as say:
-        runs = [
-            settings.measure(pair, count, lambda text, i=i: say(f"{i} of {len(wanted)}: {text}"))  # type: ignore[misc]
-            for i, (pair, count) in enumerate(wanted, 1)
-        ]
+        for i, (pair, count) in enumerate(wanted, 1):
+            runs.append(settings.measure(pair, count, say, f"{i} of {len(wanted)}"))
+            told(runs[-1])
     return runs, about
 
 

@@ -147,7 +147,7 @@ def measure(
     settings = Settings(list(wanted.cases), rounds or wanted.rounds, python=peer, busy=wanted.busy)
     made = {source: source if isinstance(source, str) else source.make(cache) for pair in wanted.pairs for source in pair}
     pairs = [Pair(made[ours], made[theirs]) for ours, theirs in wanted.pairs]
-    runs, about = measure_all(settings, [(pair, count) for pair in pairs for count in thread_counts(wanted.threads)])
+    runs, about = measure_all(settings, [(pair, count) for pair in pairs for count in thread_counts(wanted.threads)], say)
     if sys.stdout.isatty():
         report.show(runs, about)
     else:
@@ -159,6 +159,13 @@ def measure(
     found = {"name": name, "command": command(wanted), **report.as_object(runs, about, [])}
     (record / f"{name}.json").write_text(by_lines(found))
     typer.echo(f"\nwritten: {record / name}.md, {record / name}.json")
+
+
+def say(run: Run) -> None:
+    """Its rows on stderr, where no terminal shows how far it is."""
+    if not sys.stderr.isatty():
+        for row in report.table_rows([run])[1:]:
+            typer.echo("  ".join(row), err=True)
 
 
 def command(wanted: Measurement) -> str:

@@ -40,6 +40,15 @@ CASES = {
     "by pages, windows": Attention(
         (Stream("near", window=20), Stream("four", every=4)), heads=8, sinks=True, softcap=4.0, layouts=WINDOWS
     ),
+    "by pages, coded": Attention((Stream("kv"),), d_k=64, d_v=96, heads=6, kv_heads=2, dtype="q8_0", layouts=DENSE),
+    "by pages, coded windows": Attention(
+        (Stream("near", window=20), Stream("four", every=4)), heads=8, sinks=True, softcap=4.0, dtype="q8_0", layouts=WINDOWS
+    ),
+    "coded latent": Attention(
+        (Stream("latent", own_values=False, flat=True),), d_k=96, d_v=64, heads=9, kv_heads=1, dtype="q8_0"
+    ),
+    "coded, listed rows": Attention((Stream("kv", n_ids=40),), d_k=32, d_v=64, heads=6, kv_heads=3, dtype="q8_0"),
+    "coded, in one piece": Attention((Stream("kv"),), dtype="q8_0", layouts=(("kv.k", "panels"), ("kv.v", "rows16"))),
     "interleaved": Attention((Stream("kv"),), d_k=20, d_v=16, layouts=(("kv.k", "rows16"), ("kv.v", "rows16"))),
 }
 

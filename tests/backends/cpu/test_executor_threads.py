@@ -17,9 +17,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tensorgraph.backends.cpu import native_loop
 from tensorgraph.backends.cpu.executor import Executor, usable_cores
 from tensorgraph.backends.cpu.jit import Jit
+from tensorgraph.backends.cpu.loop_function import LoopFunction
 from tensorgraph.backends.cpu.target import host
 from tensorgraph.errors import AttributeValueError
 from tests.backends.cpu.programs import MixProgram, Program, await_sleepers, compiled_kernels, meeting
@@ -81,7 +81,7 @@ def test_where_nobody_can_sleep_on_an_address(kernels: dict[str, int]) -> None:
     target = replace(host(), triple="x86_64-unknown-freebsd" if host().family == "x86_64" else "aarch64-unknown-freebsd")
     jit = Jit(target, None)
     executor = Executor(jit, 2)
-    assert native_loop.LoopFunction(target, {}).futex is None
+    assert LoopFunction(target, {}).futex is None
     program, flags = meeting(kernels, executor)
     for _ in range(5):
         flags[:] = 0
