@@ -14,7 +14,7 @@ import os
 import stat
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorgraph.backends.cpu.code_cache import is_private
-from tensorgraph.backends.cpu.constants import ALIGNMENT
+from tensorgraph.backends.cpu.constants import ALIGNMENT, LARGE_PAGE
 from tensorgraph.backends.cpu.weights import interleaved
 from tensorgraph.dtypes import BY_NAME, DType
 
@@ -148,7 +148,11 @@ class PackedFile:
             return "it is damaged"
         if header["source"] != asdict(self.source) or header["layouts"] != _layouts(header["layouts"]):
             return "it was made of another model file, or for other layouts"
-        content = np.frombuffer(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ), np.uint8)
+        mapped = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):
+                mapped.madvise(mmap.MADV_HUGEPAGE)  # where it is still to be read
+        content = np.frombuffer(mapped, np.uint8)
         for offset, dtype, shape, at, size_bytes in header["entries"]:
             self._held[offset, dtype, tuple(shape)] = content[at : at + size_bytes]
         return ""
@@ -175,8 +179,7 @@ class PackedFile:
         descriptor, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=".")
         try:
             with open(descriptor, "wb", buffering=0) as file:
-                for piece in (header, bytes(begin - len(header)), *self._padded(), bytes(ALIGNMENT)):
-                    rest = memoryview(piece)
+                for rest in _joined((header, bytes(begin - len(header)), *self._padded(), bytes(ALIGNMENT))):
                     while rest:
                         rest = rest[file.write(rest) :]
                 os.fsync(descriptor)  # or a crash might leave a file of the right size, and of zeros
@@ -195,6 +198,21 @@ class PackedFile:
         said = {"source": asdict(self.source), "layouts": _layouts({e.dtype for e in entries}), "size_bytes": size_bytes}
         text = json.dumps(said | {"entries": entries}).encode()
         return MAGIC + len(text).to_bytes(8, "little") + hashlib.sha256(text).digest() + text
+
+
+def _joined(pieces: Iterable[memoryview | bytes]) -> Iterator[memoryview]:
+    """The same bytes in chunks of a large page: as which some systems then keep and map what was written so."""
+    chunk, filled = memoryview(bytearray(LARGE_PAGE)), 0
+    for piece in pieces:
+        rest = memoryview(piece)
+        while rest:
+            n = min(len(rest), LARGE_PAGE - filled)
+            chunk[filled : filled + n], rest = rest[:n], rest[n:]
+            filled += n
+            if filled == LARGE_PAGE:
+                yield chunk
+                filled = 0
+    yield chunk[:filled]
 
 
 def _read_header(descriptor: int, size_bytes: int) -> dict[str, Any] | None:
