@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -29,6 +32,9 @@ from tensorgraph.errors import InputError
 from tensorgraph.graph import STRUCTURAL, Graph, Node
 from tensorgraph.memory import Group
 from tensorgraph.state import Layout, StateSpec
+
+if TYPE_CHECKING:
+    from tensorgraph.backends.cpu.packed_file import PackedFile
 
 Threads = int | Literal["auto"]
 Note = Callable[[Sequence[Call], Mapping[str, int], np.ndarray, float], None]
@@ -121,6 +127,7 @@ class CpuDevice(Device):
         self.scratch, self.scratch_stride = aligned(0), np.zeros(1, np.int64)
         self.version = 0  # how often memory has moved, or the number of threads changed
         self.note: Note | None = None
+        self.packed: dict[mmap.mmap | None, PackedFile] = {}  # by the mapped file of the arrays that constants are made of
 
     @property
     def key(self) -> str:
@@ -175,6 +182,23 @@ class CpuDevice(Device):
         if constant:
             return pack(array, dtype, layout, self) if layout != "dense" else self._hold(array, dtype)
         return np.ascontiguousarray(_in_dtype(array, dtype))
+
+    def keep_packed(self, path: Path, content: mmap.mmap, head_bytes: int, folder: Path | None) -> Callable[[], None]:
+        """Take packed constants from disk that an earlier start left there of a mapped model file; what is given keeps those of
+        this one. `head_bytes` lie before the file's tensors; `folder` is the user's own cache folder where None."""
+        from tensorgraph.backends.cpu.packed_file import PackedFile
+
+        folder = folder or default_folder("packed")
+        if folder is None:
+            warnings.warn("[packed cache] there is no cache folder for it: no home", RuntimeWarning, stacklevel=2)
+            return lambda: None
+        kept = self.packed[content] = PackedFile(path, content, head_bytes, folder)
+
+        def save() -> None:
+            self.settle()
+            kept.save()
+
+        return save
 
     def _hold(self, array: np.ndarray, dtype: DType) -> Held:
         value = _in_dtype(array, dtype)

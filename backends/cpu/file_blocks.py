@@ -6,6 +6,7 @@ type says twice where its bits are; what is more than moved bits, codes that are
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -142,7 +143,8 @@ def find_moves(make: Callable[[U8], U8], block_bytes: int) -> Moves:
     changed = _bits(make(np.packbits(np.eye(8 * block_bytes, dtype=np.uint8), axis=1, bitorder="little"))) ^ always
     count, source = changed.sum(axis=0), changed.argmax(axis=0)
     source[count == 0] = NONE
-    blocks = np.random.default_rng(0).integers(0, 256, (_SAMPLES, block_bytes), np.uint8)
+    some = hashlib.shake_128(b"any bits").digest(_SAMPLES * block_bytes)  # numpy.random takes long to import
+    blocks = np.frombuffer(some, np.uint8).reshape(_SAMPLES, block_bytes)
     expected = np.where(count > 0, _bits(blocks)[:, source], 0) ^ always
     source[(count > 1) | np.any(_bits(make(blocks)) != expected, axis=0)] = SEVERAL
     return Moves(block_bytes, source, always)

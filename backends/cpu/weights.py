@@ -53,6 +53,7 @@ class Interleaved:
         values: of floats, `(k, unit, element, part, lanes)` -> f32 of one element (a Python int) of the rows in part: `lanes`
             rows from row `part * lanes`.
         codes: what elements are made of; None for floats.
+        parts: of types with codes, as `InFiles` has it.
     """
 
     block: int
@@ -63,6 +64,7 @@ class Interleaved:
     row_values: Callable[[Kernel, Value, Value, Value, int], Value]
     values: Callable[[Kernel, Value, int, int, int], Value] | None = None
     codes: Codes | None = None
+    parts: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] | None = None
 
 
 def coded(codes: Codes, files: InFiles) -> Interleaved:
@@ -72,8 +74,8 @@ def coded(codes: Codes, files: InFiles) -> Interleaved:
     def write(k: Kernel, row: Callable[[Int], Value], n: Int, step: Int, to: Value) -> None:
         write_blocks(k, codes, files, row, n, step, to)
 
-    block = codes.block
-    return Interleaved(block, codes.unit_bytes, dtype.block_size, dtype.block_bytes, write, codes.row_values, codes=codes)
+    sizes = codes.block, codes.unit_bytes, dtype.block_size, dtype.block_bytes
+    return Interleaved(*sizes, write, codes.row_values, codes=codes, parts=files.parts)
 
 
 FORMS: dict[str, Interleaved] = {}
@@ -144,7 +146,7 @@ def load_r16_row(weights: Operand, row: Value, first: Value, lanes: int = ROWS) 
 
 
 def pack(array: np.ndarray, dtype: DType, layout: str, device: CpuDevice) -> Held:
-    """A constant in layout r16; block types come as `uint8 [..., row_bytes]`.
+    """A constant in layout r16; block types come as `uint8 [..., row_bytes]`. It is on disk, perhaps, where the device keeps it.
 
     What lies in a mapped file is read later, but before the constant is next read by whatever the device runs.
 
@@ -162,7 +164,13 @@ def pack(array: np.ndarray, dtype: DType, layout: str, device: CpuDevice) -> Hel
     width = length // dtype.block_bytes * dtype.block_size if dtype.is_block else length
     matrices = value.reshape(int(np.prod(lead)), rows, length)
     tile = width // form.block * form.unit_bytes
-    held = device.constants.take(len(matrices) * n_tiles(rows) * tile)
+    size_bytes, shape = len(matrices) * n_tiles(rows) * tile, (*lead, rows, width)
+    kept = device.packed.get(mapped_file(array)) if value is array else None
+    if kept is not None and (found := kept.find(array, dtype, size_bytes)) is not None:
+        return Held(found, layout, shape)
+    held = device.constants.take(size_bytes)
+    if kept is not None:
+        kept.add(array, dtype, held)
     to = int(held.ctypes.data)
     if decode is None or not value.size:
         for some in _pieces(matrices):
@@ -170,7 +178,7 @@ def pack(array: np.ndarray, dtype: DType, layout: str, device: CpuDevice) -> Hel
             to += len(some) * n_tiles(some.shape[1]) * tile
         if value is not array or mapped_file(array) is None:  # it may change, or is held twice
             device.settle()
-        return Held(held, layout, (*lead, rows, width))
+        return Held(held, layout, shape)
     step = max(ROWS, _DECODED // max(width, 1) // ROWS * ROWS)
     for matrix in matrices:
         for start in range(0, rows, step):
@@ -179,7 +187,7 @@ def pack(array: np.ndarray, dtype: DType, layout: str, device: CpuDevice) -> Hel
             device.settle()  # nothing more is held twice
             to += n_tiles(len(some)) * tile
     forget(array)
-    return Held(held, layout, (*lead, rows, width))
+    return Held(held, layout, shape)
 
 
 def _pieces(matrices: NDArray[Any]) -> Iterator[NDArray[Any]]:
