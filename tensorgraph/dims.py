@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import gcd
 from typing import Union
 
@@ -19,6 +19,7 @@ from tensorgraph.source import source_line
 Extent = Union[int, "Symbol"]
 Shape = tuple[Extent, ...]
 Bindings = Mapping[str, int]
+_remembered = lru_cache(1 << 12)  # every layer computes with the same few extents
 
 
 class Symbol:
@@ -41,8 +42,6 @@ class Symbol:
     def __add__(self, other: Extent) -> Extent:
         return _sum((self, other))
 
-    __radd__ = __add__
-
     def __neg__(self) -> Extent:
         return self * -1
 
@@ -52,6 +51,7 @@ class Symbol:
     def __rsub__(self, other: Extent) -> Extent:
         return _sum((other, self * -1))
 
+    @_remembered
     def __mul__(self, other: Extent) -> Extent:
         if isinstance(other, int):  # the order of terms stays: no need to sort
             terms = self._terms().items()
@@ -63,8 +63,9 @@ class Symbol:
                 product[key] = product.get(key, 0) + ca * cb
         return _canonical(product)
 
-    __rmul__ = __mul__
+    __radd__, __rmul__ = __add__, __mul__
 
+    @_remembered
     def __floordiv__(self, divisor: Extent) -> Extent:
         exact = divide_exact(self, divisor)
         if exact is not None:
@@ -252,7 +253,8 @@ def _canonical(terms: dict[tuple[Symbol, ...], int]) -> Extent:
     return Poly(tuple(kept))
 
 
-def _sum(extents: Iterable[Extent]) -> Extent:
+@_remembered
+def _sum(extents: tuple[Extent, ...]) -> Extent:
     total: dict[tuple[Symbol, ...], int] = {}
     for extent in extents:
         for key, factor in _terms_of(extent).items():

@@ -88,4 +88,6 @@ ops: Registry[Op] = Registry("op", "tensorgraph.ops")
 backends: Registry[Callable[[str], Device]] = Registry("backend", "tensorgraph.backends")
 decoders: Registry[Callable[[np.ndarray], np.ndarray]] = Registry("block type", "tensorgraph.ops.formats")
 """By dtype: `uint8 [..., row_bytes]` -> f32 [..., n], exactly."""
+encoders: Registry[Callable[[np.ndarray], np.ndarray]] = Registry("type of streams", "tensorgraph.ops.formats")
+"""Of block types that streams may have: floats [..., n] -> `uint8 [..., row_bytes]`, rounded."""
 architectures: Registry[Any] = Registry("architecture", "tensorgraph.models.all_files")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+import numpy as np
+
+from tensorgraph import registry
 from tensorgraph.dtypes import DType
 from tensorgraph.errors import DTypeError, StateError
 
-Layout = Literal["rows", "rows16"]
+Layout = Literal["rows", "rows16", "panels"]
 MAX_LENGTH = 2**31 - 1  # positions are i32
 
 
@@ -69,7 +71,7 @@ class StateSpec:
         if self.keep is not None and self.keep < 1:
             raise StateError(f"[state] wanted keep >= 1 rows, or None for all; got {self.keep}")
         if self.dtype is not None:
-            _check_float(self.dtype)
+            self.stored_dtype(self.dtype)
 
     @property
     def stream_class(self) -> StreamClass:
@@ -77,7 +79,19 @@ class StateSpec:
 
     def stored_dtype(self, kv_dtype: DType) -> DType:
         """The type its rows are stored in, when the session's KV type is `kv_dtype`."""
-        return _check_float(self.dtype or kv_dtype)
+        dtype, width = self.dtype or kv_dtype, self.row_shape[-1] if self.row_shape else 1
+        if dtype.kind != "float" and dtype.name not in registry.encoders:
+            raise DTypeError(f"[state] wanted f16, bf16, f32 or q8_0 for a stream; got {dtype}")
+        if width % dtype.block_size:
+            raise DTypeError(f"[state] wanted rows of a multiple of {dtype.block_size} for {dtype}; got {list(self.row_shape)}")
+        return dtype
+
+    def held_row(self, kv_dtype: DType) -> tuple[tuple[int, ...], np.dtype]:
+        """Shape and NumPy type of a row as it is held: of a block type, its bytes."""
+        dtype = self.stored_dtype(kv_dtype)
+        if dtype.numpy is not None:
+            return self.row_shape, dtype.numpy
+        return (*self.row_shape[:-1], dtype.size_bytes(self.row_shape[-1])), np.dtype(np.uint8)
 
     def row_bytes(self, kv_dtype: DType) -> int:
         """Bytes of one stored row."""
@@ -86,28 +100,3 @@ class StateSpec:
     def key(self, kv_dtype: DType) -> str:
         """All that a plan or a file depends on, as text: "8x128:f16:1w128"."""
         return f"{'x'.join(map(str, self.row_shape))}:{self.stored_dtype(kv_dtype)}:{self.stream_class.name}"
-
-
-def _check_float(dtype: DType) -> DType:
-    if dtype.kind != "float" or dtype.numpy is None:
-        raise DTypeError(f"[state] wanted a scalar float type (f16, bf16, f32) for a stream; got {dtype}")
-    return dtype
-
-
-@dataclass(frozen=True)
-class StateCost:
-    """What one sequence's state takes.
-
-    Units: bytes. `bytes_constant` is that of full windows, without the slack and the unused part of pages.
-    """
-
-    bytes_per_token: float
-    bytes_constant: int
-
-
-def state_cost(specs: Mapping[str, StateSpec], kv_dtype: DType) -> StateCost:
-    """What a sequence's state takes: a part that grows with every token, and windows that do not."""
-    return StateCost(
-        sum(s.row_bytes(kv_dtype) / s.every for s in specs.values() if s.keep is None),
-        sum(s.row_bytes(kv_dtype) * s.keep for s in specs.values() if s.keep is not None),
-    )

@@ -80,8 +80,8 @@ def load_state(path: _Path, specs: Mapping[str, StateSpec], kv_dtype: DType) -> 
             raise _damaged(path, f"wanted a first row from 0 to {limit} for streams of class {cls.name}; got {row!r}")
         first[cls] = row
     for name, spec in specs.items():
-        cls, dtype = spec.stream_class, spec.stored_dtype(kv_dtype).numpy
-        shape, given = (cls.n_rows(length) - first[cls], *spec.row_shape), rows[name]
+        cls, (row, dtype), given = spec.stream_class, spec.held_row(kv_dtype), rows[name]
+        shape = (cls.n_rows(length) - first[cls], *row)
         if given.shape != shape or given.dtype != dtype:
             raise _damaged(path, f'wanted {dtype} {list(shape)} for "{name}"; got {given.dtype} {list(given.shape)}')
         if about["crc32"].get(name) != _checksum(given):

@@ -37,7 +37,7 @@ class PagePool:
 
     def __init__(self, cls: StreamClass, page_rows: int) -> None:
         self.cls, self.page_rows = cls, page_rows
-        self.arrays: dict[str, NDArray[Any]] = {}  # "rows": [P, R, *row_shape]; "rows16": [P, R / 16, *row_shape, 16]
+        self.arrays: dict[str, NDArray[Any]] = {}  # [P, ...], as a page of the stream's layout
         self.refs = np.zeros(0, np.int64)
         self.unused: list[int] = []  # ids that were used before
         self.top = 0  # ids from here on never were, and are still zero

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from tensorgraph import registry
 from tensorgraph.errors import ShapeError, StateError
 from tensorgraph.state import StateSpec, StreamClass
 from tensorgraph.state_pages import ClassStep, Rows, Table, ragged
@@ -79,15 +80,18 @@ class Step:
         given, wanted = np.asarray(rows), (len(step.new), *spec.row_shape)
         if given.shape != wanted:
             raise ShapeError(f'[append] wanted rows {list(wanted)} for "{stream}"; got {list(given.shape)}')
-        self.store._write(stream, step.new.slots, given)
+        dtype = spec.stored_dtype(self.store.kv_dtype)
+        self.store._write(stream, step.new.slots, registry.encoders.get(dtype.name)(given) if dtype.is_block else given)
 
     def read(self, stream: str) -> NDArray[Any]:
-        """The visible rows, in the stream's dtype and the order of the class's `seen`.
+        """The visible rows, in the stream's dtype (block types: decoded) and the order of the class's `seen`.
 
         Shapes: [S, *row_shape].
         Raises: StateError, UnknownNameError.
         """
-        return self.store._read(stream, self._find(stream, "read")[1].seen.slots)
+        spec, step = self._find(stream, "read")
+        rows, dtype = self.store._read(stream, step.seen.slots), spec.stored_dtype(self.store.kv_dtype)
+        return registry.decoders.get(dtype.name)(rows) if dtype.is_block else rows
 
     def _find(self, stream: str, what: str) -> tuple[StateSpec, ClassStep]:
         if not self.is_open:

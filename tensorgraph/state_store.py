@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,9 +53,10 @@ class StateStore:
     Args:
         specs: the streams, by name.
         kv_dtype: dtype of streams that do not say theirs.
-        page_rows: rows in one page; a multiple of 16 where a layout is "rows16".
+        page_rows: rows in one page; a multiple of 16 where a layout is not "rows".
         slack: how many tokens a sequence can be trimmed by, at least, in spite of `keep`.
-        layouts: physical layout by stream, "rows" unless given. "rows16" interleaves 16 rows: [R / 16, *row_shape, 16].
+        layouts: physical layout by stream, "rows" unless given. "rows16" interleaves 16 rows: [R / 16, *row, 16]; of "panels" 16
+            elements (a block, of a block type) of 16 rows lie together: [R / 16, W / 16, 16, 16], W being a row's elements.
         initial_pages: pages of each class to allocate at once.
     Raises: StateError, DTypeError, UnknownNameError.
     """
@@ -76,16 +78,18 @@ class StateStore:
         self.layouts: dict[str, Layout] = dict.fromkeys(self.specs, "rows")
         for name, layout in (layouts or {}).items():
             self._spec(name, "state layouts")
-            if layout not in ("rows", "rows16") or (layout == "rows16" and page_rows % 16):
-                wanted = 'layout "rows", or "rows16" with page_rows a multiple of 16'
+            if layout not in get_args(Layout) or (layout != "rows" and page_rows % 16):
+                wanted = 'layout "rows", or "rows16" or "panels" with page_rows a multiple of 16'
                 raise StateError(f'[state] wanted {wanted}; got "{layout}" with page_rows {page_rows} for "{name}"')
             self.layouts[name] = layout
         self._pools: dict[StreamClass, PagePool] = {}
         for name, spec in self.specs.items():
             pool = self._pools.setdefault(spec.stream_class, PagePool(spec.stream_class, page_rows))
-            groups = (page_rows // 16, *spec.row_shape, 16)
-            shape = groups if self.layouts[name] == "rows16" else (page_rows, *spec.row_shape)
-            pool.arrays[name] = np.zeros((0, *shape), spec.stored_dtype(kv_dtype).numpy)
+            (row, dtype), unit = spec.held_row(kv_dtype), max(16, spec.stored_dtype(kv_dtype).block_bytes)
+            if self.layouts[name] == "panels" and math.prod(row) % unit:
+                raise StateError(f'[state] wanted rows of a multiple of 16 for layout "panels"; got {list(row)} for "{name}"')
+            groups = {"rows16": (*row, 16), "panels": (math.prod(row) // unit, 16, unit)}.get(self.layouts[name])
+            pool.arrays[name] = np.zeros((0, page_rows // 16, *groups) if groups else (0, page_rows, *row), dtype)
         for pool in self._pools.values():
             pool.grow(initial_pages)
         self._no_tables = tuple(Table(0, np.empty(0, np.int64)) for _ in self._pools)
@@ -118,7 +122,7 @@ class StateStore:
     def pages(self, stream: str) -> NDArray[Any]:
         """The pages of a stream themselves, for kernels; valid until the next `begin` or `load`, which may move them.
 
-        Shapes: [P, page_rows, *row_shape], or [P, page_rows / 16, *row_shape, 16] for layout "rows16".
+        Shapes: [P, page_rows, *row], or as the layouts say.
         """
         return self._pools[self._spec(stream, "pages").stream_class].arrays[stream]
 
@@ -298,14 +302,14 @@ class StateStore:
 
     def _at(self, stream: str, slots: NDArray[np.int64]) -> tuple[NDArray[Any], Any]:
         """A stream's pages without the page axis, and the index at which rows of `slots` lie in it."""
-        pages = self.pages(stream)
-        flat = pages.reshape(-1, *pages.shape[2:])
-        return flat, slots if self.layouts[stream] == "rows" else (slots // 16, ..., slots % 16)
+        pages, layout = self.pages(stream), self.layouts[stream]
+        flat, inner = pages.reshape(-1, *pages.shape[2:]), ... if layout == "rows16" else slice(None)
+        return flat, slots if layout == "rows" else (slots // 16, inner, slots % 16)
 
     def _read(self, stream: str, slots: NDArray[np.int64]) -> NDArray[Any]:
         flat, at = self._at(stream, slots)
-        return np.ascontiguousarray(flat[at])
+        return np.ascontiguousarray(flat[at]).reshape(len(slots), *self.specs[stream].held_row(self.kv_dtype)[0])
 
     def _write(self, stream: str, slots: NDArray[np.int64], rows: NDArray[Any]) -> None:
         flat, at = self._at(stream, slots)
-        flat[at] = rows
+        flat[at] = rows.reshape(len(rows), *flat.shape[1::2]) if self.layouts[stream] == "panels" else rows

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import accumulate
+from operator import mul
 
 from tensorgraph.dims import Bindings, Extent, Shape, Symbol, divide_exact, evaluate, evaluate_shape, product, shape_text
 from tensorgraph.errors import ShapeError
@@ -12,12 +15,7 @@ from tensorgraph.source import source_line
 
 def contiguous_strides(shape: Sequence[Extent]) -> Shape:
     """Strides, in elements, of a dense array of `shape`."""
-    strides: list[Extent] = []
-    step: Extent = 1
-    for extent in reversed(shape):
-        strides.append(step)
-        step = step * extent
-    return tuple(reversed(strides))
+    return tuple(accumulate(reversed(shape), mul, initial=1))[-2::-1]
 
 
 @dataclass(frozen=True)
@@ -33,10 +31,11 @@ class IndexMap:
     within: tuple[Symbol, ...] = ()
 
     @staticmethod
-    def dense(shape: Sequence[Extent]) -> IndexMap:
-        return IndexMap(tuple(shape), contiguous_strides(shape))
+    @lru_cache(1 << 12)  # every layer has the same few shapes
+    def dense(shape: Shape) -> IndexMap:
+        return IndexMap(shape, contiguous_strides(shape))
 
-    @property
+    @cached_property
     def is_dense(self) -> bool:
         """Whether the elements lie one after another from the base's first (axes of length 1 have any stride)."""
         step: Extent = 1
@@ -92,7 +91,7 @@ class IndexMap:
             old_end, new_end = at + 1, position + 1
             old_size, new_size = old[at][0], new[position]
             while old_size != new_size:
-                if _smaller(new_size, old_size):
+                if _sample(new_size) < _sample(old_size):
                     if new_end == len(new):
                         return None
                     new_size, new_end = new_size * new[new_end], new_end + 1
@@ -119,12 +118,8 @@ class IndexMap:
         return f"{shape_text(self.shape)} strides {shape_text(self.strides)}{offset}{within}"
 
 
-def _smaller(a: Extent, b: Extent) -> bool:
-    """Whether `a` has fewer factors than `b`: at sample values far apart, exact for the products that reshape meets."""
-    return _sample(a) < _sample(b)
-
-
 def _sample(extent: Extent) -> int:
+    """Its value where Dims are far apart: of the products that reshape meets, that of fewer factors is smaller."""
     if isinstance(extent, int):
         return extent
     names = sorted(d.name for d in extent.dims())

@@ -16,7 +16,8 @@ from tensorgraph.errors import TensorGraphError
 COMMANDS = {
     **{name: f"{name}:{name}" for name in ("run", "embed", "logits", "tokenize", "inspect", "plan")},
     "check-node": "check_node:check_node",
-    **{"bench": "bench.command:bench", "profile": "profile:profile", "test-ops": "test_ops:test_ops", "ops": "ops:ops"},
+    **{"bench": "bench.command:bench", "quality": "quality:quality", "profile": "profile:profile"},
+    **{"test-ops": "test_ops:test_ops", "ops": "ops:ops"},
     "new-op": "new_op:new_op",
     **{"synth": "synth.command:synth", "quantize": "quantize:quantize"},
 }

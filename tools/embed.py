@@ -45,6 +45,7 @@ def embed(
     threads: options.Threads = options.AUTO,
     backend: options.Backend = options.BACKEND,
     exact: options.Exact = False,
+    packed_cache: options.PackedCache = False,
     as_json: options.Json = False,
 ) -> None:
     """Compare texts by their vectors; with --json print the vectors.
@@ -66,7 +67,8 @@ def embed(
 
     chosen = None if pooling is None else embedding.as_pooling(pooling)
     with options.working("loading"):
-        loaded = load(model, backend=backend, options=CompileOptions(exact=exact), threads=count)
+        compiled = CompileOptions(exact=exact)
+        loaded = load(model, backend=backend, options=compiled, threads=count, packed_cache=packed_cache)
     with loaded:
         how = loaded.pooling if chosen is None else chosen
         ids = embedding.encode(loaded, given, truncate=truncate)

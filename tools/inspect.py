@@ -13,10 +13,31 @@ import typer
 from tensorgraph.tools import options
 
 if TYPE_CHECKING:
+    from tensorgraph.dtypes import DType
     from tensorgraph.models import Model
+    from tensorgraph.state import StateSpec
 
 SHOWN = 6
 """Elements of an array that are shown."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StateCost:
+    """What one sequence's state takes.
+
+    Units: bytes. `bytes_constant` is that of full windows, without the slack and the unused part of pages.
+    """
+
+    bytes_per_token: float
+    bytes_constant: int
+
+
+def state_cost(specs: Mapping[str, StateSpec], kv_dtype: DType) -> StateCost:
+    """What a sequence's state takes: a part that grows with every token, and windows that do not."""
+    return StateCost(
+        sum(s.row_bytes(kv_dtype) / s.every for s in specs.values() if s.keep is None),
+        sum(s.row_bytes(kv_dtype) * s.keep for s in specs.values() if s.keep is not None),
+    )
 
 
 def inspect(
@@ -81,7 +102,6 @@ def state_report(model: Model, kv_type: str) -> dict[str, Any]:
     Units: bytes; a stream that keeps a window costs `bytes_constant`, any other one `bytes_per_token`.
     """
     from tensorgraph.dtypes import as_dtype
-    from tensorgraph.state import state_cost
 
     specs, kv_dtype = model.states(), as_dtype(kv_type)
     classes = []

@@ -41,6 +41,7 @@ def logits(
     backend: options.Backend = options.BACKEND,
     kv_type: options.KvType = "f16",
     exact: options.Exact = False,
+    packed_cache: options.PackedCache = False,
     as_json: options.Json = False,
 ) -> None:
     """Write the logits [T, V] (f32) that follow each of T tokens, and named nodes, a row a token.
@@ -63,7 +64,8 @@ def logits(
     if not out.parent.is_dir() or out.is_dir():  # said before the work is done
         raise InputError(f"[logits] wanted --out as a file in a folder that is there; got {str(out)!r}")
     with options.working("loading"):
-        loaded = load(model, backend=backend, kv_type=kv_type, options=CompileOptions(exact=exact), threads=count)
+        chosen = CompileOptions(exact=exact)
+        loaded = load(model, backend=backend, kv_type=kv_type, options=chosen, threads=count, packed_cache=packed_cache)
     with loaded:
         results = evaluate(loaded, sequences, prefill, chunk, ("logits", *(dump or [])))
     arrays: dict[str, Any] = {}

@@ -25,9 +25,10 @@ DESCRIBED = (
 )
 HELP = {
     "backend": "The backend that computes, or several by commas in order of preference.",
-    "kv_type": "Type of the rows that a sequence keeps: f16, bf16 or f32.",
+    "kv_type": "Type of the rows that a sequence keeps: f16, bf16, f32 or q8_0.",
     "threads": "Threads that compute; auto: as the backend likes. The reference backend passes a number to NumPy's BLAS.",
     "exact": "Keep activations in f32; the reference backend always does.",
+    "packed_cache": "Keep the repacked weights of a GGUF file in the cache folder, and map them from there at later starts.",
     "json": "Print one JSON object.",
 }
 
@@ -40,6 +41,7 @@ Backend = Annotated[str, typer.Option(help=HELP["backend"], metavar="NAME")]
 KvType = Annotated[str, typer.Option(help=HELP["kv_type"], metavar="TYPE")]
 Threads = Annotated[str, typer.Option("-t", "--threads", help=HELP["threads"], metavar="N|auto")]
 Exact = Annotated[bool, typer.Option("--exact", help=HELP["exact"])]
+PackedCache = Annotated[bool, typer.Option("--packed-cache", help=HELP["packed_cache"])]
 Json = Annotated[bool, typer.Option("--json", help=HELP["json"])]
 
 

@@ -41,6 +41,7 @@ def run(
     backend: options.Backend = options.BACKEND,
     kv_type: options.KvType = "f16",
     exact: options.Exact = False,
+    packed_cache: options.PackedCache = False,
     as_json: options.Json = False,
     stats: Annotated[bool, typer.Option("--stats", help="Also print plans, copies, code, threads, state and arena.")] = False,
     check: Annotated[str | None, typer.Option(help=CHECK, metavar="BACKEND")] = None,
@@ -79,7 +80,8 @@ def run(
         raise InputError("[run] --system goes with --chat")
     before = [{"role": "system", "content": system}] if system is not None else []
     with options.working("loading"):
-        loaded = load(model, backend=backend, kv_type=kv_type, options=CompileOptions(exact=exact), threads=count)
+        chosen = CompileOptions(exact=exact)
+        loaded = load(model, backend=backend, kv_type=kv_type, options=chosen, threads=count, packed_cache=packed_cache)
     with loaded:
         if check is not None:
             from tensorgraph.tools.run_check import Wanted

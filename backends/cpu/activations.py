@@ -2,7 +2,7 @@
 
 A quantised row is K / 32 blocks of 48 bytes: 32 codes (i8), their scale `d` (f32), `d * sum` (f32), the sums of the first and
 the last 16 codes (i16 each), and their sum (i32). `x ~ d * code`, with d = max |x| / 127 and codes rounded to nearest, ties to
-even. A row that is not finite gives results that are not.
+even. A row that is not finite gives results that are not. Of kind int16 a block has the same codes once more behind it, as i16.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Literal
 
-from tensorgraph.backends.cpu.int8 import as_pair
-from tensorgraph.backends.cpu.ir import F32, I8, I32, Int, Value
+from tensorgraph.backends.cpu.int8 import WIDE, as_pair
+from tensorgraph.backends.cpu.ir import F32, I8, I16, I32, Int, Value
 from tensorgraph.backends.cpu.kernel import Kernel
 
-Kind = Literal["int8", "f32"]
+Kind = Literal["int8", "int16", "f32"]
 BLOCK = 32
-BLOCK_BYTES = 48
+_BLOCK_BYTES = {"int8": 48, "int16": 112, "f32": 128}
 SCALE, SCALED_SUM, HALF_SUMS = 32, 36, 40  # bytes into a block
 _ROUND, _ROUND_BITS = 1.5 * 2.0**23, 0x4B400000  # added to a number below 2^22 it leaves the nearest whole one in the low bits
+_TINY = 2.0**-128  # what has an infinite inverse: such blocks are taken as zeros
 _AT_ONCE = 4  # blocks
 Load = Callable[[Value, int], Value]
 """`load(i, lanes)`: elements i to i + lanes - 1 as f32; a scalar where lanes is 1."""
@@ -32,24 +33,37 @@ class Rows:
 
     kind: Kind
     address: Value
-    row_bytes: int
+    row_bytes: Int
     count: int = 1
+
+    @property
+    def is_integer(self) -> bool:
+        return self.kind != "f32"
+
+    @property
+    def block_bytes(self) -> int:
+        return _BLOCK_BYTES[self.kind]
 
     def from_row(self, n: Int, count: int) -> Rows:
         return Rows(self.kind, self.address + self.address.fn.i64(n) * self.row_bytes, self.row_bytes, count)
 
 
+def block_bytes(kind: Kind) -> int:
+    """Bytes of 32 elements of a row."""
+    return _BLOCK_BYTES[kind]
+
+
 def row_bytes(kind: Kind, width: int) -> int:
     """Bytes of a row of `width` elements."""
-    return width // BLOCK * BLOCK_BYTES if kind == "int8" else width * 4
+    return width * 4 if kind == "f32" else width // BLOCK * _BLOCK_BYTES[kind]
 
 
 def write_row(k: Kernel, kind: Kind, load: Load, width: int, to: Value) -> None:
     """A row of `width` elements in the form of `kind`."""
-    if kind == "int8":
-        quantise_row(k, load, width, to)
-    else:
+    if kind == "f32":
         copy_row(k, load, width, to)
+    else:
+        quantise_row(k, kind, load, width, to)
 
 
 def copy_row(k: Kernel, load: Load, width: int, to: Value) -> None:
@@ -62,14 +76,14 @@ def copy_row(k: Kernel, load: Load, width: int, to: Value) -> None:
                 k.store(load(loop.i, lanes), to + loop.i * 4)
 
 
-def quantise_row(k: Kernel, load: Load, width: int, to: Value) -> None:
-    """A row of `width` elements, a multiple of 32, as int8."""
+def quantise_row(k: Kernel, kind: Kind, load: Load, width: int, to: Value) -> None:
+    """A row of `width` elements, a multiple of 32, as int8 or int16."""
     n_blocks = width // BLOCK
     whole = n_blocks // _AT_ONCE * _AT_ONCE
 
     def blocks(first: Value, count: int) -> None:
         each = [[load(first * BLOCK + i, k.lanes) for i in range(n * BLOCK, n * BLOCK + BLOCK, k.lanes)] for n in range(count)]
-        quantise_blocks(k, each, to + first * BLOCK_BYTES)
+        quantise_blocks(k, kind, each, to + first * _BLOCK_BYTES[kind])
 
     if whole:
         with k.loop(0, whole, _AT_ONCE) as loop:
@@ -79,14 +93,15 @@ def quantise_row(k: Kernel, load: Load, width: int, to: Value) -> None:
         blocks(k.i64(whole), n_blocks - whole)
 
 
-def quantise_blocks(k: Kernel, blocks: Sequence[Sequence[Value]], to: Value) -> None:
-    """Up to 4 blocks of 32 elements, each in vectors of as many lanes, to an address."""
+def quantise_blocks(k: Kernel, kind: Kind, blocks: Sequence[Sequence[Value]], to: Value, apart: int = 0) -> None:
+    """Up to 4 blocks of 32 elements, each in vectors of as many lanes, to an address, so many bytes apart: 0 for side by side."""
+    apart = apart or _BLOCK_BYTES[kind]
     given = [*blocks, *[blocks[-1]] * (_AT_ONCE - len(blocks))]
     whole = I32.x(given[0][0].lanes)
     magnitudes = [[p.bits_as(whole) & 0x7FFFFFFF for p in parts] for parts in given]
     amax = _fold_each(k, magnitudes, lambda a, b: k.select(b.gt(a), b, a)).bits_as(F32.x(_AT_ONCE))  # in order, NaN last
     d = amax / 127.0
-    inverse = k.select(d.eq(0.0), k.zero(d.type), 1.0 / d)
+    inverse = k.select(d.le(_TINY), k.zero(d.type), 1.0 / d)
     rounded = []  # codes in the low bits, `_ROUND` in the high ones
     for n, parts in enumerate(given):
         by = inverse.shuffle([n] * whole.lanes)
@@ -95,14 +110,16 @@ def quantise_blocks(k: Kernel, blocks: Sequence[Sequence[Value]], to: Value) -> 
             joined = [k.convert(codes, I8).bits_as(I32.x(whole.lanes // 4)) for codes in rounded[-1]]
             while len(joined) > 1:
                 joined = [k.join(a, b) for a, b in zip(joined[::2], joined[1::2], strict=True)]
-            k.store(joined[0], to + n * BLOCK_BYTES)
+            k.store(joined[0], to + n * apart)
+            for i, codes in enumerate(rounded[-1] if kind == "int16" else []):
+                k.store(k.convert(codes, I16), to + (n * apart + WIDE + 2 * whole.lanes * i))
     n = BLOCK // 2 // whole.lanes  # vectors of half a block
     start = BLOCK // 2 * _ROUND_BITS % (1 << 32)
     low, high = (_fold_each(k, half, lambda a, b: a + b) - start for half in ([r[:n] for r in rounded], [r[n:] for r in rounded]))
     total = low + high
     columns = [d.bits_as(total.type), (d * k.convert(total, F32)).bits_as(total.type), as_pair(low, high), total]
     for n, tail in enumerate(_transposed(columns)[: len(blocks)]):
-        k.store(tail, to + (n * BLOCK_BYTES + SCALE))
+        k.store(tail, to + (n * apart + SCALE))
 
 
 def _fold_each(k: Kernel, blocks: Sequence[Sequence[Value]], combine: Callable[[Value, Value], Value]) -> Value:

@@ -49,7 +49,7 @@ def read_block(k: Kernel, codes: Codes, dot: ByteDot, heads: Heads, at: Value, p
             least = -(least * k.convert(of_minima[0], F32))
         factors = []
     elif factors:
-        if codes.centre:
+        if codes.centre and not dot.centred:
             offset = as_pair(factors[0] * -codes.centre, factors[1] * -codes.centre)
         if of_minima:
             assert least is not None
@@ -60,8 +60,8 @@ def read_block(k: Kernel, codes: Codes, dot: ByteDot, heads: Heads, at: Value, p
 
 def stored_bytes(codes: Codes, dot: ByteDot) -> int:
     """Of a block of 16 rows as `store_block` writes it."""
-    two = codes.n_factors == 2
-    return COLUMN * (GROUPS * dot.n_parts + 1 + codes.has_min + two * (2 + (codes.centre > 0) + codes.has_min))
+    of_two = 2 + (codes.centre > 0 and not dot.centred) + codes.has_min if codes.n_factors == 2 else 0
+    return COLUMN * (GROUPS * dot.n_parts + 1 + codes.has_min + of_two)
 
 
 def store_block(k: Kernel, codes: Codes, block: Block, to: Value, part: int, lanes: int) -> None:
@@ -89,7 +89,7 @@ def load_block(k: Kernel, codes: Codes, dot: ByteDot, at: Value, part: int, lane
     scale = column(next(numbers), F32.x(lanes))
     least = column(next(numbers), F32.x(lanes)) if codes.has_min else None
     factors = [column(next(numbers), whole) for _ in range(2 * two)]
-    offset = column(next(numbers), whole) if two and codes.centre else None
+    offset = column(next(numbers), whole) if two and codes.centre and not dot.centred else None
     minima = column(next(numbers), whole) if two and codes.has_min else None
     return Block(group, factors, offset, scale, least, minima)
 
@@ -114,9 +114,9 @@ def multiply_blocks(
     for n, g in enumerate(codes.order() if at_once == GROUPS else range(GROUPS), 1):
         weights = [block.group(g) for block in blocks]
         for t, row in enumerate(rows):
-            four = dot.of_four(k.splat(k.load(row + 4 * g, I32), lanes))
+            of_row = dot.of_row(row, g)
             for b, of_block in enumerate(weights):
-                sums[b, t] = dot.add(sums[b, t], of_block, four)
+                sums[b, t] = dot.add(sums[b, t], of_block, of_row)
         if n % at_once == 0:
             for b, t in pairs:
                 factors = blocks[b].factors
@@ -124,7 +124,7 @@ def multiply_blocks(
                 totals[b, t], sums[b, t] = dot.close(sums[b, t], factor, totals[b, t]), ()
 
     for t, row in enumerate(rows):
-        tail = _Tail(k, codes, row, lanes)
+        tail = _Tail(k, codes, dot, row, lanes)
         for b, block in enumerate(blocks):
             total = totals[b, t]
             assert total is not None
@@ -134,13 +134,14 @@ def multiply_blocks(
 class _Tail:
     """What stands behind the codes of a block of activations, loaded once for all that it is multiplied by."""
 
-    def __init__(self, k: Kernel, codes: Codes, row: Value, lanes: int) -> None:
+    def __init__(self, k: Kernel, codes: Codes, dot: ByteDot, row: Value, lanes: int) -> None:
         self.k, two = k, codes.n_factors == 2
+        short = codes.centre > 0 and not dot.centred
         self.scale = k.splat(k.load(row + SCALE, F32), lanes)
         self.halves = self.offset = self.scaled_sum = None
-        if codes.centre or (two and codes.has_min):
+        if short or (two and codes.has_min):
             self.halves = k.splat(k.load(row + HALF_SUMS, I32), lanes)
-            if not two:
+            if short and not two:
                 self.offset = word_dot(k, k.const(_pair(-codes.centre), self.halves.type), self.halves)
         if codes.has_min and not two:
             self.scaled_sum = k.splat(k.load(row + SCALED_SUM, F32), lanes)

@@ -21,11 +21,11 @@ DAY_S = 86400.0
 _READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # neither follow a link nor wait for a pipe
 
 
-def default_folder() -> Path | None:
-    """The user's own cache folder for code, made where it is missing; None without a home or where it cannot be made."""
+def default_folder(name: str = "code") -> Path | None:
+    """The user's own cache folder of a name, made where it is missing; None without a home or where it cannot be made."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
-        folder = (base if base.is_absolute() else Path.home() / ".cache") / "tensorgraph" / "code"
+        folder = (base if base.is_absolute() else Path.home() / ".cache") / "tensorgraph" / name
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except (OSError, RuntimeError):
         return None
@@ -42,7 +42,7 @@ class CodeCache:
     def __init__(self, folder: Path, limit_bytes: int = 512 << 20) -> None:
         self.folder, self.limit_bytes = folder, limit_bytes
         self._held_bytes: int | None = None  # counted at the first put
-        self._usable = self._is_private()
+        self._usable = is_private(folder, "code cache")
 
     def get(self, key: str) -> bytes | None:
         """What was put under the key, a file's name; None where that is absent, damaged or anything but a file of ours."""
@@ -120,17 +120,18 @@ class CodeCache:
                     held_bytes -= size_bytes
         return held_bytes
 
-    def _is_private(self) -> bool:
-        """Whether the folder, made where it is missing, is one that only this user can write."""
-        try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            status = os.lstat(self.folder)
-        except OSError:
-            return False
-        ours = not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
-        if stat.S_ISDIR(status.st_mode) and ours and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            return True
-        got = f"{self.folder} (mode {stat.filemode(status.st_mode)}, owner {status.st_uid})"
-        wanted = "a folder of this user's that nobody else can write"
-        warnings.warn(f"[code cache] wanted {wanted}; got {got}; it is not used", RuntimeWarning, stacklevel=3)
+
+def is_private(folder: Path, what: str) -> bool:
+    """Whether a folder, made where it is missing, is one that only this user can write; a warning says so where it is not."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = os.lstat(folder)
+    except OSError:
         return False
+    ours = not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
+    if stat.S_ISDIR(status.st_mode) and ours and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return True
+    got = f"{folder} (mode {stat.filemode(status.st_mode)}, owner {status.st_uid})"
+    wanted = "a folder of this user's that nobody else can write"
+    warnings.warn(f"[{what}] wanted {wanted}; got {got}; it is not used", RuntimeWarning, stacklevel=3)
+    return False

@@ -6,6 +6,7 @@ import mmap
 import threading
 import weakref
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,7 @@ class Held:
     shape: tuple[int, ...] = ()
     dtype: np.dtype | None = None
 
-    @property
+    @cached_property
     def address(self) -> int:
         return int(self.data.ctypes.data)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -17,7 +20,7 @@ from tensorgraph.backends.cpu.executor import Executor, ThreadCounters, usable_c
 from tensorgraph.backends.cpu.grouping import group_nodes
 from tensorgraph.backends.cpu.jit import Jit
 from tensorgraph.backends.cpu.kernel import Call, Context, Kernel, NodeKernel, code_of
-from tensorgraph.backends.cpu.operands import stored_type
+from tensorgraph.backends.cpu.operands import is_stored
 from tensorgraph.backends.cpu.packing import Packing
 from tensorgraph.backends.cpu.program import Program, Recipe, write_kernel
 from tensorgraph.backends.cpu.recipes import Entry, keys_of, read_entry
@@ -25,10 +28,13 @@ from tensorgraph.backends.cpu.target import Target, find_target, host
 from tensorgraph.backends.cpu.weights import LAYOUTS, pack, unpack
 from tensorgraph.device import Device, Part, Run, Values, readers
 from tensorgraph.dtypes import DType
-from tensorgraph.errors import InputError, UnsupportedError
+from tensorgraph.errors import InputError
 from tensorgraph.graph import STRUCTURAL, Graph, Node
 from tensorgraph.memory import Group
 from tensorgraph.state import Layout, StateSpec
+
+if TYPE_CHECKING:
+    from tensorgraph.backends.cpu.packed_file import PackedFile
 
 Threads = int | Literal["auto"]
 Note = Callable[[Sequence[Call], Mapping[str, int], np.ndarray, float], None]
@@ -121,6 +127,7 @@ class CpuDevice(Device):
         self.scratch, self.scratch_stride = aligned(0), np.zeros(1, np.int64)
         self.version = 0  # how often memory has moved, or the number of threads changed
         self.note: Note | None = None
+        self.packed: dict[mmap.mmap | None, PackedFile] = {}  # by the mapped file of the arrays that constants are made of
 
     @property
     def key(self) -> str:
@@ -136,14 +143,7 @@ class CpuDevice(Device):
         if node.op in STRUCTURAL:
             return True
         kernel: NodeKernel | None = registry.ops.get(node.op).kernel("cpu")
-        if kernel is None:
-            return False
-        try:
-            for value in (node, *node.inputs):
-                stored_type(value.dtype)
-        except UnsupportedError:
-            return False
-        return kernel.supports(node)
+        return kernel is not None and all(is_stored(v.dtype) for v in (node, *node.inputs)) and kernel.supports(node)
 
     def constant_layout(self, constant: Node, users: Sequence[Node]) -> str:
         able = [self._reads(user, slot) for user in users for slot, value in _slots(user) if value is constant]
@@ -151,7 +151,8 @@ class CpuDevice(Device):
 
     def stream_layout(self, spec: StateSpec, users: Sequence[tuple[Node, str]]) -> Layout:
         able = [self._reads(user, slot) for user, slot in users]
-        return "rows16" if able and all("rows16" in each for each in able) else "rows"
+        layouts: tuple[Layout, ...] = get_args(Layout)
+        return next((layout for layout in layouts[1:] if able and all(layout in each for each in able)), "rows")
 
     def _reads(self, user: Node, slot: str) -> tuple[str, ...]:
         kernel: NodeKernel | None = None if user.op in STRUCTURAL else registry.ops.get(user.op).kernel("cpu")
@@ -181,6 +182,23 @@ class CpuDevice(Device):
         if constant:
             return pack(array, dtype, layout, self) if layout != "dense" else self._hold(array, dtype)
         return np.ascontiguousarray(_in_dtype(array, dtype))
+
+    def keep_packed(self, path: Path, content: mmap.mmap, head_bytes: int, folder: Path | None) -> Callable[[], None]:
+        """Take packed constants from disk that an earlier start left there of a mapped model file; what is given keeps those of
+        this one. `head_bytes` lie before the file's tensors; `folder` is the user's own cache folder where None."""
+        from tensorgraph.backends.cpu.packed_file import PackedFile
+
+        folder = folder or default_folder("packed")
+        if folder is None:
+            warnings.warn("[packed cache] there is no cache folder for it: no home", RuntimeWarning, stacklevel=2)
+            return lambda: None
+        kept = self.packed[content] = PackedFile(path, content, head_bytes, folder)
+
+        def save() -> None:
+            self.settle()
+            kept.save()
+
+        return save
 
     def _hold(self, array: np.ndarray, dtype: DType) -> Held:
         value = _in_dtype(array, dtype)

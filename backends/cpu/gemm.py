@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tensorgraph.backends.cpu.activations import BLOCK, BLOCK_BYTES, Kind, Rows
+from tensorgraph.backends.cpu.activations import BLOCK, Kind, Rows
 from tensorgraph.backends.cpu.blocks import load_block, multiply_blocks, read_block, store_block, stored_bytes
 from tensorgraph.backends.cpu.codes import ROWS
-from tensorgraph.backends.cpu.int8 import ByteDot, byte_dot
+from tensorgraph.backends.cpu.int8 import ByteDot, byte_dot, wants_wide, wide_dot
 from tensorgraph.backends.cpu.ir import F32, Int, Value
 from tensorgraph.backends.cpu.kernel import Kernel
 from tensorgraph.backends.cpu.matvec import panel_values
 from tensorgraph.backends.cpu.operands import Operand
 from tensorgraph.backends.cpu.target import Target
-from tensorgraph.backends.cpu.weights import Interleaved, Panel, find_panel, n_tiles
+from tensorgraph.backends.cpu.weights import Interleaved, Panel, find_panel, interleaved, n_tiles
 from tensorgraph.dims import Extent
 from tensorgraph.dtypes import DType
 
@@ -165,7 +165,7 @@ def _multiply_panels(k: Kernel, panels: Sequence[Panel], x: Rows, count: Value, 
         for at in sums:
             for part in range(ROWS // lanes):
                 k.store(k.zero(F32.x(lanes)), at + (loop.i * ROWS + part * lanes) * 4)
-    dot = byte_dot(k, form.codes.most, lanes) if x.kind == "int8" and form.codes is not None else None
+    dot = many_dot(k, form, lanes) if x.is_integer else None
     length = slice_length(form, dot)
     with k.loop(0, width, length) as loop:
         loop.next()
@@ -176,6 +176,20 @@ def _multiply_panels(k: Kernel, panels: Sequence[Panel], x: Rows, count: Value, 
         else:
             sources = [_values_at(k, panel, loop.i, n, decoded + i * _SLICE_BYTES) for i, panel in enumerate(panels)]
             _float_tiles(k, sources, x, loop.i, n, count, sums)
+
+
+def rows_kind(target: Target, dtypes: Sequence[DType], kind: Kind) -> Kind:
+    """The form in which many rows are prepared for products of weights of these types, where few are of a kind."""
+    wide = any(codes is not None and wants_wide(target, codes.most) for codes in (interleaved(d).codes for d in dtypes))
+    return "int16" if kind == "int8" and wide else kind
+
+
+def many_dot(k: Kernel, form: Interleaved, lanes: int) -> ByteDot | None:
+    """How codes of a form meet many rows; None for floats."""
+    codes = form.codes
+    if codes is None:
+        return None
+    return wide_dot(k, codes.centre, lanes) if wants_wide(k.target, codes.most) else byte_dot(k, codes.most, lanes)
 
 
 def slice_length(form: Interleaved, dot: ByteDot | None) -> int:
@@ -225,7 +239,7 @@ def _integer_tiles(
     with k.loop(0, count, tile) as tiles, k.loop(0, n // BLOCK) as loop:
         tiles.next()
         loop.next()
-        rows = [x.address + (tiles.i + t) * x.row_bytes + (start // BLOCK + loop.i) * BLOCK_BYTES for t in range(tile)]
+        rows = [x.address + (tiles.i + t) * x.row_bytes + (start // BLOCK + loop.i) * x.block_bytes for t in range(tile)]
         for some in together:
             blocks = [load_block(k, codes, dot, decoded + loop.i * each + p * _SLICE_BYTES, part, lanes) for p, part in some]
             for b, t, add in multiply_blocks(k, codes, dot, blocks, rows):

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from tensorgraph.backends.cpu.ir import I8, I16, I32, Value
 from tensorgraph.backends.cpu.kernel import Kernel
+from tensorgraph.backends.cpu.target import Target
 
 _VNNI = {16: "llvm.x86.avx512.vpdpbusd.512", 8: "llvm.x86.avx512.vpdpbusd.256"}
 _PAIRS_OF_BYTES = {16: "llvm.x86.avx512.pmaddubs.w.512", 8: "llvm.x86.avx2.pmadd.ub.sw"}
@@ -18,14 +19,15 @@ _NEEDED = {16: "avx512", 8: "avx2", 4: ""}
 _MOST_WORD = 32767
 _MOST_PAIR = 2 * 127  # two codes of activations
 GROUPS = 8
+WIDE = 48  # bytes into a block of activations: its codes as i16
 Parts = Sequence[Value]
 
 
 class ByteDot(Protocol):
     """How sums over a block are made, four bytes of each lane at a time: `close(add(add((), ...), ...), factor, total)`.
 
-    `weights` are what `of_codes` makes of u8 codes, and `row` what `of_four` makes of four bytes (i32, the same in each lane),
-    so that each is made once for all that it is multiplied by.
+    `weights` are what `of_codes` makes of u8 codes, and `row` what `of_row` loads of a row, the same in each lane, so that each
+    is made once for all that it is multiplied by.
     """
 
     run: int
@@ -37,8 +39,14 @@ class ByteDot(Protocol):
     bytes_kept: bool
     """Whether these are of i8; else of i32."""
 
+    centred: bool
+    """Whether `of_codes` takes the centre off."""
+
     def of_codes(self, codes: Value) -> Parts: ...
-    def of_four(self, four: Value) -> Parts: ...
+    def of_row(self, block: Value, group: int) -> Parts:
+        """Group `group` of the block of activations at an address."""
+        ...
+
     def of_factor(self, factor: Value) -> Value:
         """A factor of a sum, i32, as `close` takes it: so many bytes as well."""
         ...
@@ -54,12 +62,28 @@ class ByteDot(Protocol):
 
 def byte_dot(k: Kernel, most: int, lanes: int) -> ByteDot:
     """The fastest form for codes up to `most` and i32 sums of so many lanes."""
-    has = k.target.has
-    if ("vnni" in has and lanes == 16) or ("avxvnni" in has and lanes == 8):
+    if _has_fours(k.target, lanes):
         return _Fours(k, lanes)
-    if ("avx512" in has and lanes == 16) or ("avx2" in has and lanes == 8):
-        return _Pairs(k, most, lanes)
-    return _Words(k, lanes)
+    return _Pairs(k, most, lanes) if _has_pairs(k.target, lanes) else _Words(k, lanes)
+
+
+def wide_dot(k: Kernel, centre: int, lanes: int) -> ByteDot:
+    """The form that reads activations as i16."""
+    return _Wide(k, centre, lanes)
+
+
+def wants_wide(target: Target, most: int) -> bool:
+    """Whether `wide_dot` is the fastest form for codes up to `most` that are decoded once for many rows."""
+    lanes, fits = target.vector_bytes // 4, most * _MOST_PAIR <= _MOST_WORD
+    return _has_pairs(target, lanes) and not _has_fours(target, lanes) and not fits
+
+
+def _has_fours(target: Target, lanes: int) -> bool:
+    return ("vnni" in target.has and lanes == 16) or ("avxvnni" in target.has and lanes == 8)
+
+
+def _has_pairs(target: Target, lanes: int) -> bool:
+    return ("avx512" in target.has and lanes == 16) or ("avx2" in target.has and lanes == 8)
 
 
 def word_dot(k: Kernel, a: Value, b: Value) -> Value:
@@ -76,10 +100,15 @@ def as_pair(low: Value, high: Value) -> Value:
     return (low & 0xFFFF) | (high << 16)
 
 
+def _four(k: Kernel, at: Value, lanes: int) -> Value:
+    """Four bytes, the same in each lane."""
+    return k.splat(k.load(at, I32), lanes)
+
+
 class _Fours:
     """One instruction for four bytes, which reads those of activations from memory."""
 
-    run, n_sums, n_parts, bytes_kept = GROUPS, 1, 1, True
+    run, n_sums, n_parts, bytes_kept, centred = GROUPS, 1, 1, True, False
 
     def __init__(self, k: Kernel, lanes: int) -> None:
         self.k, self.lanes = k, lanes
@@ -87,8 +116,8 @@ class _Fours:
     def of_codes(self, codes: Value) -> Parts:
         return (codes,)
 
-    def of_four(self, four: Value) -> Parts:
-        return (four.bits_as(I8.x(4 * self.lanes)),)
+    def of_row(self, block: Value, group: int) -> Parts:
+        return (_four(self.k, block + 4 * group, self.lanes).bits_as(I8.x(4 * self.lanes)),)
 
     def of_factor(self, factor: Value) -> Value:
         return factor
@@ -105,7 +134,7 @@ class _Fours:
 class _Pairs:
     """Pairs of bytes to i16; codes of 8 bits in halves, whose sums of a pair would not fit."""
 
-    bytes_kept = True
+    bytes_kept, centred = True, False
 
     def __init__(self, k: Kernel, most: int, lanes: int) -> None:
         self.k, self.lanes = k, lanes
@@ -119,8 +148,8 @@ class _Pairs:
         words = codes.bits_as(I16.x(2 * self.lanes))
         return codes & 15, (words.shift_right(4) & 0x0F0F).bits_as(codes.type)
 
-    def of_four(self, four: Value) -> Parts:
-        return (four.bits_as(I8.x(4 * self.lanes)),)
+    def of_row(self, block: Value, group: int) -> Parts:
+        return (_four(self.k, block + 4 * group, self.lanes).bits_as(I8.x(4 * self.lanes)),)
 
     def of_factor(self, factor: Value) -> Value:
         return as_pair(factor, factor)
@@ -143,7 +172,7 @@ class _Pairs:
 class _Words:
     """Bytes 0 and 2, and 1 and 3, as i16."""
 
-    run, n_sums, n_parts, bytes_kept = GROUPS, 2, 2, False
+    run, n_sums, n_parts, bytes_kept, centred = GROUPS, 2, 2, False, False
 
     def __init__(self, k: Kernel, lanes: int) -> None:
         self.k, self.lanes = k, lanes
@@ -152,8 +181,8 @@ class _Words:
         words = codes.bits_as(I16.x(2 * self.lanes))
         return [half.bits_as(I32.x(self.lanes)) for half in (words & 0xFF, words.shift_right(8))]
 
-    def of_four(self, four: Value) -> Parts:
-        words = four.bits_as(I16.x(2 * self.lanes))
+    def of_row(self, block: Value, group: int) -> Parts:
+        words = _four(self.k, block + 4 * group, self.lanes).bits_as(I16.x(2 * self.lanes))
         return [half.bits_as(I32.x(self.lanes)) for half in ((words << 8) >> 8, words >> 8)]
 
     def of_factor(self, factor: Value) -> Value:
@@ -167,4 +196,36 @@ class _Words:
         found = sums[0] + sums[1]
         if factor is not None:
             found = found * factor
+        return found if total is None else total + found
+
+
+class _Wide:
+    """Pairs of i16, of codes less their centre: nothing is left to widen or to add at the end of a block."""
+
+    run, n_sums, n_parts, bytes_kept, centred = GROUPS, 1, 2, False, True
+
+    def __init__(self, k: Kernel, centre: int, lanes: int) -> None:
+        self.k, self.centre, self.lanes = k, centre, lanes
+
+    def of_codes(self, codes: Value) -> Parts:
+        words, pairs = codes.bits_as(I32.x(self.lanes)), I16.x(2 * self.lanes)
+        halves = ((words & 0xFF) | ((words & 0xFF00) << 8)), ((words.shift_right(16) & 0xFF) | (words.shift_right(24) << 16))
+        return [(half.bits_as(pairs) - self.centre).bits_as(words.type) for half in halves]
+
+    def of_row(self, block: Value, group: int) -> Parts:
+        return [_four(self.k, block + (WIDE + 8 * group + 4 * i), self.lanes) for i in range(2)]
+
+    def of_factor(self, factor: Value) -> Value:
+        return factor
+
+    def add(self, sums: Parts, weights: Parts, row: Parts) -> Parts:
+        total = sums[0] if sums else None
+        for w, x in zip(weights, row, strict=True):
+            new = word_dot(self.k, w, x)
+            total = new if total is None else total + new
+        assert total is not None
+        return (total,)
+
+    def close(self, sums: Parts, factor: Value | None, total: Value | None) -> Value:
+        found = sums[0] if factor is None else sums[0] * factor
         return found if total is None else total + found

@@ -202,7 +202,7 @@ class Context:
 
     target: Target
     exact: bool  # keep activations in f32
-    layout: Callable[[Node], str]  # in which a node is read: "dense" but for constants ("r16") and streams ("rows", "rows16")
+    layout: Callable[[Node], str]  # in which a node is read: "dense" but for constants ("r16") and streams (theirs)
     layouts: Mapping[str, str] = field(default_factory=dict)  # in which streams are held, "rows" where not given
 
 

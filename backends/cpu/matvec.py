@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from tensorgraph.backends.cpu.activations import BLOCK, BLOCK_BYTES, Kind, Rows
+from tensorgraph.backends.cpu.activations import BLOCK, Kind, Rows
 from tensorgraph.backends.cpu.blocks import Heads, multiply_blocks, read_block
 from tensorgraph.backends.cpu.codes import ROWS
 from tensorgraph.backends.cpu.int8 import byte_dot
@@ -34,7 +34,7 @@ def panel_dot(k: Kernel, panels: Sequence[Panel], x: Rows, ahead_bytes: int = AH
 
     Panels of the same weights are neighbours, and those that follow them are read next: each so many bytes ahead.
     """
-    if x.kind == "int8":
+    if x.is_integer:
         return _integer_dot(k, panels, x, ahead_bytes)
     return _float_dot(k, panels, x, ahead_bytes)
 
@@ -48,7 +48,7 @@ def _integer_dot(k: Kernel, panels: Sequence[Panel], x: Rows, ahead_bytes: int) 
     each = x.count * len(parts)
 
     def block(units: Sequence[Value], heads: Sequence[Heads], n: Value, sums: Sequence[Value]) -> list[Value]:
-        sums, found = list(sums), x.address + (k.i64(loop.i) * codes.n_blocks + n) * BLOCK_BYTES
+        sums, found = list(sums), x.address + (k.i64(loop.i) * codes.n_blocks + n) * x.block_bytes
         rows = [found + t * x.row_bytes for t in range(x.count)]
         for p, unit in enumerate(units):
             at = codes.at(unit, n)

@@ -26,6 +26,11 @@ def stored_type(dtype: DType) -> Type:
     return _STORED[dtype.name]
 
 
+def is_stored(dtype: DType) -> bool:
+    """Whether there is a `stored_type`."""
+    return dtype.is_block or dtype.name in _STORED
+
+
 def computed_type(dtype: DType) -> Type:
     """What kernels compute in: f32 for floats, i32 or i64 for integers and bools."""
     return _COMPUTED.get(dtype.name, F32)
@@ -70,30 +75,57 @@ class Row:
 
     def load(self, i: Int, lanes: int = 0, mask: Value | None = None) -> Value:
         """Elements i, i + 1, ... (one where `lanes` is 0) in the type computed in; lanes outside the mask are 0 and not read."""
-        k, stored = self.k, stored_type(self.dtype)
-        item = stored.size_bytes
+        k = self.k
         if not lanes or _is(self.stride, 0):
-            at = self.address if _is(self.stride, 0) else self.address + k.i64(i) * self.stride * item
-            value = read_value(k, k.load(at, stored), self.dtype)
+            value = read_value(k, k.load(self.at(i), stored_type(self.dtype)), self.dtype)
             if mask is not None:
                 return k.select(mask, k.splat(value, lanes), k.zero(value.type.x(lanes)))
             return k.splat(value, lanes)
-        if _is(self.stride, 1):
-            raw = k.load(self.address + k.i64(i) * item, stored.x(lanes), mask=mask)
-        else:
-            offsets = k.lane_numbers(lanes, I64) * k.splat(k.i64(self.stride) * item, lanes)
-            raw = k.gather(self.address + k.i64(i) * self.stride * item, offsets, stored.x(lanes), mask)
-        return read_value(k, raw, self.dtype)
+        return read_value(k, self.raw(i, lanes, mask), self.dtype)
+
+    def raw(self, i: Int, lanes: int, mask: Value | None = None) -> Value:
+        """Elements i, i + 1, ... as they are stored; the stride must not be 0."""
+        k, stored = self.k, stored_type(self.dtype).x(lanes)
+        if self.together:
+            return k.load(self.at(i), stored, mask=mask)
+        return k.gather(self.at(i), self._offsets(lanes), stored, mask)
 
     def store(self, i: Int, value: Value, mask: Value | None = None) -> None:
         """Write a value (a vector: to elements i, i + 1, ...), rounded to this dtype; the stride must not be 0."""
         k, raw = self.k, written_value(self.k, value, self.dtype)
-        item = stored_type(self.dtype).size_bytes
-        at = self.address + k.i64(i) * self.stride * item
-        if not value.lanes or _is(self.stride, 1):
-            k.store(raw, at, mask=mask)
+        if not value.lanes or self.together:
+            k.store(raw, self.at(i), mask=mask)
         else:
-            k.scatter(raw, at, k.lane_numbers(value.lanes, I64) * k.splat(k.i64(self.stride) * item, value.lanes), mask)
+            k.scatter(raw, self.at(i), self._offsets(value.lanes), mask)
+
+    @property
+    def together(self) -> bool:
+        """Whether the elements of a vector lie side by side."""
+        return _is(self.stride, 1)
+
+    def at(self, i: Int) -> Value:
+        """The address of an element."""
+        item = stored_type(self.dtype).size_bytes
+        return self.address if _is(self.stride, 0) else self.address + self.k.i64(i) * self.stride * item
+
+    def _offsets(self, lanes: int) -> Value:
+        k = self.k
+        return k.lane_numbers(lanes, I64) * k.splat(k.i64(self.stride) * stored_type(self.dtype).size_bytes, lanes)
+
+
+@dataclass(frozen=True)
+class PanelRow(Row):
+    """Elements that lie side by side in groups of `width`, the groups `stride` elements apart; a vector lies within one group."""
+
+    width: int = 16
+
+    @property
+    def together(self) -> bool:
+        return True
+
+    def at(self, i: Int) -> Value:
+        i = self.k.i64(i)
+        return self.address + (i // self.width * self.stride + i % self.width) * stored_type(self.dtype).size_bytes
 
 
 @dataclass(frozen=True)
@@ -102,7 +134,7 @@ class Operand:
 
     Attributes:
         shape, strides: in elements; ints where known while emitting, else registers.
-        layout: "dense" (any strides), "r16" for interleaved weights, "rows" or "rows16" for the pages of a stream.
+        layout: "dense" (any strides), "r16" for interleaved weights, that of a stream (`state.Layout`) for its pages.
         table: of a stream, the address of its class's table (`backends.cpu.streams`).
     """
 

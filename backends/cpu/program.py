@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from tensorgraph.dtypes import DType, as_dtype
 from tensorgraph.errors import InputError, StateError, UnsupportedError
 from tensorgraph.graph import Node
 from tensorgraph.memory import needs_storage
+from tensorgraph.state import Layout
 from tensorgraph.views import IndexMap
 
 if TYPE_CHECKING:
@@ -49,8 +50,7 @@ class Recipe(NamedTuple):
     attrs: tuple[tuple[str, Any], ...] = ()
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where an operand lies: in what, how many bytes on, and what it is read as."""
 
     kind: str  # "arena", "constant", "external", "stream"
@@ -280,17 +280,8 @@ class Program:
             self._args.append(("class", place.of))
         if not static:
             self._args.append(("extent", self._number(index_map.offset)))
-        known = ref.known or place.layout != "dense"
-        shape = tuple(e if known and isinstance(e, int) else None for e in index_map.shape)
-        strides: Extents = ()
-        if place.layout == "dense":
-            last = len(index_map.strides) - 1
-            strides = tuple(
-                s if isinstance(s, int) and (known or (i == last and s in (0, 1))) else None
-                for i, s in enumerate(index_map.strides)
-            )
-        numbers = [e for e, k in zip(index_map.shape, shape, strict=True) if k is None]
-        numbers += [e for e, k in zip(index_map.strides, strides, strict=False) if k is None]
+        dense = place.layout == "dense"
+        shape, strides, numbers = _written(index_map, ref.known or not dense, dense)
         self._args += [("extent", self._number(e)) for e in numbers]
         return OperandKey(name, place.dtype.name, place.layout, shape, strides, not static)
 
@@ -342,6 +333,20 @@ class Program:
         return Output(node, compiled(index_map.shape), dtype, buffer.get(place.kind), place.offset_bytes, where)
 
 
+@lru_cache(1 << 12)
+def _written(index_map: IndexMap, known: bool, dense: bool) -> tuple[Extents, Extents, tuple[Extent, ...]]:
+    """The extents and strides of an operand as its kernel has them in its code, and those that are read when it runs."""
+    shape: Extents = tuple(e if known and isinstance(e, int) else None for e in index_map.shape)
+    strides: Extents = ()
+    if dense:
+        last = len(index_map.strides) - 1
+        strides = tuple(
+            s if isinstance(s, int) and (known or (i == last and s in (0, 1))) else None for i, s in enumerate(index_map.strides)
+        )
+    given = (*zip(index_map.shape, shape, strict=True), *zip(index_map.strides, strides, strict=False))
+    return shape, strides, tuple(extent for extent, written in given if written is None)
+
+
 class Output(NamedTuple):
     """A value after a run: an array of a shape in a buffer (the arena where None), dense from an offset or as `where` says."""
 
@@ -381,7 +386,7 @@ def _read_operand(k: Kernel, key: OperandKey) -> Operand:
     if key.layout == "number":
         return Operand(k, dtype, (k.load(k.slot(), I64),), (), k.zero(PTR), key.layout)
     address = k.slot()
-    table = k.slot() if key.layout in ("rows", "rows16") else None
+    table = k.slot() if key.layout in get_args(Layout) else None
     if key.offset:
         address = address + k.load(k.slot(), I64) * (4 if dtype.is_block else dtype.block_bytes)
 

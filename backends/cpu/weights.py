@@ -9,7 +9,7 @@ elements of a single row (for `get_rows`).
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from tensorgraph import registry
 from tensorgraph.backends.cpu.codes import ROWS, Codes
 from tensorgraph.backends.cpu.constants import Held, forget, mapped_file
-from tensorgraph.backends.cpu.ir import I8, I16, I32, Int, Value
+from tensorgraph.backends.cpu.file_blocks import InFiles, write_blocks
+from tensorgraph.backends.cpu.ir import Int, Value
 from tensorgraph.backends.cpu.kernel import HEADER, MESSAGES, MOST_CHUNKS, Kernel
 from tensorgraph.backends.cpu.operands import Operand, stored_type
-from tensorgraph.backends.cpu.packing import Step
+from tensorgraph.backends.cpu.packing import BATCH_BYTES, Step
 from tensorgraph.backends.cpu.program import OperandKey, Recipe
 from tensorgraph.dtypes import DType, as_dtype, f32
 from tensorgraph.errors import InputError
@@ -34,12 +35,8 @@ if TYPE_CHECKING:
 
 LAYOUTS: tuple[str, ...] = ("r16",)
 """In the order in which they are preferred."""
-_RECODED = 1 << 20  # elements at once
+_DECODED = 1 << 20  # elements at once
 _CHUNK_BYTES = 1 << 18
-
-
-Recode = Callable[[NDArray[np.uint8]], NDArray[Any]]
-"""Bytes of rows [n, row_bytes] to others, or to values."""
 
 
 @dataclass(frozen=True)
@@ -48,51 +45,37 @@ class Interleaved:
 
     Attributes:
         block, unit_bytes: elements of one row in a unit, and bytes of it.
-        block_bytes: of one row's block as `write` reads it.
-        write: `(k, sources, to)` copies one block of each of 16 rows, at 16 addresses, to the unit at an address.
+        file_block, file_block_bytes: elements and bytes of one row that `write` takes at a time, those of one or several units.
+        write: `(k, row, n, step, to)` copies n blocks of each of 16 rows, `step` bytes apart, to the units from an address on;
+            `row(r)` is where row r begins.
         row_values: `(k, unit, row, first, lanes)` -> f32 of `lanes` consecutive elements of one row, inside a unit or (block 1)
             over adjacent units.
         values: of floats, `(k, unit, element, part, lanes)` -> f32 of one element (a Python int) of the rows in part: `lanes`
             rows from row `part * lanes`.
         codes: what elements are made of; None for floats.
-        recode: what `write` reads of rows as they are in files; None where that is the same.
+        parts: of types with codes, as `InFiles` has it.
     """
 
     block: int
     unit_bytes: int
-    block_bytes: int
-    write: Callable[[Kernel, Sequence[Value], Value], None]
+    file_block: int
+    file_block_bytes: int
+    write: Callable[[Kernel, Callable[[Int], Value], Int, Int, Value], None]
     row_values: Callable[[Kernel, Value, Value, Value, int], Value]
     values: Callable[[Kernel, Value, int, int, int], Value] | None = None
     codes: Codes | None = None
-    recode: Recode | None = None
+    parts: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] | None = None
 
 
-def coded(codes: Codes, recode: Recode | None = None, flip: int = 0) -> Interleaved:
-    """The form of a type whose rows (as `recode` gives them, else in the file) have in each unit what `Codes.fields` says.
+def coded(codes: Codes, files: InFiles) -> Interleaved:
+    """The form of a type whose rows have in each unit what `Codes.fields` says."""
+    dtype = files.dtype
 
-    Args:
-        flip: bits of every byte of codes that are turned over on the way.
-    """
-    head, of_block = codes.fields
-    loaded, flips = {1: I8, 2: I16, 4: I32}, flip * 0x01010101
+    def write(k: Kernel, row: Callable[[Int], Value], n: Int, step: Int, to: Value) -> None:
+        write_blocks(k, codes, files, row, n, step, to)
 
-    def copy(k: Kernel, sizes: Sequence[int], sources: Sequence[Value], to: Value) -> None:
-        at = 0
-        for size in sizes:
-            for r, source in enumerate(sources):
-                value = k.load(source + at, loaded[size], align=1)
-                k.store(value ^ flips if flip and size == 4 else value, to + (ROWS * at + size * r), align=1)
-            at += size
-
-    def write(k: Kernel, sources: Sequence[Value], to: Value) -> None:
-        copy(k, head, sources, to)
-        with k.loop(0, codes.n_blocks) as loop:
-            loop.next()
-            at = loop.i * sum(of_block) + sum(head)
-            copy(k, of_block, [source + at for source in sources], to + at * ROWS)
-
-    return Interleaved(codes.block, codes.unit_bytes, codes.row_bytes, write, codes.row_values, codes=codes, recode=recode)
+    sizes = codes.block, codes.unit_bytes, dtype.block_size, dtype.block_bytes
+    return Interleaved(*sizes, write, codes.row_values, codes=codes, parts=files.parts)
 
 
 FORMS: dict[str, Interleaved] = {}
@@ -101,7 +84,7 @@ FORMS: dict[str, Interleaved] = {}
 
 def interleaved(dtype: DType) -> Interleaved:
     """The form of a type: its own, or that of f32."""
-    if not FORMS:
+    if "f32" not in FORMS:
         importlib.import_module("tensorgraph.ops.formats.interleaved_cpu")
     return FORMS.get(dtype.name, FORMS["f32"])
 
@@ -163,7 +146,7 @@ def load_r16_row(weights: Operand, row: Value, first: Value, lanes: int = ROWS) 
 
 
 def pack(array: np.ndarray, dtype: DType, layout: str, device: CpuDevice) -> Held:
-    """A constant in layout r16; block types come as `uint8 [..., row_bytes]`.
+    """A constant in layout r16; block types come as `uint8 [..., row_bytes]`. It is on disk, perhaps, where the device keeps it.
 
     What lies in a mapped file is read later, but before the constant is next read by whatever the device runs.
 
@@ -176,27 +159,45 @@ def pack(array: np.ndarray, dtype: DType, layout: str, device: CpuDevice) -> Hel
     if not dtype.is_block and value.dtype != dtype.numpy:
         value = value.astype(dtype.numpy)
     form = interleaved(dtype)
-    recode = form.recode if dtype.name in FORMS else registry.decoders.get(dtype.name)
+    decode = registry.decoders.get(dtype.name) if dtype.is_block and dtype.name not in FORMS else None
     *lead, rows, length = value.shape
     width = length // dtype.block_bytes * dtype.block_size if dtype.is_block else length
     matrices = value.reshape(int(np.prod(lead)), rows, length)
     tile = width // form.block * form.unit_bytes
-    held = device.constants.take(len(matrices) * n_tiles(rows) * tile)
+    size_bytes, shape = len(matrices) * n_tiles(rows) * tile, (*lead, rows, width)
+    kept = device.packed.get(mapped_file(array)) if value is array else None
+    if kept is not None and (found := kept.find(array, dtype, size_bytes)) is not None:
+        return Held(found, layout, shape)
+    held = device.constants.take(size_bytes)
+    if kept is not None:
+        kept.add(array, dtype, held)
     to = int(held.ctypes.data)
-    if recode is None or not value.size:
-        _interleave(matrices, dtype, to, device, (array, held), partial(forget, array))
+    if decode is None or not value.size:
+        for some in _pieces(matrices):
+            _interleave(some, dtype, to, device, (array, held), partial(forget, some))
+            to += len(some) * n_tiles(some.shape[1]) * tile
         if value is not array or mapped_file(array) is None:  # it may change, or is held twice
             device.settle()
-        return Held(held, layout, (*lead, rows, width))
-    step = max(ROWS, _RECODED // max(width, 1) // ROWS * ROWS)
+        return Held(held, layout, shape)
+    step = max(ROWS, _DECODED // max(width, 1) // ROWS * ROWS)
     for matrix in matrices:
         for start in range(0, rows, step):
-            some = recode(np.ascontiguousarray(matrix[start : start + step]))
-            _interleave(some[None], dtype if dtype.name in FORMS else f32, to, device, (held,), _nothing)
+            some = decode(np.ascontiguousarray(matrix[start : start + step]))
+            _interleave(some[None], f32, to, device, (held,), _nothing)
             device.settle()  # nothing more is held twice
             to += n_tiles(len(some)) * tile
     forget(array)
-    return Held(held, layout, (*lead, rows, width))
+    return Held(held, layout, shape)
+
+
+def _pieces(matrices: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """Whole matrices, or whole tiles of one, so that no more than a batch of a file is resident at a time."""
+    each = max(matrices[:1].nbytes, 1)
+    n, rows = max(1, BATCH_BYTES // each), matrices.shape[1]
+    step = rows if each <= BATCH_BYTES else max(ROWS, BATCH_BYTES * rows // each // ROWS * ROWS)
+    for first in range(0, len(matrices), n):
+        for start in range(0, rows, max(step, 1)):
+            yield matrices[first : first + n, start : start + step]
 
 
 def unpack(held: Held, dtype: DType, device: CpuDevice) -> NDArray[np.float32]:
@@ -272,14 +273,15 @@ def write_units(k: Kernel, operands: Mapping[str, Operand], *, dtype: str) -> No
     form, item = interleaved(as_dtype(dtype)), stored_type(source.dtype).size_bytes
     matrices, rows, length = (k.i64(n) for n in source.shape)
     tiles = (rows + (ROWS - 1)) // ROWS
-    units = length // (form.block_bytes // item)
-    step = k.i64(source.strides[-1]) * form.block_bytes
+    blocks = length // (form.file_block_bytes // item)
+    step = k.i64(source.strides[-1]) * form.file_block_bytes
     with k.rows([matrices, tiles]) as (matrix, tile):
-        starts = [source.at([matrix, k.min(tile * ROWS + r, rows - 1)]) for r in range(ROWS)]
-        begin = to.address + (matrix * tiles + tile) * units * form.unit_bytes
-        with k.loop(0, units) as loop:
-            loop.next()
-            form.write(k, [start + loop.i * step for start in starts], begin + loop.i * form.unit_bytes)
+
+        def row(r: Int) -> Value:
+            return source.at([matrix, k.min(tile * ROWS + r, rows - 1)])
+
+        begin = to.address + (matrix * tiles + tile) * blocks * (form.file_block // form.block * form.unit_bytes)
+        form.write(k, row, blocks, step, begin)
 
 
 def read_units(k: Kernel, operands: Mapping[str, Operand]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import mmap
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ class GGUF:
 
     def __init__(self, headers: list[Header]) -> None:
         self._files = [header.file for header in headers]
+        self._data_starts = [header.data_start for header in headers]
         self.paths = tuple(file.path for file in self._files)
         self.version = headers[0].version
         self.metadata = headers[0].metadata
@@ -93,6 +95,11 @@ class GGUF:
         if not isinstance(name, str) or not name:
             raise FormatError(f"[gguf] {self.paths[0]}: wanted a name in general.architecture; got {name!r}")
         return name
+
+    @property
+    def mapped(self) -> list[tuple[Path, mmap.mmap, int]]:
+        """The path of each file, its content, and how many bytes lie before its tensors."""
+        return [(file.path, file.content, start) for file, start in zip(self._files, self._data_starts, strict=True)]
 
     def data(self, name: str) -> np.ndarray[Any, Any]:
         """A tensor's bytes as they lie in the file, read-only and not copied.

@@ -27,6 +27,7 @@ _NUMBERS = {
 _MAX_PAIRS, _MAX_TENSORS, _MAX_STRINGS = 1 << 16, 1 << 18, 1 << 23  # far above any model; they bound time and memory
 _MAX_DEPTH = 4  # of arrays in arrays
 _MAX_DIMS = 4
+_PIECE_BYTES, _FEW_STRINGS = 1 << 14, 100
 
 
 class MappedFile:
@@ -145,9 +146,10 @@ class Cursor:
     # What follows is written for speed, without the checks of `take`: a vocabulary has 10^5 strings.
 
     def _skip_strings(self, count: int, what: str) -> None:
-        at, content, unpack = self.at, self._content, _U64.unpack_from
+        at, passed = _pass_short_strings(self._content, self.at, count)
+        content, unpack = self._content, _U64.unpack_from
         try:
-            for _ in range(count):
+            for _ in range(count - passed):
                 at += 8 + unpack(content, at)[0]
         except (struct.error, OverflowError):
             at = self.file.size_bytes + 1
@@ -185,11 +187,29 @@ class Cursor:
         return numbers.astype(np.bool_)
 
 
+def _pass_short_strings(content: mmap.mmap, at: int, count: int) -> tuple[int, int]:
+    """Step over strings, each after its length, as long as they have less than 256 bytes and no zeros; the place and how many."""
+    passed = 0
+    while passed < count and count > _FEW_STRINGS:
+        numbers = _numbers_at_each_byte(content, at, min(len(content) - at, _PIECE_BYTES, 263 * (count - passed)))
+        starts = np.flatnonzero(numbers < 256)[: count - passed]
+        ends = starts + 8 + numbers[starts].astype(np.int64)
+        if not len(starts) or starts[0] != 0 or np.any(starts[1:] != ends[:-1]) or at + ends[-1] > len(content):
+            break
+        at, passed = at + int(ends[-1]), passed + len(starts)
+    return at, passed
+
+
+def _numbers_at_each_byte(content: mmap.mmap | bytearray, at: int, size_bytes: int) -> np.ndarray[Any, Any]:
+    """What would be read as a length at each of so many bytes."""
+    return np.ndarray(max(size_bytes - 7, 0), "<u8", content, at, strides=(1,))
+
+
 def _short_strings(content: bytearray, count: int) -> list[str] | None:
     """Strings, each after its length, decoded all at once; None unless each has 1 to 255 bytes of UTF-8, and none of 0."""
     if not count:
         return []
-    numbers = np.ndarray(len(content) - 7, "<u8", content, strides=(1,))  # what would be read as a length at each byte
+    numbers = _numbers_at_each_byte(content, 0, len(content))
     at = np.flatnonzero(numbers < 256)
     if len(at) != count or at[0] != 0 or np.any(np.diff(at, append=len(content)) != 8 + numbers[at].astype(np.int64)):
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -42,17 +42,22 @@ def load(
     kv_type: DType | str = "f16",
     options: CompileOptions | None = None,
     threads: int | Literal["auto"] | None = None,
+    packed_cache: bool | str | Path = False,
 ) -> TextModel:
     """Open a model: a GGUF file (of a split one, any part), a folder as published on a model hub (config.json, safetensors,
     tokenizer.json or tokenizer.model), or the name of one in installed packages (`packaged.PACKAGED`: `smollm2`, `minilm`,
     `gemma3-270m`).
 
-    `kv_type` is the type of the rows that sessions keep: f16, bf16 or f32. `threads` is how many the devices compute with; they
-    keep what they have where None.
+    `kv_type` is the type of the rows that sessions keep: f16, bf16, f32 or q8_0. `threads` is how many the devices compute with;
+    they keep what they have where None.
+
+    With `packed_cache`, weights that devices repack are kept on disk in that form, once the model is closed, and mapped by later
+    starts: in the user's cache folder (`~/.cache/tensorgraph/packed`), or in a folder of that name. GGUF files only. What is kept
+    takes about as much room as the file; whoever wants it back removes the folder.
 
     Raises:
-        InputError: there is no such file, or no such number of threads. FormatError: it is damaged. UnknownNameError: its
-        architecture or a backend is not there.
+        InputError: there is no such file, no such number of threads, or packed weights are wanted of a folder. FormatError: it
+        is damaged. UnknownNameError: its architecture or a backend is not there.
     """
     devices = get_devices(backend)
     if threads is not None:
@@ -62,7 +67,10 @@ def load(
             device.set_threads(threads)
     model = open_model(path)
     try:
-        return TextModel(model, Engine(model, devices, kv_dtype=kv_type, options=options))
+        loaded = TextModel(model, Engine(model, devices, kv_dtype=kv_type, options=options))
+        if packed_cache:
+            loaded.keep_packed(None if packed_cache is True else Path(packed_cache))
+        return loaded
     except BaseException:
         if model.file is not None:
             model.file.close()
@@ -110,6 +118,7 @@ class TextModel:
 
     def __init__(self, model: Model, engine: Engine) -> None:
         self.model, self.engine = model, engine
+        self._keep: list[Callable[[], None]] = []
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -194,8 +203,25 @@ class TextModel:
         doubled = len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_id  # templates may write BOS themselves
         return ids[1:] if doubled else ids
 
+    def keep_packed(self, folder: Path | None) -> None:
+        """What `packed_cache` of `load` says, of the devices that repack weights.
+
+        Raises: InputError: the model is not a GGUF file.
+        """
+        if not isinstance(self._file, GGUF):
+            raise InputError(f"[load] wanted a GGUF file whose weights are kept packed; got the folder {self._file.folder}")
+        for device in self.engine.devices:
+            keep: Callable[..., Callable[[], None]] | None = getattr(device, "keep_packed", None)
+            self._keep += [keep(*file, folder) for file in self._file.mapped] if keep is not None else []
+
     def close(self) -> None:
-        """Let go of the file."""
+        """Let go of the file, when packed weights are on disk if they are to be kept there."""
+        for keep in self._keep:
+            keep()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._keep.clear()
         if self.model.file is not None:
             self.model.file.close()
 
@@ -203,7 +229,7 @@ class TextModel:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
+        self.close() if kind is None else self._let_go()
 
 
 class TextSession(Session):

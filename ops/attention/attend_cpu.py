@@ -18,6 +18,7 @@ from tensorgraph.backends.cpu.ir import F32, I1, I64, Int, Value
 from tensorgraph.backends.cpu.kernel import CHUNK, Call, Context, Kernel, Ref, lay_out
 from tensorgraph.backends.cpu.operands import Operand
 from tensorgraph.dims import ALWAYS, Extent, Guard, maximum, product
+from tensorgraph.dtypes import f32
 from tensorgraph.graph import Node
 from tensorgraph.ops.attention.attend import Rule
 from tensorgraph.ops.attention.attend_rows_cpu import (
@@ -330,7 +331,8 @@ def _source(k: Kernel, rows: Operand, width: int | None, n_heads: int, listed: V
     together = isinstance(stride_known, int) and stride_known == 1 and width is not None and width % k.lanes == 0
     halves = rows.dtype.name == "bf16" or (rows.dtype.name == "f16" and bool(k.target.has & {"f16c", "neon", "avx512"}))
     cheap = rows.dtype.name == "f32" or (halves and n_heads <= 4)
-    return Rows(k, rows.dtype, listed, None if together and cheap else copy, stride)
+    dtype = f32 if rows.dtype.is_block and rows.layout == "dense" else rows.dtype
+    return Rows(k, dtype, listed, None if together and cheap else copy, stride)
 
 
 def _finish(k: Kernel, heads: Heads, y: Operand, query: Query) -> Value:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tensorgraph.backends.cpu.ir import F32, I1, I8, I32, I64, Int, Type, Value
 from tensorgraph.backends.cpu.kernel import Kernel
-from tensorgraph.backends.cpu.operands import Operand, stored_type
+from tensorgraph.backends.cpu.operands import Operand
 from tensorgraph.backends.cpu.state_calls import field, n_sequences, row_address
 from tensorgraph.ops.attention.attend import Rule
 from tensorgraph.ops.attention.attend_tile_cpu import TILE
@@ -80,7 +80,9 @@ class Span:
             return rows.at([row, head])
         assert self.own is not None and self.shift is not None
         at, stride = row_address(k, rows, self.own, row - self.shift)
-        return at + head * rows.shape[2] * (k.i64(stride) * stored_type(rows.dtype).size_bytes)
+        width = rows.shape[2]
+        assert isinstance(width, int)
+        return at + head * (rows.dtype.size_bytes(width) * k.i64(stride))
 
 
 def element_stride(rows: Operand) -> Int:

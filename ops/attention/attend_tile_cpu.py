@@ -14,6 +14,7 @@ from tensorgraph.backends.cpu.functions import exp, tanh
 from tensorgraph.backends.cpu.ir import F32, I8, I64, Int, Value
 from tensorgraph.backends.cpu.kernel import Kernel
 from tensorgraph.backends.cpu.operands import Row, read_value, stored_type
+from tensorgraph.backends.cpu.state_calls import widen_blocks
 from tensorgraph.dtypes import DType
 
 TILE = 64
@@ -30,6 +31,7 @@ class Rows:
     """The rows of a tile, as keys or as values: read where they lie, or from a copy in f32 whose rows are padded with zeros.
 
     Attributes:
+        dtype: as they lie: a block type means blocks.
         listed: addresses of the rows, i64 [TILE + 8].
         copy: f32 [TILE, stride]; None where rows are read in place.
     """
@@ -63,7 +65,11 @@ class Rows:
         with k.loop(0, n) as loop:
             loop.next()
             address = k.convert_pointer(k.load(self.listed + loop.i * 8, I64))
-            copy_padded(k, Row(k, self.dtype, address, element_stride), self.copy + loop.i * (self.stride * 4), width)
+            to = self.copy + loop.i * (self.stride * 4)
+            if self.dtype.is_block:
+                widen_blocks(k, self.dtype, address, to, width)
+            else:
+                copy_padded(k, Row(k, self.dtype, address, element_stride), to, width)
 
 
 def copy_padded(k: Kernel, source: Row, to: Value, width: Int) -> None:

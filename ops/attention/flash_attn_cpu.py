@@ -9,8 +9,9 @@ from tensorgraph.dims import Guard, maximum, product
 from tensorgraph.graph import Node
 from tensorgraph.ops.attention.attend_cpu import general_calls, general_reads
 from tensorgraph.ops.attention.flash_attn import flash_attn
-from tensorgraph.ops.attention.paged_cpu import Heads, emit_combine, emit_slices, slice_scratch, slices_of
-from tensorgraph.ops.attention.paged_tiles_cpu import emit_tiles, tile_scratch, tile_tokens
+from tensorgraph.ops.attention.paged_cpu import Heads, emit_combine
+from tensorgraph.ops.attention.paged_slices_cpu import emit_slices, kv_heads_at_once, slice_scratch, slices_of
+from tensorgraph.ops.attention.paged_tiles_cpu import emit_tiles, tile_scratch, unit_tokens
 
 FEW = 4
 """Up to so many tokens, rows are divided among threads; above, tokens are."""
@@ -37,9 +38,9 @@ def heads_of(node: Node) -> Heads | None:
 
 
 def reads(node: Node, slot: str) -> tuple[str, ...]:
-    """K in groups of 16 rows and V in rows, where all of it is read by pages."""
+    """K with 16 rows side by side and V in panels, where all of it is read by pages."""
     if heads_of(node) is not None and slot[0] in "kv":
-        return ("rows16",) if slot[0] == "k" else ("rows",)
+        return ("rows16",) if slot[0] == "k" else ("panels",)
     return general_reads(node, slot)
 
 
@@ -51,7 +52,7 @@ def paged(node: Node, context: Context) -> Heads | None:
     for i in range(len(heads.rules)):
         k, v = node.at(f"k{i}"), node.at(f"v{i}")
         assert k is not None and v is not None
-        if context.layout(k) != "rows16" or context.layout(v) != "rows":
+        if context.layout(k) != "rows16" or context.layout(v) != "panels":
             return None
     return heads
 
@@ -62,7 +63,7 @@ def streams_of(node: Node) -> dict[str, Ref | None]:
     for i in range(len(node.attrs["segments"])):
         k, v = node.at(f"k{i}"), node.at(f"v{i}")
         assert k is not None and v is not None
-        refs |= {f"k{i}": Ref(k, "rows16"), f"v{i}": Ref(v, "rows")}
+        refs |= {f"k{i}": Ref(k, "rows16"), f"v{i}": Ref(v, "panels")}
     return refs
 
 
@@ -74,12 +75,15 @@ def slices_call(node: Node, heads: Heads, guard: Guard) -> tuple[Call, Ref, Ref]
     part = Ref(Buffer(min(FEW, maximum(q.shape[0])) * heads.n_heads * maximum(n_slices) * heads.partial * 4, "partial"))
     slices = Ref(n_slices)
     operands = {"q": Ref(q, known=True), **streams_of(node), "part": part, "slices": slices}
+    k0 = node.at("k0")
+    assert k0 is not None
+    n_kv = kv_heads_at_once(heads, k0.dtype)
     call = Call(
         emit_slices,
         operands,
-        {"heads": heads},
-        items=product((q.shape[0], heads.n_kv, n_slices)),
-        scratch_bytes=slice_scratch(heads),
+        {"heads": heads, "n_kv": n_kv},
+        items=product((q.shape[0], heads.n_kv // n_kv, n_slices)),
+        scratch_bytes=slice_scratch(heads, n_kv),
         guard=guard,
         nodes=(node,),
     )
@@ -90,11 +94,18 @@ def tiles_call(node: Node, heads: Heads, guard: Guard) -> Call:
     """The call for many tokens."""
     q = node.at("q")
     assert q is not None
-    n_tiles = (q.shape[0] + (tile_tokens(heads.group) - 1)) // tile_tokens(heads.group)
-    operands = {"q": Ref(q, known=True), **streams_of(node), "tiles": Ref(n_tiles), "y": Ref(node, known=True)}
-    items = product((n_tiles, heads.n_kv))
+    n_units = (q.shape[0] + (unit_tokens(heads.group) - 1)) // unit_tokens(heads.group)
+    operands = {"q": Ref(q, known=True), **streams_of(node), "units": Ref(n_units), "y": Ref(node, known=True)}
+    items = product((n_units, heads.n_kv))
     return Call(
-        emit_tiles, operands, {"heads": heads}, items=items, scratch_bytes=tile_scratch(heads), guard=guard, nodes=(node,)
+        emit_tiles,
+        operands,
+        {"heads": heads},
+        items=items,
+        grain=2,
+        scratch_bytes=tile_scratch(heads),
+        guard=guard,
+        nodes=(node,),
     )
 
 

@@ -12,7 +12,7 @@ from tensorgraph.backends.cpu.ir import F32, F64, I32, I64, Int, Value
 from tensorgraph.backends.cpu.kernel import Kernel
 from tensorgraph.backends.cpu.operands import Operand, Row
 from tensorgraph.backends.cpu.sorting import AHEAD, TILE, write_lanes
-from tensorgraph.backends.cpu.state_calls import field, n_sequences, row_address
+from tensorgraph.backends.cpu.state_calls import field, n_sequences, row_address, widen_blocks
 from tensorgraph.backends.cpu.target import Target
 from tensorgraph.ops.attention.attn_mask_cpu import visible
 
@@ -112,7 +112,11 @@ class Scorer:
                 each.next()
                 listed = k.min(blocks.i + each.i, count - 1)
                 address, stride = place(k.convert(k.load(self.numbers + listed * 4, I32), I64))
-                _widen(k, Row(k, keys.dtype, address, stride), self.block + each.i * (tiling.row * 4), tiling.width)
+                to = self.block + each.i * (tiling.row * 4)
+                if keys.dtype.is_block and keys.table is not None:
+                    widen_blocks(k, keys.dtype, address, to, tiling.width)
+                else:
+                    _widen(k, Row(k, keys.dtype, address, stride), to, tiling.width)
             for r, score in enumerate(_score(k, tiling, self.queries, self.weights, self.block)):
                 k.store(score, self.scores + (blocks.i + r) * 4)
         return count

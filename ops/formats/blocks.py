@@ -76,10 +76,14 @@ def declare(
     encode: Callable[[F32], U8] | None = None,
     parts: Callable[[U8], Parts] | None = None,
     scales: tuple[Scale, ...] = (Scale(0),),
+    *,
+    in_streams: bool = False,
 ) -> BlockFormat:
-    """Register a block type under `name`, both as an element type and as a format."""
+    """Register a block type under `name`, both as an element type and as a format; `in_streams`: rows of state may be of it."""
     dtype = register_dtype(DType(name, "block", block_bytes, block_size))
     registry.decoders.add(name, partial(decode_rows, dtype=dtype))
+    if in_streams:
+        registry.encoders.add(name, partial(encode_rows, dtype=dtype))
     return FORMATS.setdefault(name, BlockFormat(dtype, decode, encode, parts, scales))
 
 

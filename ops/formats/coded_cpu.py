@@ -5,33 +5,34 @@ A type's form is no larger than its blocks in files by more than a bit an elemen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from tensorgraph.backends.cpu.codes import BLOCK, PLANES, Codes
-from tensorgraph.backends.cpu.weights import FORMS, Recode, coded
+from tensorgraph.backends.cpu.file_blocks import InFiles
+from tensorgraph.backends.cpu.weights import FORMS, coded
 from tensorgraph.ops.formats.bits import pack
 from tensorgraph.ops.formats.blocks import FORMATS, U8, BlockFormat
 from tensorgraph.ops.formats.gridded import iq1_m_scale
 from tensorgraph.ops.formats.grids import grid_values
+from tensorgraph.ops.formats.group_codes_cpu import READERS
 from tensorgraph.ops.formats.tabled import FP4, IQ4
 
 
 def _heads(form: BlockFormat, raw: U8) -> Sequence[U8]:
-    """The bytes of blocks' scales, and of their minima if any: [n, 2] each."""
+    """The bytes of blocks' scales, and of their minima if any: [n, bytes] each."""
     if form.scales[0].kind == "f16_nibbles":
         return [iq1_m_scale(raw)]
-    return [raw[:, scale.at : scale.at + 2] for scale in form.scales]
+    return [raw[:, scale.at : scale.at + (1 if scale.kind == "e8m0" else 2)] for scale in form.scales]
 
 
-def _recode(form: BlockFormat, codes: Codes) -> Recode:
-    """Blocks as they are in files to a row's part of units."""
+def unit_parts(form: BlockFormat, codes: Codes) -> Callable[[U8], U8]:
+    """Blocks as they are in files to what a row has of units."""
     assert form.parts is not None
     parts, dtype = form.parts, form.dtype
 
-    def recode(rows: U8) -> U8:
-        raw = np.ascontiguousarray(rows).reshape(-1, dtype.block_bytes)
+    def make(raw: U8) -> U8:
         found, n = parts(raw), len(raw) * dtype.block_size // codes.block
         of_block = [] if not codes.factors else [found.factors.view(np.uint8)]
         if codes.factors == "nibbles":
@@ -44,14 +45,13 @@ def _recode(form: BlockFormat, codes: Codes) -> Recode:
             to += bits
         blocks = np.concatenate([each.reshape(n, codes.n_blocks, -1) for each in of_block], axis=2)
         listed = [np.repeat(head, dtype.block_size // codes.block, axis=0) for head in _heads(form, raw)]
-        return np.concatenate([*listed, blocks.reshape(n, -1)], axis=1).reshape(len(rows), -1)
+        return np.concatenate([*listed, blocks.reshape(n, -1)], axis=1).reshape(len(raw), -1)
 
-    return recode
+    return make
 
 
-def _declare(name: str, codes: Codes, *, as_in_files: bool = False, flip: int = 0) -> None:
-    """`as_in_files`: units are made of what blocks are in files, but for the bits in `flip` of each code."""
-    FORMS[name] = coded(codes, None if as_in_files else _recode(FORMATS[name], codes), flip)
+def _declare(name: str, codes: Codes) -> None:
+    FORMS[name] = coded(codes, InFiles(FORMATS[name].dtype, unit_parts(FORMATS[name], codes), READERS.get(name)))
 
 
 def _raised(values: Sequence[int]) -> tuple[tuple[int, ...], int]:
@@ -61,9 +61,9 @@ def _raised(values: Sequence[int]) -> tuple[tuple[int, ...], int]:
 
 
 for _bits in (4, 5):
-    _declare(f"q{_bits}_0", Codes(_bits, 1 << (_bits - 1)), as_in_files=_bits == 4)
-    _declare(f"q{_bits}_1", Codes(_bits, has_min=True), as_in_files=_bits == 4)
-_declare("q8_0", Codes(8, 128), as_in_files=True, flip=0x80)  # they are signed there
+    _declare(f"q{_bits}_0", Codes(_bits, 1 << (_bits - 1)))
+    _declare(f"q{_bits}_1", Codes(_bits, has_min=True))
+_declare("q8_0", Codes(8, 128))
 _declare("q1_0", Codes(1, 1, (0, 2)))
 _declare("q2_0", Codes(2, 1))
 _declare("tq1_0", Codes(2, 1))
@@ -76,10 +76,10 @@ _declare("q5_k", Codes(5, has_min=True, n_blocks=8, factors="u8"))
 _declare("q6_k", Codes(6, 32, n_blocks=8, factors="i8", per_factor=16))
 
 _table, _centre = _raised([int(v) for v in IQ4])
-_declare("iq4_nl", Codes(4, _centre, _table), as_in_files=True)
+_declare("iq4_nl", Codes(4, _centre, _table))
 _declare("iq4_xs", Codes(4, _centre, _table, n_blocks=8, factors="i8"))
 _table, _centre = _raised([int(v) for v in FP4])
-_declare("mxfp4", Codes(4, _centre, _table, head="e8m0"), as_in_files=True)
+_declare("mxfp4", Codes(4, _centre, _table, head="e8m0"))
 
 for _name, _unit, _group in (
     ("iq1_s", 0.125, 32),

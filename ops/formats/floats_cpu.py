@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 from tensorgraph.backends.cpu.codes import ROWS
-from tensorgraph.backends.cpu.ir import I64, Value
+from tensorgraph.backends.cpu.ir import I64, Int, Value
 from tensorgraph.backends.cpu.kernel import Kernel
 from tensorgraph.backends.cpu.operands import read_value, stored_type
 from tensorgraph.backends.cpu.weights import FORMS, Interleaved
@@ -17,9 +17,12 @@ def _declare(name: str) -> None:
     stored = stored_type(dtype)
     item = stored.size_bytes
 
-    def write(k: Kernel, sources: Sequence[Value], to: Value) -> None:
-        for r, source in enumerate(sources):
-            k.store(k.load(source, stored), to + r * item)
+    def write(k: Kernel, row: Callable[[Int], Value], n: Int, step: Int, to: Value) -> None:
+        sources = [row(r) for r in range(ROWS)]
+        with k.loop(0, n) as loop:
+            loop.next()
+            for r, source in enumerate(sources):
+                k.store(k.load(source + loop.i * step, stored), to + loop.i * (ROWS * item) + r * item)
 
     def values(k: Kernel, unit: Value, element: int, part: int, lanes: int) -> Value:
         return read_value(k, k.load(unit + (element * ROWS + part * lanes) * item, stored.x(lanes)), dtype)
@@ -33,7 +36,7 @@ def _declare(name: str) -> None:
             out = out.with_lane(i, k.load(at + i * (ROWS * item), stored))
         return read_value(k, out, dtype)
 
-    FORMS[name] = Interleaved(1, ROWS * item, item, write, row_values, values)
+    FORMS[name] = Interleaved(1, ROWS * item, 1, item, write, row_values, values)
 
 
 for _name in ("f32", "f16", "bf16"):

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tensorgraph import registry
 from tensorgraph.backends.cpu.fusion import Scope
 from tensorgraph.backends.cpu.group import CpuGroup, make_group
 from tensorgraph.backends.cpu.kernel import Call, Ref
@@ -18,11 +17,12 @@ from tensorgraph.backends.cpu.matvec import kind_of
 from tensorgraph.backends.cpu.state_calls import read_call
 from tensorgraph.backends.cpu.weights import interleaved
 from tensorgraph.dims import Guard
-from tensorgraph.graph import STRUCTURAL, Node
+from tensorgraph.graph import Node
 from tensorgraph.ops.attention.flash_attn_cpu import FEW, paged, slices_call, tiles_call
 from tensorgraph.ops.attention.paged_cpu import Heads
 from tensorgraph.ops.products.linear_cpu import Part, Source, emit_few
 from tensorgraph.ops.products.linear_many_cpu import many_calls
+from tensorgraph.ops.products.mixtures_cpu import find_mixtures, gated
 
 CHUNK_BYTES = 1 << 16  # of weights, that are worth a chunk
 
@@ -52,7 +52,8 @@ class Before:
 
 
 def find_groups(scope: Scope) -> Iterable[CpuGroup]:
-    """Products of constant matrices in layout r16, by what they multiply."""
+    """Mixtures of experts, then other products of constant matrices in layout r16, by what they multiply."""
+    yield from find_mixtures(scope)
     together: dict[tuple[Any, ...], list[Node]] = {}
     for node in scope.nodes:
         if node.op == "mul_mat" and _fits(scope, node):
@@ -116,11 +117,9 @@ def _rows(node: Node) -> int:
 
 def _gate(scope: Scope, node: Node, unit: Node, mine: set[Node]) -> Chain | None:
     """The two products of a gated unit: its gate first."""
-    kernel = registry.ops.get(unit.op).kernel("cpu") if unit.op not in STRUCTURAL else None
-    a, b = unit.at("a"), unit.at("b")
-    if "swapped" not in unit.attrs or not hasattr(kernel, "formula") or a not in mine or b not in mine or a is b:
+    a, b = gated(unit) or (None, None)
+    if a is None or b is None or a not in mine or b not in mine:
         return None
-    assert a is not None and b is not None
     if any(scope.sole_user(x) != (unit,) for x in (a, b)) or a.shape != b.shape or unit.dtype.name != "f32":
         return None
     if interleaved(a.inputs[0].dtype) is not interleaved(b.inputs[0].dtype):
@@ -185,7 +184,7 @@ def _residual(chain: Chain, user: Node, taken: Node) -> bool:
 
 
 def _append(scope: Scope, chain: Chain, user: Node, taken: Node) -> bool:
-    if user.op != "append" or user in scope.kept:
+    if user.op != "append" or user in scope.kept or user.dtype.is_block:
         return False
     chain.part = replace(chain.part, stream=True)
     return True

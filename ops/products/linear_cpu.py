@@ -17,10 +17,11 @@ from tensorgraph.backends.cpu.ir import F32, F64, Value
 from tensorgraph.backends.cpu.kernel import Kernel
 from tensorgraph.backends.cpu.matvec import panel_dot
 from tensorgraph.backends.cpu.operands import Operand, Row
-from tensorgraph.backends.cpu.state_calls import element_place
+from tensorgraph.backends.cpu.state_calls import stream_row
 from tensorgraph.backends.cpu.weights import find_panel, n_tiles
 from tensorgraph.dtypes import f32
 from tensorgraph.ops.attention.paged_cpu import Heads, combine
+from tensorgraph.ops.products.mul_mat_cpu import tile_mask
 
 Operands = Mapping[str, Operand | None]
 
@@ -89,9 +90,9 @@ def emit_few(k: Kernel, operands: Operands, *, source: Source, parts: tuple[Part
         with k.loop(low * part.per_unit, high * part.per_unit, at_once) as loop:
             loop.next()
             tiles = [loop.i + i for i in range(at_once)]
-            panels = [find_panel(_at(operands, f"w{p}"), tile) for tile in tiles]
+            panels = [find_panel(present(operands, f"w{p}"), tile) for tile in tiles]
             if part.gate:
-                panels += [find_panel(_at(operands, f"v{p}"), tile) for tile in tiles]
+                panels += [find_panel(present(operands, f"v{p}"), tile) for tile in tiles]
             with k.loop(0, n_tokens) as tokens:
                 tokens.next()
                 found = panel_dot(k, panels, rows.from_row(tokens.i, 1))
@@ -115,7 +116,7 @@ def prepare(k: Kernel, operands: Operands, source: Source) -> tuple[Value, Rows]
 def write_source(k: Kernel, operands: Operands, source: Source, t: Value, to: Value, between: Value) -> None:
     """Row t of the activations, at an address; `between` is room for one row of f32."""
     if source.heads is not None:
-        h, part, slices, sinks = source.heads, _at(operands, "part"), _at(operands, "slices"), operands.get("sinks")
+        h, part, slices, sinks = source.heads, present(operands, "part"), present(operands, "slices"), operands.get("sinks")
         n = slices.shape[0]
         with k.loop(0, h.n_kv) as kv, k.loop(0, h.group) as g:
             kv.next()
@@ -126,7 +127,7 @@ def write_source(k: Kernel, operands: Operands, source: Source, t: Value, to: Va
             combine(k, h, one, n, sink, between + head * (h.d_v * 4))
         row, scale, weight = Row(k, f32, between, 1), None, None
     else:
-        row = _at(operands, "x").row([t])
+        row = present(operands, "x").row([t])
         scale = root_mean_square(k, row, source.width, source.eps) if source.norm else None
         norm = operands.get("norm")
         weight = norm.row([]) if norm is not None else None
@@ -159,26 +160,22 @@ def finish(k: Kernel, operands: Operands, p: int, part: Part, rows: Sequence[Val
     """
     values = list(found)
     if part.bias:
-        bias = _at(operands, f"bias{p}").row([])
-        values = [v + bias.load(row, ROWS, _mask(k, part, row)) for v, row in zip(values, rows, strict=True)]
+        bias = present(operands, f"bias{p}").row([])
+        values = [v + bias.load(row, ROWS, tile_mask(k, part.rows, row)) for v, row in zip(values, rows, strict=True)]
     if part.gate:
         name, attrs = part.gate
         formula: Callable[..., Value] = registry.ops.get(name).kernel("cpu").formula
         n = len(rows)
         values = [formula(k, [values[i], values[n + i]], dict(attrs)) for i in range(n)]
     if part.turn:
-        values = turned(k, part.turn, _at(operands, f"table{p}"), t, rows, values)
+        values = turned(k, part.turn, present(operands, f"table{p}"), t, rows, values)
     if part.residual:
-        other = _at(operands, f"residual{p}").row([t])
-        values = [v + other.load(row, ROWS, _mask(k, part, row)) for v, row in zip(values, rows, strict=True)]
-    y = _at(operands, f"y{p}")
-    if part.stream:
-        at, stride = element_place(k, y, t, "new")
-        out = Row(k, y.dtype, at, stride)
-    else:
-        out = y.row([t])
+        other = present(operands, f"residual{p}").row([t])
+        values = [v + other.load(row, ROWS, tile_mask(k, part.rows, row)) for v, row in zip(values, rows, strict=True)]
+    y = present(operands, f"y{p}")
+    out = stream_row(k, y, t, "new") if part.stream else y.row([t])
     for row, value in zip(rows, values, strict=True):
-        out.store(row, value, _mask(k, part, row))
+        out.store(row, value, tile_mask(k, part.rows, row))
 
 
 def turned(k: Kernel, size: int, table: Operand, t: Value, rows: Sequence[Value], values: Sequence[Value]) -> list[Value]:
@@ -193,15 +190,11 @@ def turned(k: Kernel, size: int, table: Operand, t: Value, rows: Sequence[Value]
     return results
 
 
-def _mask(k: Kernel, part: Part, row: Value) -> Value | None:
-    """The lanes that are rows; None where all are."""
-    return None if part.rows % ROWS == 0 else k.tail_mask(ROWS, k.i64(part.rows) - row)
-
-
-def _at(operands: Operands, name: str) -> Operand:
+def present(operands: Operands, name: str) -> Operand:
+    """An operand that a kernel cannot do without."""
     operand = operands[name]
     assert operand is not None
     return operand
 
 
-__all__ = ["Part", "Source", "emit_few", "finish", "write_source"]
+__all__ = ["Part", "Source", "emit_few", "finish", "present", "write_source"]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from tensorgraph.backends.cpu.activations import Kind, Rows, row_bytes
 from tensorgraph.backends.cpu.codes import ROWS
-from tensorgraph.backends.cpu.gemm import MOST_TOKENS, multiply, plan_tiles
+from tensorgraph.backends.cpu.gemm import MOST_TOKENS, multiply, plan_tiles, rows_kind
 from tensorgraph.backends.cpu.ir import Value
 from tensorgraph.backends.cpu.kernel import CHUNK, Buffer, Call, Context, Kernel, Ref
 from tensorgraph.backends.cpu.operands import Operand
@@ -28,6 +29,8 @@ def many_calls(
     nodes: tuple[Node, ...],
 ) -> list[Call]:
     """A call that prepares the rows, and one for each part; operands as `linear_cpu.emit_few` takes them."""
+    dtypes = [ref.of.dtype for name, ref in operands.items() if name[0] in "wv" and ref is not None and isinstance(ref.of, Node)]
+    source = replace(source, kind=rows_kind(context.target, dtypes, source.kind))
     each = row_bytes(source.kind, source.width)
     rows = Ref(Buffer((n_tokens + MOST_TOKENS) * each, "rows"))
     given = {name: operands.get(name) for name in OF_SOURCE}

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from tensorgraph.backends.cpu.activations import Kind, Load, Rows, row_bytes, write_row
 from tensorgraph.backends.cpu.codes import ROWS
-from tensorgraph.backends.cpu.gemm import MOST_TOKENS, multiply, plan_tiles
+from tensorgraph.backends.cpu.gemm import MOST_TOKENS, multiply, plan_tiles, rows_kind
 from tensorgraph.backends.cpu.ir import F32, Int, Value
 from tensorgraph.backends.cpu.kernel import CHUNK, Buffer, Call, Context, Kernel, NodeKernel, Ref
 from tensorgraph.backends.cpu.matvec import kind_of, tile_dot
@@ -39,12 +39,13 @@ def calls(node: Node, context: Context) -> Sequence[Call]:
     kind = kind_of(a.dtype, context.exact)
     single = product(a.shape[:-2]) == 1
     batch, n_rows = (1, product(b.shape[:-1])) if single else (product(b.shape[:-2]), b.shape[-2])
-    rows = Buffer((batch * n_rows + MOST_TOKENS) * row_bytes(kind, width), "rows")
+    prepared = rows_kind(context.target, [a.dtype], kind)
+    rows = Buffer((batch * n_rows + MOST_TOKENS) * row_bytes(prepared, width), "rows")
     operands = {"a": Ref(a), "b": Ref(b), "y": Ref(node)}
     written = Call(
         write_rows,
         {"b": Ref(b), "to": Ref(rows)},
-        {"kind": kind, "width": width},
+        {"kind": prepared, "width": width},
         batch * n_rows,
         max(1, CHUNK // max(width, 1)),
         nodes=(node,),
@@ -54,14 +55,14 @@ def calls(node: Node, context: Context) -> Sequence[Call]:
     many = Call(
         multiply_many,
         {**operands, "rows": Ref(rows)},
-        {"kind": kind, "single": single},
+        {"kind": prepared, "single": single},
         tiling.items(n_rows) * batch,
         scratch_bytes=tiling.scratch_bytes,
         nodes=(node,),
     )
     found: list[Call] = [] if single else [written]
     for tokens, guard in ((1, n_rows <= 1), (FEW, (n_rows >= 2) & (n_rows <= FEW))):
-        attrs = {"kind": kind, "tokens": tokens}
+        attrs = {"kind": kind if single else prepared, "tokens": tokens}
         if single:
             scratch = tokens * row_bytes(kind, width)
             few = Call(multiply_few, operands, attrs, n_tiles(height), vec_grain(height, tile), scratch_bytes=scratch)
@@ -109,7 +110,12 @@ def store_tile(k: Kernel, y: Operand, row: Value, tile: Value, sums: Value) -> N
     height = y.shape[-1]
     assert isinstance(height, int)
     at = y.address + (row * height + tile * ROWS) * 4
-    k.store(sums, at, mask=k.tail_mask(ROWS, k.i64(height) - tile * ROWS) if height % ROWS else None)
+    k.store(sums, at, mask=tile_mask(k, height, tile * ROWS))
+
+
+def tile_mask(k: Kernel, height: int, row: Value) -> Value | None:
+    """The lanes of a tile from a row on that are rows; None where all are."""
+    return k.tail_mask(ROWS, k.i64(height) - row) if height % ROWS else None
 
 
 def multiply_few(k: Kernel, operands: Mapping[str, Operand], *, kind: Kind, tokens: int) -> None:

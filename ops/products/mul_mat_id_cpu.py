@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from tensorgraph.backends.cpu.activations import Kind, Rows, row_bytes, write_row
 from tensorgraph.backends.cpu.codes import ROWS
-from tensorgraph.backends.cpu.gemm import MOST_TOKENS, multiply_piece, plan_tiles
-from tensorgraph.backends.cpu.ir import F32, I32, Int, Value
+from tensorgraph.backends.cpu.gemm import MOST_TOKENS, plan_tiles, rows_kind
+from tensorgraph.backends.cpu.ir import F32, I32, Value
 from tensorgraph.backends.cpu.kernel import CHUNK, Buffer, Call, Context, Kernel, NodeKernel, Ref
 from tensorgraph.backends.cpu.matvec import kind_of, tile_dot
 from tensorgraph.backends.cpu.operands import Operand
@@ -19,45 +18,11 @@ from tensorgraph.graph import Node
 from tensorgraph.ops.products.dense_cpu import BLOCK, WORK, along_rows, along_width
 from tensorgraph.ops.products.mul_mat_cpu import guarded, known_width, load_f32, reads, store_tile, vec_grain, write_rows
 from tensorgraph.ops.products.mul_mat_id import mul_mat_id
+from tensorgraph.ops.products.pairs_cpu import Sorted, most_pieces, multiply_rows, order_bytes, sort_pairs
 from tensorgraph.ops.rows.index_cpu import checked
 
 FEW = 16
 """Pairs of a token and an expert up to which each reads the expert's weights by itself."""
-
-
-@dataclass(frozen=True)
-class Sorted:
-    """Pairs by expert, as i32 in memory: how many pieces; a place for each pair, -1 for none; the pair at each place; pieces.
-
-    A pair is a token and one of its experts, counted as the result's rows are. A piece is an expert, the first place of its
-    rows, and how many rows: at most those of a tile.
-    """
-
-    k: Kernel
-    address: Value
-    n_experts: int
-    n_pairs: Value
-
-    def word(self, n: Int) -> Value:
-        return self.address + self.k.i64(n) * 4
-
-    def start(self, expert: Value) -> Value:
-        return self.word(expert + 1)
-
-    def place(self, pair: Value) -> Value:
-        return self.word(pair + (1 + self.n_experts))
-
-    def pair(self, place: Value) -> Value:
-        return self.word(place + self.n_pairs + (1 + self.n_experts))
-
-    def piece(self, n: Value) -> Value:
-        return self.word(n * 3 + self.n_pairs * 2 + (1 + self.n_experts))
-
-    def read(self, address: Value) -> Value:
-        return self.k.convert(self.k.load(address, I32), self.n_pairs.type)
-
-    def write(self, number: Value, address: Value) -> None:
-        self.k.store(self.k.convert(number, I32), address)
 
 
 def calls(node: Node, context: Context) -> Sequence[Call]:
@@ -77,15 +42,17 @@ def calls(node: Node, context: Context) -> Sequence[Call]:
     few = Call(multiply_pairs, {**operands, "rows": plain}, attrs, pairs * n_tiles(height), vec_grain(height, tile_bytes(a)))
 
     tiling = plan_tiles(context.target, [a.dtype], kind, height)
-    most_pieces = pairs // tiling.tokens + n_experts
-    order = Ref(Buffer((1 + n_experts + pairs * 2 + most_pieces * 3) * 4, "order"))
+    sorted_kind = rows_kind(context.target, [a.dtype], kind)
+    each, attrs = row_bytes(sorted_kind, width), {**attrs, "kind": sorted_kind}
+    order = Ref(Buffer(order_bytes(n_experts, pairs, tiling.tokens), "order"))
     rows = Ref(Buffer((pairs + MOST_TOKENS) * each, "rows"))
     sort = Call(sort_pairs, {"ids": Ref(ids), "order": order}, {"n_experts": n_experts, "tokens": tiling.tokens})
     given: dict[str, Ref | None] = {"b": Ref(b), "ids": Ref(ids), "order": order, "rows": rows, "y": Ref(node)}
     place_attrs = {**attrs, "n_experts": n_experts, "width": width}
     place = Call(place_rows, given, place_attrs, product(b.shape[:-1]), grain, scratch_bytes=each if shared else 0)
+    items = most_pieces(n_experts, pairs, tiling.tokens) * tiling.groups
     taken: dict[str, Ref | None] = {"a": Ref(a), "order": order, "rows": rows, "y": Ref(node)}
-    many = Call(multiply_sorted, taken, {"kind": kind}, most_pieces * tiling.groups, scratch_bytes=tiling.scratch_bytes)
+    many = Call(multiply_sorted, taken, {"kind": sorted_kind}, items, scratch_bytes=tiling.scratch_bytes)
     found: list[Call] = []
     for call in (written, few):
         found += guarded(replace(call, nodes=(node,)), pairs <= FEW)
@@ -110,46 +77,6 @@ def multiply_pairs(k: Kernel, operands: Mapping[str, Operand], *, kind: Kind, sh
             store_tile(k, y, pair, tile, sums)
         with k.when(named.invert()):
             store_tile(k, y, pair, tile, k.zero(F32.x(ROWS)))
-
-
-def sort_pairs(k: Kernel, operands: Mapping[str, Operand], *, n_experts: int, tokens: int) -> None:
-    """The order of pairs by expert, and pieces of at most so many of one expert."""
-    ids = operands["ids"]
-    n_pairs = k.i64(k.size(ids.shape))
-    to = Sorted(k, operands["order"].address, n_experts, n_pairs)
-    zero = k.i64(0)
-
-    @contextmanager
-    def each_pair() -> Iterator[tuple[Value, Value]]:
-        """A pair and its expert, where it has one."""
-        with k.loop(0, n_pairs) as loop:
-            loop.next()
-            number, named = checked(k, "mul_mat_id", ids.load(k.unflatten(loop.i, ids.shape)), n_experts)
-            to.write(k.i64(-1), to.place(loop.i))
-            with k.when(named):
-                yield loop.i, number
-
-    with k.loop(0, n_experts) as loop:
-        to.write(zero, to.start(loop.i))
-        loop.next()
-    with each_pair() as (_, expert):
-        to.write(to.read(to.start(expert)) + 1, to.start(expert))
-    with k.loop(0, n_experts, 1, [zero, zero]) as loop:
-        begun, n_pieces = loop.values
-        here = to.read(to.start(loop.i))
-        to.write(begun, to.start(loop.i))
-        with k.loop(0, here, tokens, [n_pieces]) as pieces:
-            at = to.piece(pieces.values[0])
-            for i, number in enumerate((loop.i, begun + pieces.i, k.min(here - pieces.i, k.i64(tokens)))):
-                to.write(number, at + 4 * i)
-            pieces.next(pieces.values[0] + 1)
-        loop.next(begun + here, pieces.results[0])
-    to.write(loop.results[1], to.word(0))
-    with each_pair() as (pair, expert):
-        at = to.read(to.start(expert))
-        to.write(at + 1, to.start(expert))
-        to.write(at, to.place(pair))
-        to.write(pair, to.pair(at))
 
 
 def place_rows(k: Kernel, operands: Mapping[str, Operand], *, kind: Kind, shared: bool, n_experts: int, width: int) -> None:
@@ -189,14 +116,14 @@ def multiply_sorted(k: Kernel, operands: Mapping[str, Operand], *, kind: Kind) -
     assert isinstance(n_experts, int) and isinstance(height, int) and isinstance(width, int)
     tiling, each = plan_tiles(k.target, [a.dtype], kind, height), row_bytes(kind, width)
     order = Sorted(k, operands["order"].address, n_experts, k.i64(k.size(y.shape[:-1])))
-    with k.rows([order.read(order.word(0)), tiling.groups]) as (piece, group):
-        expert, first, count = (order.read(order.piece(piece) + 4 * i) for i in range(3))
+    with k.rows([order.n_pieces, tiling.groups]) as (piece, group):
+        expert, first, count = order.read_piece(piece)
 
         def store(tile: Value, n: Value, sums: list[Value]) -> None:
             store_tile(k, y, order.read(order.pair(first + n)), tile, sums[0])
 
         x = Rows(kind, rows.address + first * each, each)
-        multiply_piece(k, [a], group, expert, x, count, store)
+        multiply_rows(k, [a], group, tiling.per_group, expert, x, count, store)
 
 
 def _dense_calls(node: Node) -> Sequence[Call]:

@@ -23,7 +23,7 @@ def calls(node: Node, context: Context) -> Sequence[Call]:
         shape += (times, m)
         strides += (0, stride)
     source = IndexMap(tuple(shape), tuple(strides), x.index_map.offset)
-    return [copy_call(node, x, source, IndexMap.dense(shape))]
+    return [copy_call(node, x, source, IndexMap.dense(tuple(shape)))]
 
 
 repeat.kernels["cpu"] = NodeKernel(calls)

@@ -7,11 +7,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from tensorgraph.dtypes import bf16, f16, f32
+from tensorgraph.dtypes import as_dtype, bf16, f16, f32
+from tensorgraph.ops.formats import decode, encode
 from tensorgraph.state import StateSpec
 from tensorgraph.state_step import Step
 from tensorgraph.state_store import StateStore
 
+q8_0 = as_dtype("q8_0")
 SPECS = {
     "k": StateSpec((2, 3)),
     "v": StateSpec((4,), bf16),
@@ -21,8 +23,13 @@ SPECS = {
     "c4near": StateSpec((), f32, every=4, keep=8),
     "c128": StateSpec((2,), bf16, every=128),
     "c128one": StateSpec((2,), every=128, keep=1),
+    "wide": StateSpec((3, 16)),
+    "coded": StateSpec((2, 32), q8_0),
+    "c4coded": StateSpec((64,), q8_0, every=4, keep=8),
 }
-NUMPY = {None: np.float16, f16: np.float16, bf16: ml_dtypes.bfloat16, f32: np.float32}
+NUMPY = {None: np.float16, f16: np.float16, bf16: ml_dtypes.bfloat16, f32: np.float32, q8_0: np.float32}
+IN_PANELS = ("wide", "coded", "c4coded")
+"""Those that can be held so."""
 
 
 def numpy_type(spec: StateSpec) -> Any:
@@ -41,7 +48,7 @@ def fill(step: Step, specs: dict[str, StateSpec], rng: np.random.Generator) -> d
     for name, spec in specs.items():
         rows = rng.standard_normal((len(step.classes[spec.stream_class].new), *spec.row_shape), np.float32)
         step.append(name, rows)
-        stored[name] = rows.astype(numpy_type(spec))
+        stored[name] = decode(encode(rows, spec.dtype), spec.dtype) if spec.dtype is q8_0 else rows.astype(numpy_type(spec))
     return stored
 
 

@@ -74,7 +74,7 @@ def compare(name: str, text: str, update: bool) -> None:
 def test_the_text_of_a_plan_with_groups(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     graph = GRAPHS["llama"](tmp_path)
     layouts = stream_layouts(graph, {name: StateSpec(n.shape[1:]) for name, n in graph.streams.items()}, get_devices("cpu:avx2"))
-    assert layouts == {"blk.0.k": "rows16"}
+    assert layouts == {"blk.0.k": "rows16", "blk.0.v": "panels"}
     text = str(compile(graph, "cpu:avx2", CompileOptions(layouts=layouts, verify_passes=True)))
     compare("llama_cpu", stable(text) + "\n", request.config.option.update_golden)
 

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensorgraph.dtypes import bf16, f16, f32, i32
+from tensorgraph.compiler import run_op
+from tensorgraph.dtypes import as_dtype, bf16, f16, f32, i32
 from tensorgraph.errors import (
     CannotTrim,
     DTypeError,
@@ -20,10 +21,11 @@ from tensorgraph.errors import (
     StateError,
     UnknownNameError,
 )
-from tensorgraph.state import Layout, StateSpec, StreamClass, state_cost
+from tensorgraph.state import Layout, StateSpec, StreamClass
 from tensorgraph.state_pages import PagePool
 from tensorgraph.state_store import StateStore
-from tests.core.state_cases import SPECS, assert_same, extend, fill, visible
+from tensorgraph.tools.inspect import state_cost
+from tests.core.state_cases import IN_PANELS, SPECS, assert_same, extend, fill, visible
 
 # --- declarations and sizes -------------------------------------------------------------------------------------------
 
@@ -49,6 +51,7 @@ def test_a_spec_says_its_class_key_and_bytes() -> None:
     spec = StateSpec((8, 128), keep=128)
     assert (spec.stream_class.name, StateSpec((1,), every=4).stream_class.name) == ("1w128", "4")
     assert (spec.key(f16), spec.row_bytes(f16), spec.row_bytes(f32)) == ("8x128:f16:1w128", 2048, 4096)
+    assert (spec.key(as_dtype("q8_0")), spec.row_bytes(as_dtype("q8_0"))) == ("8x128:q8_0:1w128", 8 * 4 * 34)
     assert StateSpec((2,), f32).row_bytes(f16) == 8
 
 
@@ -59,9 +62,14 @@ def test_wrong_declarations_are_refused() -> None:
             StateSpec(**{"row_shape": (4,), **wrong})
     with pytest.raises(DTypeError):
         StateSpec((4,), i32)
-    with pytest.raises(DTypeError):
+    with pytest.raises(DTypeError, match="wanted f16, bf16, f32 or q8_0 for a stream; got i32"):
         StateStore({"k": StateSpec((4,))}, kv_dtype=i32)
+    with pytest.raises(DTypeError, match="got q4_0"):
+        StateStore({"k": StateSpec((32,))}, kv_dtype=as_dtype("q4_0"))
+    with pytest.raises(DTypeError, match=r"wanted rows of a multiple of 32 for q8_0; got \[2, 48\]"):
+        StateStore({"k": StateSpec((2, 48))}, kv_dtype=as_dtype("q8_0"))
     arguments: list[dict[str, Any]] = [{"page_rows": 0}, {"slack": -1}, {"page_rows": 8, "layouts": {"k": "rows16"}}]
+    arguments += [{"layouts": {"k": "panels"}}, {"layouts": {"k": "columns"}}]
     for options in arguments:
         with pytest.raises(StateError, match="wanted"):
             StateStore({"k": StateSpec((4,))}, kv_dtype=f16, **options)
@@ -85,6 +93,11 @@ def test_rows_are_rounded_to_the_dtype_of_the_stream() -> None:
         with store.begin([(store.new(), 5)]) as step:
             step.append("k", x)
             assert_same(step.read("k"), x.astype(wanted))
+    x, dtype = np.random.default_rng(0).standard_normal((5, 2, 64), np.float32), as_dtype("q8_0")
+    store = StateStore({"k": StateSpec((2, 64))}, kv_dtype=dtype)
+    with store.begin([(store.new(), 5)]) as step:
+        step.append("k", x)
+        assert_same(step.read("k"), run_op("cast", run_op("cast", x, dtype=dtype), dtype=f32))
 
 
 def test_forks_share_pages_until_one_of_them_writes() -> None:
@@ -121,11 +134,13 @@ def test_pages_fall_out_of_keep_and_no_more_are_used() -> None:
     assert store.used_pages[StreamClass(1, 8)] == 4
 
 
-def test_both_layouts_hold_the_same_rows(tmp_path: Path) -> None:
-    sixteen: Layout = "rows16"
+def test_all_layouts_hold_the_same_rows(tmp_path: Path) -> None:
+    sixteen: dict[str, Layout] = dict.fromkeys(SPECS, "rows16")
+    panels: dict[str, Layout] = dict.fromkeys(IN_PANELS, "panels")
     stores = [
         StateStore(SPECS, kv_dtype=f16, slack=0),
-        StateStore(SPECS, kv_dtype=f16, slack=0, page_rows=32, layouts=dict.fromkeys(SPECS, sixteen)),
+        StateStore(SPECS, kv_dtype=f16, slack=0, page_rows=32, layouts=sixteen),
+        StateStore(SPECS, kv_dtype=f16, slack=0, layouts=panels),
     ]
     for i, store in enumerate(stores):
         seq, other = store.new(), store.new()
@@ -135,10 +150,12 @@ def test_both_layouts_hold_the_same_rows(tmp_path: Path) -> None:
                 fill(step, SPECS, rng)
                 step.commit()
         store.save(seq, tmp_path / str(i))
-    assert stores[1].pages("k").shape[1:] == (2, 2, 3, 16)
-    for name in SPECS:
-        assert_same(visible(stores[0], seq)[name], visible(stores[1], seq)[name])
-    for store, path in zip(stores, ("1", "0"), strict=True):  # a file does not depend on layout or page size
+    assert stores[1].pages("k").shape[1:] == (2, 2, 3, 16) and stores[1].pages("coded").shape[1:] == (2, 2, 34, 16)
+    assert stores[2].pages("wide").shape[1:] == (1, 3, 16, 16) and stores[2].pages("coded").shape[1:] == (1, 2, 16, 34)
+    for store in stores[1:]:
+        for name in SPECS:
+            assert_same(visible(stores[0], seq)[name], visible(store, seq)[name])
+    for store, path in zip(stores, ("1", "2", "0"), strict=True):  # a file does not depend on layout or page size
         loaded, _ = store.load(tmp_path / path)
         for name, rows in visible(store, loaded).items():
             assert_same(rows, visible(store, seq)[name])

@@ -159,7 +159,7 @@ def factorings(size: int) -> list[tuple[int, ...]]:
 
 @given(st.lists(st.sampled_from((1, 2, 3, T, S, T * 2, S // 4)), max_size=4))
 def test_dense_maps_are_dense(shape: list[Extent]) -> None:
-    index_map = IndexMap.dense(shape)
+    index_map = IndexMap.dense(tuple(shape))
     assert index_map.is_dense
     assert index_map.reshape((1, *shape)) == IndexMap.dense((1, *shape))
 

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tensorgraph
+from tensorgraph.backends.cpu.constants import mapped_file
 from tensorgraph.backends.cpu.device import CpuDevice
 from tensorgraph.errors import FormatError, InputError, UnknownNameError
 from tensorgraph.models.text import generation
@@ -21,7 +23,7 @@ from tensorgraph.models.text.generation import HeldText, whole_steps
 from tensorgraph.models.text.model import TextModel, TextSession, load
 from tensorgraph.models.text.sampling import Sampler
 from tensorgraph.state_store import StateStore
-from tests.models.tiny import nmse, on_every_backend, reference
+from tests.models.tiny import folder, nmse, on_every_backend, reference
 from tests.reference import reference_path
 
 PROMPT = "There is a house in a wood with a river"
@@ -276,3 +278,35 @@ def test_what_waits_for_ctrl_c_is_called_once(monkeypatch: pytest.MonkeyPatch) -
         assert calls == [signal.SIGINT]
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "deepseek_v2"])
+def test_packed_weights_are_kept_and_change_nothing(architecture: str, tmp_path: Path) -> None:
+    """Where some are folded of others, too; after an error nothing is kept."""
+    path, kept = reference_path(f"{architecture}/{architecture}-f32.gguf"), tmp_path / "packed"
+
+    def logits(fails: bool = False) -> tuple[np.ndarray, int]:
+        with load(path, packed_cache=kept) as model, model.session(context=64) as session:
+            found = session.eval(range(1, 30))
+            held = [value for value in model.engine._uploaded.values() if getattr(value, "layout", "") == "r16"]
+            if fails:
+                raise InputError("no")
+            return found, sum(mapped_file(value.data) is not None for value in held)
+
+    with load(path) as model, model.session(context=64) as session:
+        wanted = session.eval(range(1, 30))
+    with pytest.raises(InputError):
+        logits(fails=True)
+    assert list(kept.iterdir()) == []
+    for mapped in (False, True):
+        found, n_mapped = logits()
+        np.testing.assert_array_equal(found, wanted)
+        assert len(list(kept.iterdir())) == 1 and (n_mapped > 10) == mapped
+
+
+def test_packed_weights_are_kept_of_files_and_by_devices_that_pack(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"\[load\] wanted a GGUF file whose weights are kept packed; got the folder"):
+        load(folder("qwen2"), packed_cache=tmp_path)
+    with load(reference_path("llama/llama-f32.gguf"), backend="reference", packed_cache=tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []

@@ -1,15 +1,18 @@
-"""A peer that is no llama.cpp: it writes down what it is asked, and its clock is made up."""
+"""A llama-cpp-python that is none: it takes down what it is asked to do."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 # What the fake peer's functions do is written to LOG, a line of JSON each. Flash attention (context 2) takes less of its clock.
 FAKE = """
-import json, os, sys, time
+import ctypes, json, os, sys, time
 from types import SimpleNamespace as Space
 LOG, MODE = {log!r}, {mode!r}
 LLAMA_LOAD_MODE_MMAP = 1
@@ -47,7 +50,8 @@ def llama_batch_init(n, embeddings, sequences):
     return Space(token=[0] * n, pos=[0] * n, n_seq_id=[0] * n, seq_id=[[9] for _ in range(n)], logits=[9] * n)
 def llama_batch_free(batch): batch.token = None
 def llama_decode(context, batch):
-    global decodes, clock
+    global decodes, clock, wanted
+    wanted = [(token, at) for token, at, flag in zip(batch.token, batch.pos, batch.logits) if flag]
     decodes += 1
     rows = list(zip(batch.token, batch.pos, batch.n_seq_id, [s[0] for s in batch.seq_id], batch.logits))
     note(context=context, rows=rows, n=batch.n_tokens, pid=os.getpid())
@@ -57,7 +61,16 @@ def llama_decode(context, batch):
     clock += 0.5 if context == 2 else 0.75
     return 0
 def llama_synchronize(context): note(synchronize=context)
+def llama_get_logits(context):
+    numbers = [(31 * token + 7 * at + n * n) % 97 / 16 for token, at in wanted for n in range(512)]
+    return (ctypes.c_float * len(numbers))(*numbers)
 """
+
+
+def fake_logits(ids: Sequence[int], start: int) -> np.ndarray:
+    """What its `llama_get_logits` has for tokens at positions from `start` on."""
+    token, at = np.array(ids)[:, None], start + np.arange(len(ids))[:, None]
+    return ((31 * token + 7 * at + np.arange(512) ** 2) % 97 / 16).astype(np.float32)
 
 
 class FakePeer:

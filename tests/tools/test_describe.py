@@ -108,6 +108,7 @@ def test_inspect_needs_no_known_architecture(tmp_path: Path) -> None:
     [
         ("deepseek-v3", "f16", 61 * 576 * 2, 0),  # 68.6 KiB
         ("deepseek-v3", "f32", 61 * 576 * 4, 0),
+        ("deepseek-v3", "q8_0", 61 * 576 // 32 * 34, 0),
         ("deepseek-v3.2", "f16", 61 * (576 + 128) * 2, 0),  # 83.9 KiB
         ("deepseek-v4-flash", "f16", 21 * (512 + 128) * 2 / 4 + 20 * 512 * 2 / 128,  # 6.9 kB
          43 * 128 * 512 * 2 + 20 * 128 * 2 * 512 * 4 + 21 * 8 * 2 * (1024 + 256) * 4),

@@ -65,10 +65,10 @@ def test_dumped_nodes_are_the_references_rows(tmp_path: Path) -> None:
 
 def test_the_kv_type_is_the_one_asked_for(tmp_path: Path) -> None:
     ids, errors = reference_path("llama/reference.npz"), {}
-    for kv_type in ("f32", "f16", "bf16"):
+    for kv_type in ("f32", "f16", "bf16", "q8_0"):
         ok("logits", gguf("llama"), "--ids", ids, "--kv-type", kv_type, "--out", tmp_path / "out.npz")
         errors[kv_type] = nmse(arrays(tmp_path / "out.npz")["logits"], reference("llama")["logits"])
-    assert errors["f32"] < 1e-10 < errors["f16"] < 1e-6 < errors["bf16"] < 1e-3
+    assert errors["f32"] < 1e-10 < errors["f16"] < 1e-6 < errors["bf16"] < errors["q8_0"] < 1e-3
 
 
 def test_exact_is_what_was_asked_for(tmp_path: Path) -> None:

@@ -91,6 +91,14 @@ def test_statistics_of_native_code_are_those_of_a_step() -> None:
     assert as_json("run", gguf("llama"), "-p", "x", "-n", 1, "--stats", "--backend", "reference")["stats"]["native"] == []
 
 
+def test_packed_weights_are_kept_in_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    packed = tmp_path / "tensorgraph" / "packed"
+    for flags, n_files in ((), 0), (("--packed-cache",), 1), (("--packed-cache",), 1):
+        assert ok("run", gguf("llama"), "-p", PROMPT, "-n", 10, *flags) == continuation(10) + "\n"
+        assert len(list(packed.glob("llama-f32-*.packed"))) == n_files
+
+
 def test_every_option_of_loading_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
 
@@ -170,7 +178,7 @@ def test_ctrl_c_ends_the_program_with_130() -> None:
         (("-p", PROMPT, "--ctx", 5), "the context holds 5 tokens; 0 tokens are there and 23 are new"),
         (("-p", PROMPT, "--temp", -1), "temperature"),
         (("-p", PROMPT, "--top-p", 0), "top_p"),
-        (("-p", PROMPT, "--kv-type", "q4_0"), "scalar float type"),
+        (("-p", PROMPT, "--kv-type", "q4_0"), "wanted f16, bf16, f32 or q8_0 for a stream; got q4_0"),
         (("-p", PROMPT, "--kv-type", "wide"), "'wide'"),
         (("-p", PROMPT, "--backend", "abacus"), "'abacus'"),
         (("-p", PROMPT, "--stop", ""), "stop texts"),

@@ -42,6 +42,7 @@ def bench(
     backend: options.Backend = options.BACKEND,
     kv_type: options.KvType = "f16",
     exact: options.Exact = False,
+    packed_cache: options.PackedCache = False,
     peer: Annotated[
         str | None, typer.Option(help="Also measure llama.cpp: an interpreter that has llama-cpp-python.", metavar="PYTHON")
     ] = None,
@@ -81,7 +82,7 @@ def bench(
         if len(counts) > 1:
             raise InputError(f"[bench] NumPy's BLAS takes its threads once; wanted one -t for {backend}, got {len(counts)}")
         options.limit_threads(counts[0])
-    settings = Settings(wanted, rounds, backend, kv_type, exact, peer, busy)
+    settings = Settings(wanted, rounds, backend, kv_type, exact, packed_cache, peer, busy)
     pairs = [Pair(name, other) for name in names for other in peer_models or [name]]
     runs, about = measure_all(settings, [(pair, count) for pair in pairs for count in counts])
     from tensorgraph.tools.bench import report
@@ -126,6 +127,7 @@ class Settings:
     backend: str = options.BACKEND
     kv_type: str = "f16"
     exact: bool = False
+    packed_cache: bool = False
     python: str | None = None
     busy: int = 0
     errors: list[str] = field(default_factory=list)
@@ -145,7 +147,7 @@ class Settings:
             say(f"{place}: {name}, {label} threads: {text}")
 
         told("loading")
-        with open_model(name, self.backend, threads, self.kv_type, self.exact) as model:
+        with open_model(name, self.backend, threads, self.kv_type, self.exact, self.packed_cache) as model:
             if context > model.model.context:
                 raise InputError(f"[bench] the context of {name} holds {model.model.context} tokens; wanted {context}")
             ours, vocab_size = Ours(model, context), model.model.vocab_size
@@ -195,6 +197,7 @@ def measure_all(
     from tensorgraph.tools.bench.busy import busy
 
     about = {"rounds": settings.rounds, "kv_type": settings.kv_type, "exact": settings.exact, "busy": settings.busy}
+    about |= {"packed_cache": settings.packed_cache}
     about |= machine.describe()
     runs: list[Run] = []
     with busy(settings.busy), progress() as say:

@@ -21,12 +21,13 @@ from tensorgraph.tools.bench.rounds import Round
 from tensorgraph.tools.plan import step_dims
 
 
-def open_model(path: str, backend: str, threads: int | None, kv_type: str, exact: bool) -> TextModel:
+def open_model(path: str, backend: str, threads: int | None, kv_type: str, exact: bool, packed_cache: bool = False) -> TextModel:
     """The model as it is measured, with so many threads (None: as many as the backend likes).
 
     The reference backend is always exact, and takes its threads from NumPy's BLAS, which was told before it was imported.
     """
-    return load(path, backend=backend, kv_type=kv_type, options=CompileOptions(exact=exact), threads=threads or "auto")
+    how = CompileOptions(exact=exact)
+    return load(path, backend=backend, kv_type=kv_type, options=how, threads=threads or "auto", packed_cache=packed_cache)
 
 
 class Ours:

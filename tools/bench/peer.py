@@ -6,6 +6,7 @@ the standard library and llama_cpp is used, and nothing newer than Python 3.9.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
@@ -14,7 +15,7 @@ import time
 from typing import Any
 
 BATCH = 512
-KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30}
+KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "bf16": 30}
 FLASH_ATTN = {"off": 0, "on": 1}
 LOG_ERROR = 4
 
@@ -110,6 +111,24 @@ class Llama:
         """Seconds of one round after the prefix."""
         return self._round(self.best[kind], kind, ids)
 
+    def write_logits(self, ids: list[int], start: int, to: str) -> None:
+        """Logits of every one of `ids`, which follow the `start` before, with flash attention: f32 in a file, row by row."""
+        if "on" not in self.contexts:
+            raise RuntimeError("llama.cpp makes no context with flash attention for this model")
+        api, context = self.api, self.contexts["on"]
+        if not start:
+            api.llama_memory_clear(api.llama_get_memory(context), True)
+        row_bytes = 4 * api.llama_vocab_n_tokens(api.llama_model_get_vocab(self.model))
+        with open(to, "wb") as file:
+            for at in range(0, len(ids), BATCH):
+                some = ids[at : at + BATCH]
+                batch = self._batch(some, start + at, len(some))
+                try:
+                    self._checked(api.llama_decode(context, batch))
+                    file.write(ctypes.string_at(api.llama_get_logits(context), len(some) * row_bytes))
+                finally:
+                    api.llama_batch_free(batch)
+
     def _round(self, name: str, kind: str, ids: list[int]) -> float:
         memory = self.api.llama_get_memory(self.contexts[name])
         if not self.api.llama_memory_seq_rm(memory, 0, len(self.prefix), -1):
@@ -122,12 +141,10 @@ class Llama:
         batches = []
         try:
             for at in range(0, len(ids), step):
-                batches.append(self._batch(ids[at : at + step], start + at, kind == "tg" or at + step >= len(ids)))
+                batches.append(self._batch(ids[at : at + step], start + at, int(kind == "tg" or at + step >= len(ids))))
             began = time.perf_counter()
             for batch in batches:
-                status = api.llama_decode(context, batch)
-                if status:
-                    raise RuntimeError(self._with_errors(f"llama_decode returned {status}"))
+                self._checked(api.llama_decode(context, batch))
                 if kind == "tg":
                     api.llama_synchronize(context)
             api.llama_synchronize(context)
@@ -136,13 +153,18 @@ class Llama:
             for batch in batches:
                 api.llama_batch_free(batch)
 
-    def _batch(self, ids: list[int], start: int, wants_last: bool) -> Any:
+    def _checked(self, status: int) -> None:
+        if status:
+            raise RuntimeError(self._with_errors(f"llama_decode returned {status}"))
+
+    def _batch(self, ids: list[int], start: int, wanted: int) -> Any:
+        """Logits are wanted of so many of the last."""
         batch = self.api.llama_batch_init(len(ids), 0, 1)
         batch.n_tokens = len(ids)
         for i, token in enumerate(ids):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, start + i, 1, 0
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, start + i, 1
             batch.seq_id[i][0] = 0
-        batch.logits[len(ids) - 1] = int(wants_last)
+            batch.logits[i] = int(i >= len(ids) - wanted)
         return batch
 
 
@@ -163,6 +185,9 @@ def answer(state: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
     if do == "warm_up":
         took = llama.warm_up(request["kind"], request["ids"])
         return {"seconds": took, "flash_attn": llama.best[request["kind"]]}
+    if do == "write_logits":
+        llama.write_logits(**request)
+        return {}
     return {"seconds": llama.run(request["kind"], request["ids"])}
 
 

@@ -13,6 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tensorgraph.errors import TensorGraphError
 from tensorgraph.tools.bench.cases import Kind
 from tensorgraph.tools.bench.rounds import Round
@@ -68,6 +71,12 @@ class Peer:
         """One round after the prefix."""
         reply = self._ask(do="run", kind=kind, ids=list(ids))
         return Round(float(reply["seconds"]), bool(reply["quiet"]))
+
+    def logits(self, ids: Sequence[int], start: int) -> NDArray[np.float32]:
+        """Logits [T, V] of tokens that follow `start` others, with flash attention on; 0 forgets what came before."""
+        with tempfile.NamedTemporaryFile() as file:
+            self._ask(do="write_logits", ids=list(ids), start=start, to=file.name)
+            return np.fromfile(file.name, np.float32).reshape(len(ids), self.about["vocab_size"])
 
     def _ask(self, **request: Any) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None

@@ -36,6 +36,11 @@ def nap(k: Kernel) -> None:
     k.store(k.load(seen, I64) + 1, seen)
 
 
+def ring(k: Kernel) -> None:
+    """Raises the signal args[0] from inside the native call."""
+    k.call("raise", I32, k.load(k.slot(), I32))
+
+
 def meet(k: Kernel) -> None:
     """Sets its chunk's flag, then waits for the other's: two threads must be here at once. Status 9 if the other never comes."""
     flags, status = k.slot(), k.slot()
@@ -61,7 +66,7 @@ def fail(k: Kernel) -> None:
 
 def compiled_kernels(jit: Jit) -> dict[str, int]:
     """The address of each, by name."""
-    bodies = (mix, nap, meet, fail)
+    bodies = (mix, nap, ring, meet, fail)
     texts = []
     for body in bodies:
         body(k := Kernel(jit.target))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tensorgraph.errors import InputError
+from tensorgraph.state import Layout
 from tests.backends.cpu.attention_streams import Attention, History, Stream, executable
 
 LATENT = Attention((Stream("latent", own_values=False, flat=True),), d_k=72, d_v=64, heads=9, kv_heads=1)
@@ -24,6 +25,8 @@ SEGMENTS = Attention(
     sinks=True,
     softcap=5.0,
 )
+DENSE: tuple[tuple[str, Layout], ...] = (("kv.k", "rows16"), ("kv.v", "panels"))
+WINDOWS: tuple[tuple[str, Layout], ...] = (("near.k", "rows16"), ("near.v", "panels"), ("four.k", "rows16"), ("four.v", "panels"))
 CASES = {
     "latent": LATENT,
     "listed rows": LISTED,
@@ -31,6 +34,21 @@ CASES = {
     "listed rows of a window": Attention((Stream("near", window=8, n_ids=30),), dtype="f32"),
     "heads and values": Attention((Stream("kv", n_ids=40),), d_k=24, d_v=17, heads=6, kv_heads=3, dtype="bf16"),
     "wide groups": Attention((Stream("kv", own_values=False),), d_k=16, d_v=16, heads=68, kv_heads=1, dtype="f32"),
+    "by pages": Attention((Stream("kv"),), d_k=40, d_v=48, heads=6, kv_heads=2, layouts=DENSE),
+    "by pages, alone": Attention((Stream("kv"),), d_k=64, d_v=32, heads=3, kv_heads=3, dtype="bf16", layouts=DENSE),
+    "by pages, wide groups": Attention((Stream("kv"),), d_k=33, d_v=16, heads=14, kv_heads=1, dtype="f32", layouts=DENSE),
+    "by pages, windows": Attention(
+        (Stream("near", window=20), Stream("four", every=4)), heads=8, sinks=True, softcap=4.0, layouts=WINDOWS
+    ),
+    "by pages, coded": Attention((Stream("kv"),), d_k=64, d_v=96, heads=6, kv_heads=2, dtype="q8_0", layouts=DENSE),
+    "by pages, coded windows": Attention(
+        (Stream("near", window=20), Stream("four", every=4)), heads=8, sinks=True, softcap=4.0, dtype="q8_0", layouts=WINDOWS
+    ),
+    "coded latent": Attention(
+        (Stream("latent", own_values=False, flat=True),), d_k=96, d_v=64, heads=9, kv_heads=1, dtype="q8_0"
+    ),
+    "coded, listed rows": Attention((Stream("kv", n_ids=40),), d_k=32, d_v=64, heads=6, kv_heads=3, dtype="q8_0"),
+    "coded, in one piece": Attention((Stream("kv"),), dtype="q8_0", layouts=(("kv.k", "panels"), ("kv.v", "rows16"))),
     "interleaved": Attention((Stream("kv"),), d_k=20, d_v=16, layouts=(("kv.k", "rows16"), ("kv.v", "rows16"))),
 }
 

@@ -29,7 +29,7 @@ def test_the_same_elements_in_the_same_order(data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(0, 3))):
         repeated = [1 if data.draw(st.booleans()) else n for n in shape]
         order = data.draw(st.permutations(range(len(shape))))
-        turned = IndexMap.dense([repeated[a] for a in order]).permute([order.index(a) for a in range(len(shape))])
+        turned = IndexMap.dense(tuple(repeated[a] for a in order)).permute([order.index(a) for a in range(len(shape))])
         given.append(IndexMap(turned.shape, turned.strides, data.draw(st.integers(0, 9))).broadcast(shape))
     lines = arrange(shape, given)
     assert prod((*lines.rows, lines.line)) == prod(shape)

@@ -20,7 +20,7 @@ from tensorgraph.backends.cpu.device import Code
 from tensorgraph.backends.cpu.elementwise import cpu_formula
 from tensorgraph.backends.cpu.program import OperandKey, Recipe
 from tensorgraph.backends.cpu.target import host
-from tensorgraph.backends.cpu.weights import FORMS, coded, interleaved, read_units, write_units
+from tensorgraph.backends.cpu.weights import FORMS, interleaved, read_units, write_units
 from tensorgraph.dtypes import BY_NAME, as_dtype
 from tensorgraph.op import Op
 from tensorgraph.ops.rows.get_rows_cpu import emit_get_rows
@@ -108,7 +108,7 @@ def test_another_packages_form_of_weights_switches_it_off(part: str, monkeypatch
 def test_other_codes_of_a_type_are_another_key(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     before, codes = key_of(RECIPE), FORMS["q4_k"].codes
     assert codes is not None
-    monkeypatch.setitem(FORMS, "q4_k", coded(replace(codes, **change)))
+    monkeypatch.setitem(FORMS, "q4_k", replace(FORMS["q4_k"], codes=replace(codes, **change)))
     assert None is not key_of(RECIPE) != before
 
 

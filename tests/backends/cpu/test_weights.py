@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import tensorgraph.ops  # noqa: F401  (registers the block types)
+from tensorgraph.backends.cpu import weights
 from tensorgraph.backends.cpu.device import CpuDevice
 from tensorgraph.backends.cpu.emit import Function
 from tensorgraph.backends.cpu.ir import I64, PTR
@@ -20,10 +22,19 @@ from tensorgraph.backends.cpu.weights import interleaved, load_r16_row, n_tiles,
 from tensorgraph.dtypes import DType, as_dtype
 from tensorgraph.errors import InputError
 from tensorgraph.ops.formats import FORMATS, decode
+from tests.backends.cpu.emulated import EMULATED, emulation
+from tests.ops.formats.extreme_blocks import extreme_codes, special_scales
+from tests.ops.formats.peer_values import WITHOUT_PEER, assert_same_bits, peer_values
 
 Array = np.ndarray[Any, Any]
 FLOATS = ("f32", "f16", "bf16")
-RUNNABLE = [target for target in (host(), *TARGETS.values()) if can_run(target)]
+RUNNABLE = [target for target in (host(), *TARGETS.values()) if can_run(target)] + [EMULATED["wide"]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def emulated() -> Iterator[None]:
+    with emulation():
+        yield
 
 
 def random_rows(dtype: DType, *shape: int, seed: int = 0) -> Array:
@@ -40,17 +51,26 @@ def values(array: Array, dtype: DType) -> Array:
 
 
 def assert_same(got: Array, want: Array) -> None:
-    np.testing.assert_array_equal(got, want)
+    assert_same_bits(np.ascontiguousarray(got, np.float32), np.ascontiguousarray(want, np.float32))
 
 
+BACKENDS = ["cpu", *(f"cpu:{name}" for name, target in TARGETS.items() if can_run(target)), "cpu:wide"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", [*FLOATS, *FORMATS])
-def test_every_type_comes_back_as_it_is_decoded(name: str) -> None:
-    device, dtype = CpuDevice(), as_dtype(name)
+def test_every_type_comes_back_as_it_is_decoded(name: str, backend: str) -> None:
+    """By the `gguf` package, to the last bit: of any bits, of the largest and smallest codes, and of all sorts of scales."""
+    device, dtype = CpuDevice(backend), as_dtype(name)
     width = 2 * dtype.block_size if dtype.is_block else 37
     array = random_rows(dtype, 2, 37, width)
+    if dtype.is_block:
+        ends = [made(name, 37, width).reshape(37, -1) for made in (extreme_codes, special_scales)]
+        array = np.stack([*array, *ends])
     held = pack(array, dtype, "r16", device)
-    assert held.address % 64 == 0 and held.shape == (2, 37, width)
-    assert_same(unpack(held, dtype, device), values(array, dtype))
+    assert held.address % 64 == 0 and held.shape == (len(array), 37, width)
+    peer = dtype.is_block and name not in WITHOUT_PEER
+    assert_same(unpack(held, dtype, device), peer_values(array, name) if peer else values(array, dtype))
 
 
 AS_F32 = ("q2_k", "q3_k", "q6_k", "nvfp4", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq1_s", "iq1_m")
@@ -80,9 +100,13 @@ def test_views_are_packed_as_they_are_seen(name: str) -> None:
     assert_same(unpack(pack(view, dtype, "r16", device), dtype, device), values(np.ascontiguousarray(view), dtype))
 
 
-def test_more_rows_than_are_recoded_at_once() -> None:
-    device, dtype = CpuDevice(), as_dtype("q5_0")
-    array = random_rows(dtype, 2, 1100, 1024)
+@pytest.mark.parametrize("shape", [(2, 1100, 1024), (37, 40, 256)])
+@pytest.mark.parametrize("name", ["q5_0", "q4_k", "nvfp4"])
+def test_more_than_is_packed_or_decoded_at_once(name: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "BATCH_BYTES", 1 << 17)
+    monkeypatch.setattr(weights, "_DECODED", 1 << 18)
+    device, dtype = CpuDevice(), as_dtype(name)
+    array = random_rows(dtype, *shape)
     assert_same(unpack(pack(array, dtype, "r16", device), dtype, device), values(array, dtype))
 
 
@@ -102,9 +126,17 @@ def test_other_arrays_are_converted_or_refused() -> None:
         pack(array, as_dtype("q4_0"), "r16", device)
 
 
-@pytest.mark.parametrize("target", RUNNABLE, ids=lambda target: target.name)
-@pytest.mark.parametrize("name", [*FLOATS, "q4_1", "q8_0", "q5_k"])
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        pytest.param(target, name, marks=[] if i % len(RUNNABLE) == n or name in FLOATS else pytest.mark.deep)
+        for n, target in enumerate(RUNNABLE)
+        for i, name in enumerate((*FLOATS, *FORMATS))
+    ],
+    ids=lambda v: getattr(v, "name", v),
+)
 def test_parts_of_a_row(name: str, target: Target) -> None:
+    """4, 8 or 16 consecutive elements from any place."""
     dtype = as_dtype(name)
     rows, width = 19, max(dtype.block_size, 32)
     array = random_rows(dtype, 2, rows, width)
@@ -114,11 +146,11 @@ def test_parts_of_a_row(name: str, target: Target) -> None:
     counts = (4, 8, 16) if dtype.is_block else (1, 4, 8, 16)
     k = Function("kernel", {"units": PTR, "to": PTR, "row": I64}, target)
     units, to, row = k.parameters.values()
-    weights = Operand(k, dtype, (2, rows, width), (), units, "r16")
+    operand = Operand(k, dtype, (2, rows, width), (), units, "r16")
     for i, lanes in enumerate(counts):
         with k.loop(0, width, lanes) as loop:
             loop.next()
-            k.store(load_r16_row(weights, row, loop.i, lanes), to + (loop.i + i * width) * 4)
+            k.store(load_r16_row(operand, row, loop.i, lanes), to + (loop.i + i * width) * 4)
     jit = Jit(target, None)
     run = ctypes.CFUNCTYPE(None, *(ctypes.c_int64,) * 3)(jit.compile([k.text()])[0])
     for matrix in range(2):

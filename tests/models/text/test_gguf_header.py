@@ -178,6 +178,22 @@ def test_strings_are_those_that_were_written(tmp_path: Path, some: list[str], ot
         assert got.metadata["some"] == some and got.metadata["both"] == [some, others]
 
 
+@pytest.mark.parametrize("rare", ["", "c" * 255, "d" * 256, "e\0f", "g" * 70_000], ids=len)
+def test_many_strings_that_are_passed_over_at_once(tmp_path: Path, rare: str) -> None:
+    """By pieces of the file, wherever the strings' ends lie in these and wherever a rare one stands."""
+    words = ["b" * (i * 7 % 40 + 1) for i in range(4000)]
+    for at in (0, 3000, len(words) - 1):
+        path = tmp_path / f"many{at}.gguf"
+        given = [*words[:at], rare, *words[at + 1 :]]
+        array = struct.pack("<IQ", 8, len(given)) + b"".join(map(text, given))
+        path.write_bytes(build((pair("many", 9, array), pair("after", 4, struct.pack("<I", 7)))))
+        with GGUF.open(path) as got:
+            assert got.metadata["many"] == given and got.metadata["after"] == 7
+        path.write_bytes(build((pair("many", 9, array[:-20]),), data=b""))
+        with pytest.raises(FormatError, match="'many'"):
+            GGUF.open(path)
+
+
 def test_no_strings_and_then_numbers(tmp_path: Path) -> None:
     inner = struct.pack("<IQ", 8, 0), struct.pack("<IQ", 0, 257) + b"\1" * 257
     path = tmp_path / "empty.gguf"

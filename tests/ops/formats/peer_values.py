@@ -9,6 +9,8 @@ from gguf import GGMLQuantizationType
 from gguf import quants as peer
 
 Array = np.ndarray[Any, Any]
+WITHOUT_PEER = ("q1_0", "q2_0")
+"""Types that the package has not."""
 
 
 def peer_type(name: str) -> GGMLQuantizationType:

@@ -9,9 +9,9 @@ from gguf import quants as peer
 
 from tensorgraph.errors import DTypeError
 from tensorgraph.ops.formats import FORMATS, block_format, decode, random_blocks
+from tests.ops.formats.peer_values import WITHOUT_PEER
 
 ELEMENTS = 1 << 19
-WITHOUT_PEER = ("q1_0", "q2_0")
 
 
 def drawn(name: str, deviation: float, seed: int = 0) -> np.ndarray:

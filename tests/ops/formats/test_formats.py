@@ -20,14 +20,15 @@ from tensorgraph.errors import DTypeError, ShapeError
 from tensorgraph.graph import input
 from tensorgraph.ops import cast, set_rows
 from tensorgraph.ops.formats import FORMATS, block_format, decode, encode
-from tests.ops.formats.peer_values import assert_same_bits, peer_type, peer_values
+from tests.ops.formats.extreme_blocks import UNITS, extreme_codes, special_scales, with_scales
+from tests.ops.formats.peer_values import WITHOUT_PEER, assert_same_bits, peer_type, peer_values
 from tests.reference import reference_path
 
 AFFINE = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]
 BY_PEER = [*AFFINE, "tq1_0", "tq2_0", "mxfp4"]
 """Types that the peer encodes too."""
 ALL = list(FORMATS)
-BOTH = [name for name in FORMATS if name not in ("q1_0", "q2_0")]  # gguf.quants has these two not
+BOTH = [name for name in FORMATS if name not in WITHOUT_PEER]
 
 
 def test_every_format_has_the_layout_that_files_use() -> None:
@@ -51,6 +52,24 @@ def test_decode_equals_the_peer_bit_for_bit(name: str, data: st.DataObject) -> N
     assert got.shape == (rows, n_blocks * block_format(name).dtype.block_size)
     if n_blocks:
         assert_same_bits(got, peer_values(raw, name))
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_extreme_blocks_decode_as_the_peer_does(name: str) -> None:
+    for made in (extreme_codes, special_scales):
+        raw = made(name, 90, 256).reshape(90, -1)
+        assert_same_bits(decode(raw, name), peer_values(raw, name))
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_every_value_of_every_byte_decodes_as_the_peer_does(name: str) -> None:
+    """Beside bytes of zeros, of ones, and any."""
+    size = block_format(name).dtype.block_bytes
+    unit = UNITS.get(block_format(name).scales[0].kind, 1.0)
+    for start in (np.zeros(size), np.full(size, 255), np.random.default_rng(6).integers(0, 256, size)):
+        raw = np.tile(with_scales(name, start[None].astype(np.uint8), unit), (size, 256, 1))
+        raw[np.arange(size), :, np.arange(size)] = np.arange(256)
+        assert_same_bits(decode(raw.reshape(-1, size), name), peer_values(raw.reshape(-1, size), name))
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])

@@ -57,17 +57,6 @@ def test_every_f16_scale_decodes_as_the_peer_does(name: str) -> None:
     assert_same_bits(decode(raw, name), peer_values(raw, name))
 
 
-@pytest.mark.parametrize("name", GRIDDED)
-def test_every_value_of_every_byte_decodes_as_the_peer_does(name: str) -> None:
-    """Beside bytes of zeros, of ones, and any."""
-    for start in (np.zeros_like(random_blocks(name, 1)), ~np.zeros_like(random_blocks(name, 1)), random_blocks(name, 1)):
-        size = start.shape[1]
-        raw = np.tile(scaled(name, start, 1.0), (size, 256, 1))
-        raw[np.arange(size), :, np.arange(size)] = np.arange(256)
-        raw = raw.reshape(-1, size)
-        assert_same_bits(decode(raw, name), peer_values(raw, name))
-
-
 # Encoding.
 
 GGML = {
