@@ -1,7 +1,8 @@
 """flash_attn on the CPU for whatever the op allows: any segments, dtypes, strides, masks and row lists, streams in place.
 
-One piece of work is a token, a kv head and some of its query heads; or a few tokens, where few heads share a kv head. It goes
-in tiles through the rows that the token sees, with a running soft-max in f32.
+Many queries go through rows in one piece as `dense_tiles_cpu` says, unless there are masks or lists. Else one piece of work is a
+token, a kv head and some of its query heads; or a few tokens, where few heads share a kv head. It goes in tiles through the rows
+that the token sees, with a running soft-max in f32.
 
 Rows that no token of a piece sees are not loaded. One that only some of them see gets no weight for the others, but may hold an
 infinite number or NaN, which no weight makes 0: where a piece's result has a NaN, it is computed again token by token.
@@ -32,6 +33,9 @@ from tensorgraph.ops.attention.attend_rows_cpu import (
     span,
 )
 from tensorgraph.ops.attention.attend_tile_cpu import TILE, Heads, Logits, Rows, copy_padded, whole_vectors
+from tensorgraph.ops.attention.dense_tiles_cpu import emit_dense_tiles
+from tensorgraph.ops.attention.paged_cpu import Heads as Paged
+from tensorgraph.ops.attention.tiles_cpu import tile_call
 
 Slots = Mapping[str, "Operand | None"]
 TOKENS = {1: 8, 2: 4, 3: 4, 4: 4}
@@ -148,19 +152,36 @@ def general_calls(node: Node, context: Context) -> Sequence[Call]:
     refs: dict[str, Ref | None] = {"y": Ref(node)}
     for slot, value in zip(node.slots, node.inputs, strict=True):
         refs[slot] = Ref(value, context.layout(stored(value)) if slot[0] in "kv" else "dense")
-    alone = sizes.most_ids > 0 or sizes.group not in TOKENS
+    alone, in_place = sizes.most_ids > 0 or sizes.group not in TOKENS, False
     for i in range(len(rules)):
         if any((ref := refs.get(f"{x}{i}")) is not None and ref.layout != "dense" for x in "kv"):
             refs.pop(f"seq{i}", None)
             refs.pop(f"pos{i}", None)
-            alone = True
-    if alone or sizes.group is None:
-        return [_call(node, refs, sizes, ALWAYS)]
-    n_tokens = TOKENS[sizes.group]
-    several = replace(sizes, tokens=n_tokens, heads=n_tokens * sizes.group)
+            alone = in_place = True
     few, many = node.shape[0] <= FEW, node.shape[0] > FEW
-    made = ((few, sizes), (many, several))
-    return [_call(node, refs, s, ALWAYS if guard is True else guard) for guard, s in made if guard is not False]
+    tiled = None if in_place else _tiled(node, sizes)
+    if tiled is None and (alone or sizes.group is None):
+        return [_call(node, refs, sizes, ALWAYS)]
+    made = [] if few is False else [_call(node, refs, sizes, ALWAYS if few is True else few)]
+    guard = ALWAYS if many is True else many
+    if guard is not False and tiled is not None:
+        made.append(tile_call(emit_dense_tiles, node, tiled, {x: ref for x, ref in refs.items() if x not in "qy"}, guard))
+    elif guard is not False and sizes.group is not None:
+        n_tokens = TOKENS[sizes.group]
+        made.append(_call(node, refs, replace(sizes, tokens=n_tokens, heads=n_tokens * sizes.group), guard))
+    return made
+
+
+def _tiled(node: Node, sizes: Sizes) -> Paged | None:
+    """The extents of an attention whose queries can go through all rows in tiles: neither lists of rows nor masks."""
+    q, k0, rules = node.at("q"), node.at("k0"), node.attrs["segments"]
+    assert q is not None and k0 is not None
+    n_kv, group, d_k, d_v = k0.shape[1], sizes.group, sizes.d_k, sizes.d_v
+    if any(node.at(f"{name}{i}") is not None for i in range(len(rules)) for name in ("ids", "mask")):
+        return None
+    if not isinstance(n_kv, int) or not group or not d_k or not d_v or any(x.dtype.name == "f64" for x in node.inputs):
+        return None
+    return Paged(n_kv, group, d_k, d_v, node.attrs["scale"], node.attrs["softcap"], rules)
 
 
 def _call(node: Node, refs: Mapping[str, Ref | None], sizes: Sizes, guard: Guard) -> Call:

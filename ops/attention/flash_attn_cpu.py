@@ -11,7 +11,8 @@ from tensorgraph.ops.attention.attend_cpu import general_calls, general_reads
 from tensorgraph.ops.attention.flash_attn import flash_attn
 from tensorgraph.ops.attention.paged_cpu import Heads, emit_combine
 from tensorgraph.ops.attention.paged_slices_cpu import emit_slices, kv_heads_at_once, slice_scratch, slices_of
-from tensorgraph.ops.attention.paged_tiles_cpu import emit_tiles, tile_scratch, unit_tokens
+from tensorgraph.ops.attention.paged_tiles_cpu import emit_tiles
+from tensorgraph.ops.attention.tiles_cpu import tile_call
 
 FEW = 4
 """Up to so many tokens, rows are divided among threads; above, tokens are."""
@@ -82,7 +83,7 @@ def slices_call(node: Node, heads: Heads, guard: Guard) -> tuple[Call, Ref, Ref]
         emit_slices,
         operands,
         {"heads": heads, "n_kv": n_kv},
-        items=product((q.shape[0], heads.n_kv // n_kv, n_slices)),
+        items=product((q.shape[0], heads.n_kv, n_slices)),
         scratch_bytes=slice_scratch(heads, n_kv),
         guard=guard,
         nodes=(node,),
@@ -92,21 +93,7 @@ def slices_call(node: Node, heads: Heads, guard: Guard) -> tuple[Call, Ref, Ref]
 
 def tiles_call(node: Node, heads: Heads, guard: Guard) -> Call:
     """The call for many tokens."""
-    q = node.at("q")
-    assert q is not None
-    n_units = (q.shape[0] + (unit_tokens(heads.group) - 1)) // unit_tokens(heads.group)
-    operands = {"q": Ref(q, known=True), **streams_of(node), "units": Ref(n_units), "y": Ref(node, known=True)}
-    items = product((n_units, heads.n_kv))
-    return Call(
-        emit_tiles,
-        operands,
-        {"heads": heads},
-        items=items,
-        grain=2,
-        scratch_bytes=tile_scratch(heads),
-        guard=guard,
-        nodes=(node,),
-    )
+    return tile_call(emit_tiles, node, heads, streams_of(node), guard)
 
 
 def calls(node: Node, context: Context) -> Sequence[Call]:

@@ -1,7 +1,7 @@
 """Attention over streams for few tokens: rows are divided, and each slice of them leaves a partial result.
 
 One piece of work is a token, a slice of rows and some kv heads, whose query heads share what is loaded. Pages are gone through
-one after another, in each of them one head after another, so that memory is read in order.
+one after another, in each of them one head after another, so that memory is read in order. Of few rows each piece takes one head.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ SLICE = 128
 AHEAD_BYTES = 4096
 """So far ahead of what is read, memory is asked for."""
 PART_BYTES = 1 << 16
-"""So much of a page is worth a piece of work, where there are kv heads enough."""
+"""So much of a page's keys a piece of work takes, where there are kv heads enough."""
+FEW_SLICES = 3
+"""Up to so many, each piece takes one kv head: there would be too few pieces for several threads."""
 
 
 def slices_of(n_rows: Any) -> Any:
@@ -40,7 +42,7 @@ def slices_of(n_rows: Any) -> Any:
 
 
 def kv_heads_at_once(h: Heads, dtype: DType) -> int:
-    """How many kv heads one piece of work takes: a divisor of their number."""
+    """How many kv heads one piece of work takes, at most: a divisor of their number."""
     each = dtype.size_bytes(h.d_k) * L
     return next(n for n in range(1, h.n_kv + 1) if h.n_kv % n == 0 and (n * each >= PART_BYTES or n == h.n_kv))
 
@@ -62,14 +64,15 @@ def slice_scratch(h: Heads, n_kv: int) -> int:
 
 
 def emit_slices(k: Kernel, operands: Operands, *, heads: Heads, n_kv: int) -> None:
-    """Partial results: `part` [T, Hkv, slices, G, HEAD + Dv]; each piece takes `n_kv` kv heads."""
+    """Partial results: `part` [T, Hkv, slices, G, HEAD + Dv]; a piece takes `n_kv` kv heads, or one."""
     h, q, part, slices = heads, *(operands[name] for name in ("q", "part", "slices"))
     assert q is not None and part is not None and slices is not None
     n_slices, scratch = slices.shape[0], k.scratch()
     at = {name: scratch + offset for name, offset in lay_out(_rooms(h, n_kv))[0].items()}
-    with k.rows((q.shape[0], n_slices, h.n_kv // n_kv)) as (t, slice_number, block):
+    several = k.i64(n_slices).gt(FEW_SLICES)
+    count = k.select(several, k.i64(n_kv), k.i64(1))
+    with k.rows((q.shape[0], n_slices, h.n_kv)) as (t, slice_number, head), k.when((head % count).eq(0)):
         seq, pos = token_of(k, operands, t)
-        head = block * n_kv
         to = part.address + ((t * h.n_kv + head) * n_slices + slice_number) * (h.group * h.partial * 4)
         stride = k.i64(n_slices) * (h.group * h.partial * 4)
         number = slice_number
@@ -86,12 +89,12 @@ def emit_slices(k: Kernel, operands: Operands, *, heads: Heads, n_kv: int) -> No
                     ]
                     first, stop = k.max(seen.lo - start, 0), k.min(seen.hi - start, k.i64(SLICE))
                     own = Slice(
-                        k, h, n_kv, (keys.dtype, values.dtype), (finders[0], finders[1]), head, at, start // L, first, stop
+                        k, h, count, (keys.dtype, values.dtype), (finders[0], finders[1]), head, at, start // L, first, stop
                     )
                     own.score(q.at([t, head * h.group]))
                     own.add()
                     own.write(to, stride)
-                with k.when(some.invert()), k.loop(0, n_kv) as each, k.loop(0, h.group) as g:
+                with k.when(some.invert()), k.loop(0, count) as each, k.loop(0, h.group) as g:
                     each.next()
                     g.next()
                     place = to + (each.i * stride + g.i * (h.partial * 4))
@@ -115,7 +118,7 @@ class Slice:
 
     k: Kernel
     h: Heads
-    n_kv: int
+    n_kv: Value
     dtypes: tuple[DType, DType]
     finders: tuple[Finder, Finder]
     head: Value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,55 @@ def test_rows_that_a_query_does_not_see_may_hold_anything(group: int, backend: s
         seeing = (slots["seq"] == slots["seq"][row]) & (slots["pos"] >= slots["pos"][row])
         np.testing.assert_allclose(got[~seeing], clean[~seeing], rtol=0, atol=1e-5)
         assert seeing.any() and not np.allclose(got[seeing], clean[seeing], equal_nan=False)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Sizes that take several tiles of queries, and several blocks of rows."""
+
+    n_tokens: int
+    n_rows: int
+    kv_heads: int
+    group: int
+    d_k: int
+    d_v: int
+    dtype: str = "float32"
+    rule: tuple[int, int | None, bool] = (1, None, True)
+    own_values: bool = True
+    sinks: bool = False
+    softcap: float = 0.0
+
+    def slots(self, rng: np.random.Generator) -> Slots:
+        """Rows of three sequences in any order, for tokens of two of them."""
+        kind, n = np.dtype(self.dtype), self.n_rows
+        slots: Slots = {"q": rng.standard_normal((self.n_tokens, self.kv_heads * self.group, self.d_k)).astype(kind)}
+        slots["k0"] = rng.standard_normal((n, self.kv_heads, self.d_k)).astype(kind)
+        if self.own_values:
+            slots["v0"] = rng.standard_normal((n, self.kv_heads, self.d_v)).astype(kind)
+        if self.sinks:
+            slots["sinks"] = rng.standard_normal(self.kv_heads * self.group).astype(np.float32)
+        slots |= {"pos0": rng.permutation(n).astype(np.int32), "seq0": np.sort(rng.integers(0, 3, n)).astype(np.int64)}
+        return slots | {"pos": rng.integers(0, n, self.n_tokens), "seq": rng.integers(1, 3, self.n_tokens).astype(np.int32)}
+
+
+PROMPTS = {
+    "many tiles": Prompt(131, 200, 2, 1, 24, 17),
+    "blocks alone": Prompt(13, 320, 1, 4, 64, 32, "float16", sinks=True),
+    "pieces of heads": Prompt(9, 70, 1, 100, 40, 16, own_values=False),
+    "windows": Prompt(60, 150, 3, 3, 33, 48, rule=(4, 25, True), softcap=3.0),
+    "not causal": Prompt(50, 129, 2, 2, 32, 32, rule=(1, 40, False)),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", PROMPTS)
+def test_tiles_of_queries(name: str, backend: str) -> None:
+    prompt = PROMPTS[name]
+    slots = prompt.slots(np.random.default_rng(sorted(PROMPTS).index(name)))
+    given = attrs(segments=(prompt.rule,), d_v=prompt.d_v, softcap=prompt.softcap)
+    wanted = runner(flash_attn, "reference")(slots, **given)
+    np.testing.assert_allclose(runner(flash_attn, backend)(slots, **given), wanted, rtol=0, atol=1e-5)
+    assert np.abs(wanted).max() > 0.5
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
