@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import textwrap
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ MEASUREMENTS = {
         "618 million parameters) with random weights, all matrices of one type (`tensorgraph synth`); and a mixture of the shape "
         "of Qwen3-30B-A3B, with 4 layers and 8 of 64 experts.",
         _same(*(Made(f"llama-{name}", ("synth", "llama-3.1-8b", OUT, "--type", name, *LLAMA)) for name in TYPES), MIXTURE),
-        (Case("pp", 64), Case("tg", 16)),
+        (Case("pp", 32), Case("tg", 12)),
         rounds=5,
     ),
     "heads": Measurement(
@@ -124,10 +125,12 @@ MEASUREMENTS = {
     "busy": Measurement(
         "bench-busy",
         "Beside a busy process",
-        "SmolLM2-135M in Q4_1 while another process keeps one of the cores busy.",
+        "SmolLM2-135M in Q4_1 while another process, a loop of arithmetic in a session of its own, keeps a core busy. With auto "
+        "threads the peer has as many as there are cores; few tokens a round, since it then decodes few a second.",
         _same("smollm2"),
-        (Case("pp", 512), Case("tg", 128)),
+        (Case("pp", 64), Case("tg", 32)),
         threads=("1", "2", "auto"),
+        rounds=5,
         busy=1,
     ),
 }
@@ -175,7 +178,8 @@ def command(wanted: Measurement) -> str:
 
 def document(wanted: Measurement, runs: Sequence[Run], about: Mapping[str, Any]) -> str:
     """The page that is kept."""
-    head = f"# {wanted.title}\n\n{wanted.text}\n\n    {command(wanted)}\n\nMeasured {about['date']}."
+    text = textwrap.fill(wanted.text, 130)
+    head = f"# {wanted.title}\n\n{text}\n\n    {command(wanted)}\n\nMeasured {about['date']}."
     return f"{head}\n\n{report.as_text(runs, about, markdown=True)}\n"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,11 +17,19 @@ from tensorgraph.dtypes import as_dtype
 from tensorgraph.errors import InputError
 from tensorgraph.graph import Graph, Node, constant, input
 from tensorgraph.ops import add_id, geglu, mul_mat, mul_mat_id, sum_rows, swiglu, swiglu_oai
-from tests.backends.cpu.test_products import BACKENDS, weights
+from tests.backends.cpu.emulated import emulation
+from tests.backends.cpu.products import weights
+from tests.backends.cpu.test_products import OTHERS
 
 Array = np.ndarray[Any, Any]
 T = Dim("T", max=256)
 OAI = partial(swiglu_oai, alpha=1.702, limit=7.0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def emulated() -> Iterator[None]:
+    with emulation():
+        yield
 
 
 @dataclass(frozen=True)
@@ -117,7 +125,7 @@ def test_types(types: tuple[str, str, str]) -> None:
         assert_same(m, m.y, m.inputs(n_tokens))
 
 
-@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("backend", OTHERS)
 def test_targets(backend: str) -> None:
     m = Mixture(Shape(), ("q4_0", "q4_0", "q8_0"))
     for n_tokens in (1, 4, 17, 130):

@@ -17,9 +17,10 @@ from tensorgraph.dims import Dim
 from tensorgraph.dtypes import as_dtype
 from tensorgraph.errors import InputError
 from tensorgraph.graph import Graph, constant, input
-from tensorgraph.ops import mul_mat, mul_mat_id, reglu
+from tensorgraph.ops import add, mul_mat, mul_mat_id, reglu
 from tests.backends.cpu.emulated import EMULATED, emulation
 from tests.backends.cpu.products import (
+    EXACT_TO,
     FLOATS,
     TYPES,
     activations,
@@ -151,8 +152,29 @@ def test_two_weights_side_by_side(backend: str, name: str, exact: bool) -> None:
             continue
         for found, values in ((g, w), (u, v)):
             check(found, values, x, int8=False)
-        off = [np.abs(x) @ np.abs(values).T * 2.0**-20 for values in (w, v)]
+        off = [np.abs(x) @ np.abs(values).T * EXACT_TO for values in (w, v)]
         assert np.all(np.abs(got - np.maximum(g, 0) * u) <= 2 * (off[0] * np.abs(u) + off[1] * np.abs(g) + off[0] * off[1]))
+
+
+@pytest.mark.parametrize("height", [64, 41])
+@pytest.mark.parametrize(("backend", "name", "exact"), SHAPE_CASES)
+def test_what_follows_a_product(backend: str, name: str, exact: bool, height: int) -> None:
+    """In one kernel, which takes two tiles of 16 rows at once where registers are wide and their number is even."""
+    width = wide(backend, name, exact)
+    array, w = weights(name, height, width)
+    node = mul_mat(constant("a", shape=(height, width), dtype=name), input("b", (T, width)))
+    step = bound(add(node, input("r", (T, height))), backend, exact=exact, fuse=True, a=array)
+    assert [len(split) for split in step.plan.groups] == [1]
+    alone = product(backend, name, array, width, exact=exact)
+    for n in (1, 2, 4, 5, 131):
+        rng = np.random.default_rng(n)
+        x, r = activations(rng, n, width), rng.standard_normal((n, height)).astype(np.float32)
+        got, y = step.run({"b": x, "r": r})["y"], alone.run({"b": x})["y"]
+        if is_int8(name, exact):
+            assert_same_bits(got, y + r, f"{n} rows")
+            continue
+        most = np.abs(x.astype(np.float64)) @ np.abs(w).T + np.abs(r)
+        assert np.all(np.abs(got - (x.astype(np.float64) @ w.T + r)) <= most * EXACT_TO)
 
 
 @pytest.mark.parametrize("name", ["q4_k", "iq3_xxs", "f16"])

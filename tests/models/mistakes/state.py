@@ -6,6 +6,7 @@ from tests.models.planting import Mistake
 
 _SESSIONS = "tests.models.test_sessions:test_"
 _SPEC, _PAGES, _STORE, _STEP, _FILE = (f"tensorgraph/state{name}.py" for name in ("", "_pages", "_store", "_step", "_file"))
+_SIZES = "tools/inspect.py"
 _TESTS = "tests.core.test_state_store:test_"
 
 STATE = (
@@ -18,12 +19,12 @@ STATE = (
         "size_bytes(self.row_shape[0])",
         f"{_TESTS}a_spec_says_its_class_key_and_bytes",
     ),
-    Mistake("dtype is the session's", _SPEC, "_check_float(self.dtype or kv_dtype)", "_check_float(kv_dtype)", "declared_state"),
+    Mistake("dtype is the session's", _SPEC, "width = self.dtype or kv_dtype, ", "width = kv_dtype, ", "declared_state"),
     Mistake(
         "pages are all f32",
         _STORE,
-        "np.zeros((0, *shape), spec.stored_dtype(kv_dtype).numpy)",
-        "np.zeros((0, *shape), np.float32)",
+        "else (0, page_rows, *row), dtype)",
+        "else (0, page_rows, *row), np.float32)",
         f"{_TESTS}rows_are_rounded_to_the_dtype_of_the_stream",
     ),
     Mistake("every is ignored", _SPEC, "StreamClass(self.every, self.keep)", "StreamClass(1, self.keep)", "declared_state"),
@@ -49,7 +50,7 @@ STATE = (
         "return 0 if True else max(",
         "rows_of_streams",
     ),
-    Mistake("sizes forget every", _SPEC, "s.row_bytes(kv_dtype) / s.every", "s.row_bytes(kv_dtype)", f"{_TESTS}published_sizes"),
+    Mistake("sizes forget every", _SIZES, "s.row_bytes(kv_dtype) / s.every", "s.row_bytes(kv_dtype)", f"{_TESTS}published_sizes"),
     # Pages.
     Mistake(
         "pages are used again as they are",

@@ -46,7 +46,6 @@ def with_scales(name: str, raw: Array, *values: Array | float) -> Array:
     return raw
 
 
-
 def extreme_codes(name: str, height: int, width: int) -> Array:
     """Codes and factors at their ends, each with each, in the first rows, any in the others; all values whole.
 
