@@ -100,9 +100,13 @@ class PlanCache:
             return found if same else replace(found, literals=graph.literals, devices=devices)
         self.misses += 1
         began = time.perf_counter()
-        self._plans[key] = compile(graph, devices, options)
+        self._plans[key] = self.make(key, graph, devices, options)
         self.compile_s += time.perf_counter() - began
         return self._plans[key]
+
+    def make(self, key: str, graph: Graph, devices: Sequence[Device], options: CompileOptions) -> Plan:
+        """The plan of a topology that is not there: compiled."""
+        return compile(graph, devices, options)
 
     def __len__(self) -> int:
         return len(self._plans)

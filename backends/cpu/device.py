@@ -26,6 +26,7 @@ from tensorgraph.backends.cpu.program import Program, Recipe, write_kernel
 from tensorgraph.backends.cpu.recipes import Entry, keys_of, read_entry
 from tensorgraph.backends.cpu.target import Target, find_target, host
 from tensorgraph.backends.cpu.weights import LAYOUTS, pack, unpack
+from tensorgraph.compiler import PlanCache
 from tensorgraph.device import Device, Part, Run, Values, readers
 from tensorgraph.dtypes import DType
 from tensorgraph.errors import InputError
@@ -182,6 +183,13 @@ class CpuDevice(Device):
         if constant:
             return pack(array, dtype, layout, self) if layout != "dense" else self._hold(array, dtype)
         return np.ascontiguousarray(_in_dtype(array, dtype))
+
+    def plan_cache(self) -> PlanCache:
+        """Plans, on disk where code is."""
+        from tensorgraph.backends.cpu.kept_plans import KeptPlans
+
+        disk = self.code.jit.cache
+        return KeptPlans(disk) if disk is not None else PlanCache()
 
     def keep_packed(self, path: Path, content: mmap.mmap, head_bytes: int, folder: Path | None) -> Callable[[], None]:
         """Take packed constants from disk that an earlier start left there of a mapped model file; what is given keeps those of

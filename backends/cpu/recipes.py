@@ -51,19 +51,25 @@ def read_entry(content: bytes | None) -> Entry | None:
 
 def keys_of(recipes: Sequence[Recipe], compiler_key: str) -> dict[Recipe, str]:
     """A key for each recipe that has one: the same in every process, and another wherever text or object might be."""
+    source, keys = source_key(), dict[Recipe, str]()
+    for recipe in recipes if source is not None else ():
+        with suppress(_Undescribed):
+            said = f"{source}|{compiler_key}|{_described(recipe)}"
+            keys[recipe] = hashlib.sha256(said.encode()).hexdigest()
+    return keys
+
+
+def source_key() -> str | None:
+    """What depends on this package's source holds for, and on all types; None where other code takes part, or may."""
     digest = _digest()
     if digest is None or _last_change_s() > sys.modules["tensorgraph"].IMPORTED_S - MARGIN_S or not only_ours():
-        return {}
+        return None
     weights.interleaved(dtypes.f32)  # which fills the table
     forms = tuple((name, form.codes) for name, form in sorted(weights.FORMS.items()))
-    keys = {}
-    with suppress(_Undescribed):
-        types = _described((*sorted(dtypes.BY_NAME.values(), key=str), *forms))
-        for recipe in recipes:
-            with suppress(_Undescribed):
-                said = f"{digest}|{compiler_key}|{types}|{_described(recipe)}"
-                keys[recipe] = hashlib.sha256(said.encode()).hexdigest()
-    return keys
+    try:
+        return f"{digest}|{_described((*sorted(dtypes.BY_NAME.values(), key=str), *forms))}"
+    except _Undescribed:
+        return None
 
 
 def only_ours() -> bool:

@@ -67,7 +67,8 @@ def load(
             device.set_threads(threads)
     model = open_model(path)
     try:
-        loaded = TextModel(model, Engine(model, devices, kv_dtype=kv_type, options=options))
+        cache = devices[0].plan_cache() if hasattr(devices[0], "plan_cache") else None
+        loaded = TextModel(model, Engine(model, devices, kv_dtype=kv_type, options=options, cache=cache))
         if packed_cache:
             loaded.keep_packed(None if packed_cache is True else Path(packed_cache))
         return loaded
