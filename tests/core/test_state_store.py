@@ -94,10 +94,12 @@ def test_rows_are_rounded_to_the_dtype_of_the_stream() -> None:
             step.append("k", x)
             assert_same(step.read("k"), x.astype(wanted))
     x, dtype = np.random.default_rng(0).standard_normal((5, 2, 64), np.float32), as_dtype("q8_0")
-    store = StateStore({"k": StateSpec((2, 64))}, kv_dtype=dtype)
-    with store.begin([(store.new(), 5)]) as step:
-        step.append("k", x)
-        assert_same(step.read("k"), run_op("cast", run_op("cast", x, dtype=dtype), dtype=f32))
+    layouts: tuple[Layout, ...] = ("rows", "rows16", "panels")
+    for layout in layouts:
+        store = StateStore({"k": StateSpec((2, 64))}, kv_dtype=dtype, layouts={"k": layout})
+        with store.begin([(store.new(), 5)]) as step:
+            step.append("k", x)
+            assert_same(step.read("k"), run_op("cast", run_op("cast", x, dtype=dtype), dtype=f32))
 
 
 def test_forks_share_pages_until_one_of_them_writes() -> None:
