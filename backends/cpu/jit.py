@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 import llvmlite
 import llvmlite.binding as llvm
@@ -25,7 +25,7 @@ from tensorgraph.backends.cpu.forked import Outcome, can_fork, run_forked, run_h
 from tensorgraph.backends.cpu.target import Target, can_run, host
 from tensorgraph.errors import KernelError
 
-FORMAT = 2  # of an object and its symbol: one more whenever the same text may come out differently
+FORMAT = 3  # of an object and its symbol: one more whenever the same text may come out differently
 _KERNEL = re.compile(r"@kernel(?![\w.$-])")
 _NAME = re.compile(rb"\0([A-Za-z_]\w{2,})(?=\0)")  # in an object's table of strings
 
@@ -204,14 +204,7 @@ def _unresolved(key: str, content: bytes) -> str:
     return f"its code asks for what this process lacks: {', '.join(name for name in names if not hasattr(process, name)) or '?'}"
 
 
-@cache
-def _in_order() -> None:
-    """What the emitter wrote is in a good order, and needs fewer registers than what LLVM's scheduler makes of it."""
-    llvm.set_option("", "-enable-misched=0")
-
-
 def _target_machine(target: Target, level: int) -> llvm.TargetMachine:
-    _in_order()
     if target.family == host().family:
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()

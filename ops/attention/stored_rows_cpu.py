@@ -130,7 +130,8 @@ def dot(
             for u in range(step):
                 meanwhile(loop.i, u)
                 row = key_element(k, dtype, page, loop.i + u)
-                factors = [k.splat(k.load(query + (loop.i + u) * 4, F32), L) for query in queries]
+                # one by one: in this order no more than one of them takes registers
+                factors = (k.splat(k.load(query + (loop.i + u) * 4, F32), L) for query in queries)
                 sums = [k.fma(row, factor, total) for factor, total in zip(factors, sums, strict=True)]
             loop.next(*sums)
         return loop.results

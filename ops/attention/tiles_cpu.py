@@ -321,7 +321,8 @@ class Tile:
                         sums = rows.values
                         for u in range(UNROLL):
                             value = k.load(self.panel + (rows.i + u) * (L * 4), F32.x(L))
-                            weights = [k.splat(k.load(self.weights + (r * BLOCK + rows.i + u) * 4, F32), L) for r in numbers]
+                            at = rows.i + u
+                            weights = (k.splat(k.load(self.weights + (r * BLOCK + at) * 4, F32), L) for r in numbers)
                             sums = [k.fma(w, value, total) for w, total in zip(weights, sums, strict=True)]
                         rows.next(*sums)
                     for place, total in zip(places, rows.results, strict=True):
