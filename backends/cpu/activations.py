@@ -1,8 +1,9 @@
-"""Rows of activations as products read them: quantised to int8 by 32, or plain f32.
+"""Rows of activations as products read them: quantised by 32, or plain f32.
 
 A quantised row is K / 32 blocks of 48 bytes: 32 codes (i8), their scale `d` (f32), `d * sum` (f32), the sums of the first and
-the last 16 codes (i16 each), and their sum (i32). `x ~ d * code`, with d = max |x| / 127 and codes rounded to nearest, ties to
-even. A row that is not finite gives results that are not. Of kind int16 a block has the same codes once more behind it, as i16.
+the last 16 codes (i16 each), and `d` times the first of these (f32). `x ~ d * code`, with d = max |x| / 127 and codes rounded
+to nearest, ties to even. A row that is not finite gives results that are not. Of kind int16 a block has the same codes once more
+behind it, as i16; of kind fixed only those and the scale, with d = max |x| / 8191.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from tensorgraph.backends.cpu.int8 import WIDE, as_pair
 from tensorgraph.backends.cpu.ir import F32, I8, I16, I32, Int, Value
 from tensorgraph.backends.cpu.kernel import Kernel
 
-Kind = Literal["int8", "int16", "f32"]
+Kind = Literal["int8", "int16", "fixed", "f32"]
 BLOCK = 32
-_BLOCK_BYTES = {"int8": 48, "int16": 112, "f32": 128}
-SCALE, SCALED_SUM, HALF_SUMS = 32, 36, 40  # bytes into a block
-_ROUND, _ROUND_BITS = 1.5 * 2.0**23, 0x4B400000  # added to a number below 2^22 it leaves the nearest whole one in the low bits
+_BLOCK_BYTES = {"int8": 48, "int16": 112, "fixed": 112, "f32": 128}
+SCALE, SCALED_SUM, HALF_SUMS, SCALED_LOW = 32, 36, 40, 44  # bytes into a block
+FIXED_MOST = 8191  # 32 products of two such codes are below 2^31
+ROUND, _ROUND_BITS = 1.5 * 2.0**23, 0x4B400000  # added to a number below 2^22 it leaves the nearest whole one in the low bits
 _TINY = 2.0**-128  # what has an infinite inverse: such blocks are taken as zeros
 _AT_ONCE = 4  # blocks
 Load = Callable[[Value, int], Value]
@@ -77,7 +79,7 @@ def copy_row(k: Kernel, load: Load, width: int, to: Value) -> None:
 
 
 def quantise_row(k: Kernel, kind: Kind, load: Load, width: int, to: Value) -> None:
-    """A row of `width` elements, a multiple of 32, as int8 or int16."""
+    """A row of `width` elements, a multiple of 32, as codes."""
     n_blocks = width // BLOCK
     whole = n_blocks // _AT_ONCE * _AT_ONCE
 
@@ -100,26 +102,36 @@ def quantise_blocks(k: Kernel, kind: Kind, blocks: Sequence[Sequence[Value]], to
     whole = I32.x(given[0][0].lanes)
     magnitudes = [[p.bits_as(whole) & 0x7FFFFFFF for p in parts] for parts in given]
     amax = _fold_each(k, magnitudes, lambda a, b: k.select(b.gt(a), b, a)).bits_as(F32.x(_AT_ONCE))  # in order, NaN last
-    d = amax / 127.0
-    inverse = k.select(d.le(_TINY), k.zero(d.type), 1.0 / d)
+    d, inverse = scale_of(k, amax, FIXED_MOST if kind == "fixed" else 127)
     rounded = []  # codes in the low bits, `_ROUND` in the high ones
     for n, parts in enumerate(given):
         by = inverse.shuffle([n] * whole.lanes)
-        rounded.append([(p * by + _ROUND).bits_as(whole) for p in parts])
-        if n < len(blocks):
+        rounded.append([(p * by + ROUND).bits_as(whole) for p in parts])
+        if n < len(blocks) and kind != "fixed":
             joined = [k.convert(codes, I8).bits_as(I32.x(whole.lanes // 4)) for codes in rounded[-1]]
             while len(joined) > 1:
                 joined = [k.join(a, b) for a, b in zip(joined[::2], joined[1::2], strict=True)]
             k.store(joined[0], to + n * apart)
-            for i, codes in enumerate(rounded[-1] if kind == "int16" else []):
+        if n < len(blocks) and kind != "int8":
+            for i, codes in enumerate(rounded[-1]):
                 k.store(k.convert(codes, I16), to + (n * apart + WIDE + 2 * whole.lanes * i))
+    if kind == "fixed":
+        for n in range(len(blocks)):
+            k.store(d[n], to + (n * apart + SCALE))
+        return
     n = BLOCK // 2 // whole.lanes  # vectors of half a block
     start = BLOCK // 2 * _ROUND_BITS % (1 << 32)
     low, high = (_fold_each(k, half, lambda a, b: a + b) - start for half in ([r[:n] for r in rounded], [r[n:] for r in rounded]))
-    total = low + high
-    columns = [d.bits_as(total.type), (d * k.convert(total, F32)).bits_as(total.type), as_pair(low, high), total]
+    scaled, scaled_low = ((d * k.convert(n, F32)).bits_as(low.type) for n in (low + high, low))
+    columns = [d.bits_as(low.type), scaled, as_pair(low, high), scaled_low]
     for n, tail in enumerate(_transposed(columns)[: len(blocks)]):
         k.store(tail, to + (n * apart + SCALE))
+
+
+def scale_of(k: Kernel, amax: Value, most: int) -> tuple[Value, Value]:
+    """What codes up to `most` are multiplied by, and its inverse, 0 where it would be infinite."""
+    d = amax / float(most)
+    return d, k.select(d.le(_TINY), k.zero(d.type), 1.0 / d)
 
 
 def _fold_each(k: Kernel, blocks: Sequence[Sequence[Value]], combine: Callable[[Value, Value], Value]) -> Value:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from tensorgraph.backends.cpu.activations import HALF_SUMS, SCALE, SCALED_SUM
+from tensorgraph.backends.cpu.activations import HALF_SUMS, SCALE, SCALED_LOW, SCALED_SUM
 from tensorgraph.backends.cpu.codes import GROUPS, ROWS, Codes
 from tensorgraph.backends.cpu.int8 import ByteDot, Parts, as_pair, word_dot
 from tensorgraph.backends.cpu.ir import F32, I8, I32, Type, Value
@@ -26,7 +26,8 @@ class Block:
         factors: of sums over as many groups each, as `ByteDot.of_factor` gives them; none: one sum, taken as it is.
         offset: pairs of i16 that the row's two half sums are multiplied by: what centred codes with factors are short of.
         scale: f32.
-        least: f32, of the row's scaled sum; or with `minima`, pairs as `offset`, the scale of their product.
+        least: f32, of the row's scaled sum.
+        minima: f32, of the scaled sum of its first half: by how much the first minimum of two is more than the last, `least`.
     """
 
     group: Callable[[int], Parts]
@@ -53,7 +54,8 @@ def read_block(k: Kernel, codes: Codes, dot: ByteDot, heads: Heads, at: Value, p
             offset = as_pair(factors[0] * -codes.centre, factors[1] * -codes.centre)
         if of_minima:
             assert least is not None
-            least, minima = -least, as_pair(of_minima[0], of_minima[1])
+            low, high = (k.convert(m, F32) for m in of_minima)
+            least, minima = -(least * high), least * (high - low)
     prepared = [dot.of_factor(f) for f in factors]
     return Block(lambda g: dot.of_codes(codes.group(k, at, part, lanes, g)), prepared, offset, scale, least, minima)
 
@@ -90,7 +92,7 @@ def load_block(k: Kernel, codes: Codes, dot: ByteDot, at: Value, part: int, lane
     least = column(next(numbers), F32.x(lanes)) if codes.has_min else None
     factors = [column(next(numbers), whole) for _ in range(2 * two)]
     offset = column(next(numbers), whole) if two and codes.centre and not dot.centred else None
-    minima = column(next(numbers), whole) if two and codes.has_min else None
+    minima = column(next(numbers), F32.x(lanes)) if two and codes.has_min else None
     return Block(group, factors, offset, scale, least, minima)
 
 
@@ -138,13 +140,14 @@ class _Tail:
         self.k, two = k, codes.n_factors == 2
         short = codes.centre > 0 and not dot.centred
         self.scale = k.splat(k.load(row + SCALE, F32), lanes)
-        self.halves = self.offset = self.scaled_sum = None
-        if short or (two and codes.has_min):
+        self.halves = self.offset = self.scaled_sum = self.scaled_low = None
+        if short:
             self.halves = k.splat(k.load(row + HALF_SUMS, I32), lanes)
             if short and not two:
                 self.offset = word_dot(k, k.const(_pair(-codes.centre), self.halves.type), self.halves)
-        if codes.has_min and not two:
+        if codes.has_min:
             self.scaled_sum = k.splat(k.load(row + SCALED_SUM, F32), lanes)
+            self.scaled_low = k.splat(k.load(row + SCALED_LOW, F32), lanes) if two else None
 
     def add(self, block: Block, total: Value, old: Value) -> Value:
         """`old` and the product of a block, whose codes' is `total`."""
@@ -156,6 +159,6 @@ class _Tail:
         new = k.fma(k.convert(total, F32), block.scale * self.scale, old)
         if block.least is not None and self.scaled_sum is not None:
             new = k.fma(block.least, self.scaled_sum, new)
-        elif block.least is not None and block.minima is not None and self.halves is not None:
-            new = k.fma(k.convert(word_dot(k, block.minima, self.halves), F32), block.least * self.scale, new)
+        if block.minima is not None and self.scaled_low is not None:
+            new = k.fma(block.minima, self.scaled_low, new)
         return new

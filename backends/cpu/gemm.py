@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from tensorgraph.backends.cpu.activations import BLOCK, Kind, Rows
 from tensorgraph.backends.cpu.blocks import load_block, multiply_blocks, read_block, store_block, stored_bytes
-from tensorgraph.backends.cpu.codes import ROWS
-from tensorgraph.backends.cpu.int8 import ByteDot, byte_dot, wants_wide, wide_dot
+from tensorgraph.backends.cpu.codes import ROWS, Codes
+from tensorgraph.backends.cpu.fixed import FIXED, fixed_blocks
+from tensorgraph.backends.cpu.int8 import ByteDot, byte_dot, has_words, wants_wide, wide_dot
 from tensorgraph.backends.cpu.ir import F32, Int, Value
 from tensorgraph.backends.cpu.kernel import Kernel
 from tensorgraph.backends.cpu.matvec import panel_values
@@ -30,6 +31,7 @@ _TOKENS = {64: 8, 32: 4, 16: 2}  # and activation rows of a tile
 _FLOAT_TOKENS = {64: 8, 32: 5, 16: 2}
 _UNROLLED = 4  # elements of f32 in a turn
 _LINE = 64
+_FIXED = ("f16", "bf16")
 Epilogue = Callable[[Value, Value, list[Value]], None]
 """`epilogue(tile, token, sums)`: the products of rows `16 tile` to `16 tile + 15` of each weight with one activation row."""
 
@@ -165,44 +167,58 @@ def _multiply_panels(k: Kernel, panels: Sequence[Panel], x: Rows, count: Value, 
         for at in sums:
             for part in range(ROWS // lanes):
                 k.store(k.zero(F32.x(lanes)), at + (loop.i * ROWS + part * lanes) * 4)
-    dot = many_dot(k, form, lanes) if x.is_integer else None
-    length = slice_length(form, dot)
+    codes, dot = many_dot(k, form, x.kind, lanes)
+    length = slice_length(codes, dot)
     with k.loop(0, width, length) as loop:
         loop.next()
         n = k.min(width - loop.i, k.i64(length))
-        if dot is not None:
-            _decode_codes(k, panels, dot, loop.i, n, decoded)
-            _integer_tiles(k, panels, dot, x, loop.i, n, count, decoded, sums)
+        if codes is not None and dot is not None:
+            _decode_codes(k, panels, codes, dot, loop.i, n, decoded)
+            _integer_tiles(k, len(panels), codes, dot, x, loop.i, n, count, decoded, sums)
         else:
             sources = [_values_at(k, panel, loop.i, n, decoded + i * _SLICE_BYTES) for i, panel in enumerate(panels)]
             _float_tiles(k, sources, x, loop.i, n, count, sums)
 
 
-def rows_kind(target: Target, dtypes: Sequence[DType], kind: Kind) -> Kind:
-    """The form in which many rows are prepared for products of weights of these types, where few are of a kind."""
+def rows_kind(target: Target, dtypes: Sequence[DType], kind: Kind, width: int = 0) -> Kind:
+    """The form in which many rows are prepared for products of weights of these types, where few are of a kind.
+
+    `width`: of rows that only such products read, where these need not be exact; 0 for others.
+    """
+    if kind == "f32" and width and width % BLOCK == 0 and all(d.name in _FIXED for d in dtypes):
+        return "fixed" if has_words(target, target.vector_bytes // 4) else kind
     wide = any(codes is not None and wants_wide(target, codes.most) for codes in (interleaved(d).codes for d in dtypes))
     return "int16" if kind == "int8" and wide else kind
 
 
-def many_dot(k: Kernel, form: Interleaved, lanes: int) -> ByteDot | None:
-    """How codes of a form meet many rows; None for floats."""
-    codes = form.codes
+def many_dot(k: Kernel, form: Interleaved, kind: Kind, lanes: int) -> tuple[Codes, ByteDot] | tuple[None, None]:
+    """Codes of a form, and how they meet many rows of a kind; None for floats."""
+    if kind == "fixed":
+        return FIXED, wide_dot(k, FIXED.centre, lanes)
+    codes = form.codes if kind != "f32" else None
     if codes is None:
-        return None
-    return wide_dot(k, codes.centre, lanes) if wants_wide(k.target, codes.most) else byte_dot(k, codes.most, lanes)
+        return None, None
+    return codes, wide_dot(k, codes.centre, lanes) if wants_wide(k.target, codes.most) else byte_dot(k, codes.most, lanes)
 
 
-def slice_length(form: Interleaved, dot: ByteDot | None) -> int:
+def slice_length(codes: Codes | None, dot: ByteDot | None) -> int:
     """Elements along the width of a slice: whole units, or whole blocks of f32."""
-    if dot is None or form.codes is None:
+    if dot is None or codes is None:
         return _SLICE_BYTES // (ROWS * 4)
-    return _SLICE_BYTES // stored_bytes(form.codes, dot) * BLOCK // form.block * form.block
+    return _SLICE_BYTES // stored_bytes(codes, dot) * BLOCK // codes.block * codes.block
 
 
-def _decode_codes(k: Kernel, panels: Sequence[Panel], dot: ByteDot, start: Value, n: Value, to: Value) -> None:
+def _decode_codes(k: Kernel, panels: Sequence[Panel], codes: Codes, dot: ByteDot, start: Value, n: Value, to: Value) -> None:
     """Blocks as products take them, from element `start` of the width on."""
-    codes, lanes = panels[0].form.codes, min(k.lanes, ROWS)
-    assert codes is not None
+    lanes = min(k.lanes, ROWS)
+    if codes is FIXED:
+        with k.loop(0, n, BLOCK) as loop:
+            loop.next()
+            for p, panel in enumerate(panels):
+                place = to + loop.i // BLOCK * stored_bytes(codes, dot) + p * _SLICE_BYTES
+                for part, block in enumerate(fixed_blocks(k, panel, start + loop.i, lanes)):
+                    store_block(k, codes, block, place, part, lanes)
+        return
     each = stored_bytes(codes, dot)
     first = start // codes.block
     with k.loop(0, n // codes.block) as units, k.loop(0, codes.n_blocks) as blocks:
@@ -221,7 +237,8 @@ def _decode_codes(k: Kernel, panels: Sequence[Panel], dot: ByteDot, start: Value
 
 def _integer_tiles(
     k: Kernel,
-    panels: Sequence[Panel],
+    n_panels: int,
+    codes: Codes,
     dot: ByteDot,
     x: Rows,
     start: Value,
@@ -230,10 +247,9 @@ def _integer_tiles(
     decoded: Value,
     sums: Sequence[Value],
 ) -> None:
-    codes, lanes = panels[0].form.codes, min(k.lanes, ROWS)
-    assert codes is not None
+    lanes = min(k.lanes, ROWS)
     each, tile = stored_bytes(codes, dot), _tile_tokens(k.target, "int8")
-    halves = [(p, part) for p in range(len(panels)) for part in range(ROWS // lanes)]
+    halves = [(p, part) for p in range(n_panels) for part in range(ROWS // lanes)]
     # codes of activations are loaded once for what is gone through together; in two sums each these would fill all registers
     together = [halves] if dot.n_sums == 1 else [[half] for half in halves]
     with k.loop(0, count, tile) as tiles, k.loop(0, n // BLOCK) as loop:

@@ -86,11 +86,16 @@ def _has_pairs(target: Target, lanes: int) -> bool:
     return ("avx512" in target.has and lanes == 16) or ("avx2" in target.has and lanes == 8)
 
 
+def has_words(target: Target, lanes: int) -> bool:
+    """Whether there is an instruction for so many pairs of i16."""
+    return target.family == "x86_64" and _NEEDED.get(lanes, "none") in (*target.has, "")
+
+
 def word_dot(k: Kernel, a: Value, b: Value) -> Value:
     """Of i32 lanes that are pairs of i16: the sum of both products, i32."""
-    lanes, target = a.lanes, k.target
+    lanes = a.lanes
     words = I16.x(2 * lanes)
-    if target.family == "x86_64" and _NEEDED.get(lanes, "none") in (*target.has, ""):
+    if has_words(k.target, lanes):
         return k.call(_PAIRS_OF_WORDS[lanes], a.type, a.bits_as(words), b.bits_as(words))
     return (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16)
 

@@ -10,7 +10,7 @@ from tensorgraph.backends.cpu.codes import ROWS
 from tensorgraph.backends.cpu.int8 import byte_dot
 from tensorgraph.backends.cpu.ir import F32, Int, Value
 from tensorgraph.backends.cpu.kernel import Kernel
-from tensorgraph.backends.cpu.operands import Operand
+from tensorgraph.backends.cpu.operands import Operand, read_value, stored_type
 from tensorgraph.backends.cpu.weights import Panel, find_panel, interleaved
 from tensorgraph.dtypes import DType
 
@@ -120,9 +120,10 @@ def panel_values(k: Kernel, panel: Panel, start: Value, count: int, part: int, l
         heads = form.codes.heads(k, unit, part, lanes)
         yield from form.codes.values(k, heads, form.codes.at(unit, start % form.block // BLOCK), part, lanes)
         return
-    assert form.values is not None
+    assert form.dtype is not None
+    stored, unit = stored_type(form.dtype), panel.unit(start)
     for e in range(count):
-        yield form.values(k, panel.unit(start), e, part, lanes)
+        yield read_value(k, k.load(unit + (e * ROWS + part * lanes) * stored.size_bytes, stored.x(lanes)), form.dtype)
 
 
 def _prefetch(k: Kernel, panels: Sequence[Panel], ahead: Value, n_bytes: int) -> None:

@@ -50,8 +50,7 @@ class Interleaved:
             `row(r)` is where row r begins.
         row_values: `(k, unit, row, first, lanes)` -> f32 of `lanes` consecutive elements of one row, inside a unit or (block 1)
             over adjacent units.
-        values: of floats, `(k, unit, element, part, lanes)` -> f32 of one element (a Python int) of the rows in part: `lanes`
-            rows from row `part * lanes`.
+        dtype: of floats, of which a unit has one of each row.
         codes: what elements are made of; None for floats.
         parts: of types with codes, as `InFiles` has it.
     """
@@ -62,7 +61,7 @@ class Interleaved:
     file_block_bytes: int
     write: Callable[[Kernel, Callable[[Int], Value], Int, Int, Value], None]
     row_values: Callable[[Kernel, Value, Value, Value, int], Value]
-    values: Callable[[Kernel, Value, int, int, int], Value] | None = None
+    dtype: DType | None = None
     codes: Codes | None = None
     parts: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] | None = None
 

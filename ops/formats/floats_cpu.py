@@ -24,9 +24,6 @@ def _declare(name: str) -> None:
             for r, source in enumerate(sources):
                 k.store(k.load(source + loop.i * step, stored), to + loop.i * (ROWS * item) + r * item)
 
-    def values(k: Kernel, unit: Value, element: int, part: int, lanes: int) -> Value:
-        return read_value(k, k.load(unit + (element * ROWS + part * lanes) * item, stored.x(lanes)), dtype)
-
     def row_values(k: Kernel, unit: Value, row: Value, first: Value, lanes: int) -> Value:
         at = unit + row * item
         if item == 4:
@@ -36,7 +33,7 @@ def _declare(name: str) -> None:
             out = out.with_lane(i, k.load(at + i * (ROWS * item), stored))
         return read_value(k, out, dtype)
 
-    FORMS[name] = Interleaved(1, ROWS * item, 1, item, write, row_values, values)
+    FORMS[name] = Interleaved(1, ROWS * item, 1, item, write, row_values, dtype)
 
 
 for _name in ("f32", "f16", "bf16"):

@@ -30,7 +30,7 @@ def many_calls(
 ) -> list[Call]:
     """A call that prepares the rows, and one for each part; operands as `linear_cpu.emit_few` takes them."""
     dtypes = [ref.of.dtype for name, ref in operands.items() if name[0] in "wv" and ref is not None and isinstance(ref.of, Node)]
-    source = replace(source, kind=rows_kind(context.target, dtypes, source.kind))
+    source = replace(source, kind=rows_kind(context.target, dtypes, source.kind, 0 if context.exact else source.width))
     each = row_bytes(source.kind, source.width)
     rows = Ref(Buffer((n_tokens + MOST_TOKENS) * each, "rows"))
     given = {name: operands.get(name) for name in OF_SOURCE}

@@ -39,7 +39,7 @@ def calls(node: Node, context: Context) -> Sequence[Call]:
     kind = kind_of(a.dtype, context.exact)
     single = product(a.shape[:-2]) == 1
     batch, n_rows = (1, product(b.shape[:-1])) if single else (product(b.shape[:-2]), b.shape[-2])
-    prepared = rows_kind(context.target, [a.dtype], kind)
+    prepared = rows_kind(context.target, [a.dtype], kind, width if single and not context.exact else 0)
     rows = Buffer((batch * n_rows + MOST_TOKENS) * row_bytes(prepared, width), "rows")
     operands = {"a": Ref(a), "b": Ref(b), "y": Ref(node)}
     written = Call(
@@ -51,7 +51,7 @@ def calls(node: Node, context: Context) -> Sequence[Call]:
         nodes=(node,),
     )
     tile = tile_bytes(a)
-    tiling = plan_tiles(context.target, [a.dtype], kind, height)
+    tiling = plan_tiles(context.target, [a.dtype], prepared, height)
     many = Call(
         multiply_many,
         {**operands, "rows": Ref(rows)},

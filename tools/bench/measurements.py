@@ -111,8 +111,7 @@ MEASUREMENTS = {
         "618 million parameters) with random weights, all matrices of one type (`tensorgraph synth`); and a mixture of the shape "
         "of Qwen3-30B-A3B, with 4 layers and 8 of 64 experts.",
         _same(*(Made(f"llama-{name}", ("synth", "llama-3.1-8b", OUT, "--type", name, *LLAMA)) for name in TYPES), MIXTURE),
-        (Case("pp", 32), Case("tg", 12)),
-        rounds=5,
+        (Case("pp", 128), Case("tg", 12)),
     ),
     "heads": Measurement(
         "bench-heads",

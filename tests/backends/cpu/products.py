@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 import tensorgraph.ops  # noqa: F401  (registers the block types)
 from tensorgraph.backends.cpu.device import CpuDevice
-from tensorgraph.backends.cpu.gemm import many_dot, slice_length
+from tensorgraph.backends.cpu.gemm import many_dot, rows_kind, slice_length
+from tensorgraph.backends.cpu.int8 import has_words
 from tensorgraph.backends.cpu.kernel import Kernel
 from tensorgraph.backends.cpu.matvec import kind_of
 from tensorgraph.backends.cpu.weights import ROWS, interleaved
@@ -21,12 +22,18 @@ from tensorgraph.dtypes import as_dtype
 from tensorgraph.graph import Graph, Node, constant, input
 from tensorgraph.ops import mul_mat
 from tensorgraph.ops.formats import FORMATS, block_format, decode, random_blocks
+from tensorgraph.ops.products.mul_mat_cpu import FEW
 from tensorgraph.plan import Executable
 from tests.ops.formats.extreme_blocks import extreme_codes, special_scales, with_scales
 
 Array = np.ndarray[Any, Any]
 FLOATS = ("f32", "f16", "bf16")
 TYPES = (*FLOATS, *FORMATS)
+ROUNDED = ("f16", "bf16")
+"""Multiplied as whole numbers of 14 bits with many rows."""
+How = Literal["int8", "fixed", "f32"]
+MOST = {"int8": 127, "fixed": 8191}
+"""Codes."""
 EXACT_TO = 2.0**-20
 """Of the sum of the magnitudes that are added: a few roundings of f32."""
 T = Dim("T", max=600)
@@ -51,24 +58,34 @@ def weights(name: str, *shape: int, deviation: float = 1.0) -> tuple[Array, Arra
     return array, decode(array, dtype).astype(np.float64)
 
 
-def quantised(x: Array) -> Array:
-    """Activations as products see them in int8, by 32: scale times code."""
+def how(name: str, exact: bool, n_rows: int, width: int, backend: str = "cpu") -> How:
+    """The arithmetic of a product of one matrix of a type with so many rows."""
+    if is_int8(name, exact):
+        return "int8"
+    target = CpuDevice(backend).target
+    fixed = n_rows > FEW and width % 32 == 0 and not exact and has_words(target, target.vector_bytes // 4)
+    return "fixed" if fixed and name in ROUNDED else "f32"
+
+
+def quantised(x: Array, most: int = MOST["int8"]) -> Array:
+    """Numbers as products see them in codes, by 32: scale times code."""
     blocks = x.reshape(*x.shape[:-1], x.shape[-1] // 32, 32).astype(np.float32)
-    d = np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127)
+    d = np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(most)
     inverse = np.divide(np.float32(1), d, out=np.zeros_like(d), where=d > _TINY)
     return (np.rint(blocks * inverse).astype(np.float64) * d).reshape(x.shape)
 
 
-def check(got: Array, w: Array, x: Array, *, int8: bool) -> None:
+def check(got: Array, w: Array, x: Array, how: How) -> None:
     """w [..., M, K] and x [..., K] against [..., M]."""
-    seen = quantised(x) if int8 else x.astype(np.float64)
+    seen = quantised(x, MOST[how]) if how != "f32" else x.astype(np.float64)
+    given, w = w, quantised(w, MOST[how]) if how == "fixed" else w
     want = np.einsum("...mk,...k->...m", w, seen, optimize=True)
     most = np.einsum("...mk,...k->...m", np.abs(w), np.abs(seen), optimize=True)
     assert got.dtype == np.float32 and got.shape == want.shape
     worst = np.max(np.abs(got - want) - EXACT_TO * most, initial=0.0)
     assert worst <= 1e-30, f"off by {worst} more than {EXACT_TO} of the magnitudes"
-    if int8:  # that this is the arithmetic it should be, and not that of floats
-        plain = np.einsum("...mk,...k->...m", w, x, optimize=True)
+    if how != "f32":  # that this is the arithmetic it should be, and not that of floats
+        plain = np.einsum("...mk,...k->...m", given, x, optimize=True)
         assert got.size < 64 or np.sum((got - want) ** 2) * 100 < np.sum((plain - want) ** 2)
 
 
@@ -93,13 +110,15 @@ def product(backend: str | Device, name: str, array: Array, width: int, *, exact
 @cache
 def slice_width(backend: str, name: str, exact: bool) -> int:
     """Elements of a slice, which many rows pass over at once."""
-    k, form = Kernel(CpuDevice(backend).target), interleaved(as_dtype(name))
-    return slice_length(form, many_dot(k, form, min(k.lanes, ROWS)) if is_int8(name, exact) else None)
+    k, dtype = Kernel(CpuDevice(backend).target), as_dtype(name)
+    kind = rows_kind(k.target, [dtype], kind_of(dtype, exact), 0 if exact else 32)
+    return slice_length(*many_dot(k, interleaved(dtype), kind, min(k.lanes, ROWS)))
 
 
 def wide(backend: str, name: str, exact: bool, slices: int = 1) -> int:
-    """The least width with a part of one slice more; odd where the type allows it."""
-    size = as_dtype(name).block_size
+    """The least width with a part of one slice more; odd where the type and the arithmetic allow it."""
+    size, fixed = as_dtype(name).block_size, how(name, exact, T.max, 32, backend) == "fixed"
+    size = 32 if fixed else size
     return (slice_width(backend, name, exact) * slices // size + 1) * size + (2 if size == 1 else 0)
 
 
@@ -115,18 +134,18 @@ def activations(rng: np.random.Generator, *shape: int) -> Array:
 
 def assert_rows_are_right(backend: str, name: str, exact: bool, width: int) -> Array:
     """Each of ROW_COUNTS; in int8 to the last bit as if all rows had come at once. The results for all of them."""
-    int8 = is_int8(name, exact)
     array, w = weights(name, HEIGHT, width)
     step = product(backend, name, array, width, exact=exact)
     x = activations(np.random.default_rng(1), T.max, width)
     most: Array = step.run({"b": x})["y"]
-    check(most, w, x, int8=int8)
+    check(most, w, x, how(name, exact, T.max, width, backend))
     for n in ROW_COUNTS:
         got = step.run({"b": x[T.max - n :]})["y"]
-        if int8:
+        arithmetic = how(name, exact, n, width, backend)
+        if arithmetic != "f32":
             assert_same_bits(got, most[T.max - n :], f"{n} rows")
         else:
-            check(got, w, x[T.max - n :], int8=False)
+            check(got, w, x[T.max - n :], "f32")
     return most
 
 
@@ -190,7 +209,7 @@ SMALL = {"nvfp4": 2.0**-6}
 
 def assert_special_numbers_stay_in_their_rows(backend: str, name: str, exact: bool) -> None:
     """What is not finite gives what is not, of its own row of weights or activations; all else is as if it were not there."""
-    int8, width = is_int8(name, exact), wide(backend, name, exact)
+    width = wide(backend, name, exact)
     array, w = weights(name, HEIGHT, width, deviation=SMALL.get(name, 2.0**-10))
     if as_dtype(name).is_block:
         array = special_scales(name, HEIGHT, width).reshape(HEIGHT, -1)
@@ -204,7 +223,7 @@ def assert_special_numbers_stay_in_their_rows(backend: str, name: str, exact: bo
     assert 4 < good.sum() and (not good.all() or name in ("mxfp4", "nvfp4"))
     for rows in (x, x[:3], x[:1]):
         got = step.run({"b": rows})["y"]
-        check(got[:, good], w[good], rows, int8=int8)
+        check(got[:, good], w[good], rows, how(name, exact, len(rows), width, backend))
         assert not np.isfinite(got[:, ~good]).any()
     fine = step.run({"b": x})["y"]
     for value in (np.nan, np.inf, -np.inf):
@@ -218,7 +237,7 @@ def assert_special_numbers_stay_in_their_rows(backend: str, name: str, exact: bo
 
 def assert_any_size_is_right(backend: str, name: str, exact: bool) -> None:
     """From subnormal activations, which count as zeros in int8, to those whose sums are just below the largest number."""
-    int8, width = is_int8(name, exact), wide(backend, name, exact)
+    width = wide(backend, name, exact)
     array, w = weights(name, HEIGHT, width, deviation=SMALL.get(name, 2.0**-10))
     step = product(backend, name, array, width, exact=exact)
     rng = np.random.default_rng(10)
@@ -227,11 +246,14 @@ def assert_any_size_is_right(backend: str, name: str, exact: bool) -> None:
     got = step.run({"b": x})["y"]
     assert np.isfinite(got).all()
     large = sizes > 1e-21
-    check(got[large], w, x[large], int8=int8)
-    seen = quantised(x) if int8 else x.astype(np.float64)
+    arithmetic = how(name, exact, len(x), width, backend)
+    check(got[large], w, x[large], arithmetic)
+    seen, total = quantised(x, MOST[arithmetic]) if arithmetic != "f32" else x.astype(np.float64), MOST_TOTAL
+    if arithmetic == "fixed":
+        w, total = quantised(w, MOST["fixed"]), 32 * MOST["fixed"] ** 2
     for row, values in zip(got, seen, strict=True):  # by rounding, and by what underflows
         off = np.abs(row - w @ values)
-        most = EXACT_TO * (np.abs(w) @ np.abs(values)) + width // 32 * 2.0**-150 * MOST_TOTAL
+        most = EXACT_TO * (np.abs(w) @ np.abs(values)) + width // 32 * 2.0**-150 * total
         assert np.all(off <= most), f"off by {np.max(off - most)} more than rounding and what underflows"
 
 
@@ -245,5 +267,5 @@ def assert_type_is_right(backend: str, name: str, exact: bool) -> Array:
 
 
 def cases_of(names: Sequence[str]) -> list[tuple[str, bool]]:
-    """Each type as it is, and those with codes in f32 too."""
-    return [(name, exact) for name in names for exact in (False, True) if not exact or is_int8(name, False)]
+    """Each type as it is, and those that are rounded in f32 too."""
+    return [(name, exact) for name in names for exact in (False, True) if not exact or is_int8(name, False) or name in ROUNDED]

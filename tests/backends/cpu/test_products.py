@@ -30,6 +30,7 @@ from tests.backends.cpu.products import (
     bound,
     cases_of,
     check,
+    how,
     is_int8,
     product,
     slice_width,
@@ -76,7 +77,7 @@ def test_odd_widths(backend: str, name: str, width: int) -> None:
     step = product(backend, name, array, width)
     for n in (1, 3, 4, 5, 6, 7, 19, 130):
         x = activations(np.random.default_rng(n), n, width)
-        check(step.run({"b": x})["y"], w, x, int8=False)
+        check(step.run({"b": x})["y"], w, x, "f32")
 
 
 @pytest.mark.parametrize("height", [1, 15, 16, 17, 31, 33, 80, 1016])
@@ -91,7 +92,7 @@ def test_heights(name: str, exact: bool, height: int) -> None:
         step = product(backend, name, array, width, exact=exact)
         for n in (1, 3, 7, 131):
             x = activations(np.random.default_rng(n), n, width)
-            check(step.run({"b": x})["y"], w, x, int8=is_int8(name, exact))
+            check(step.run({"b": x})["y"], w, x, how(name, exact, n, width, backend))
 
 
 @pytest.mark.deep
@@ -114,7 +115,9 @@ def test_any_shape(name: str, data: st.DataObject) -> None:
         x = activations(np.random.default_rng(i), *batch, n, width)
         each = [np.arange(many) * few // many for few, many in zip(mine, batch, strict=True)]
         chosen = w[np.ix_(*each)][..., None, :, :] if mine else w
-        check(step.run({"b": x})["y"], chosen, x, int8=is_int8(name, exact))
+        single = int(np.prod(mine)) == 1
+        n_rows = n * int(np.prod(batch)) if single else 1
+        check(step.run({"b": x})["y"], chosen, x, how(name, exact, n_rows, width, backend))
 
 
 SHAPES = [(b, *case) for b in BACKENDS for case in FEW_TYPES]
@@ -130,12 +133,12 @@ def test_several_matrices_shared_by_neighbours(backend: str, name: str, exact: b
     step = bound(mul_mat(constant("a", shape=(2, 33, width), dtype=name), b), backend, exact=exact, a=array)
     for n in (1, 3, 6, 133):
         x = activations(np.random.default_rng(n), 3, 4, n, width)
-        check(step.run({"b": x})["y"], w[[0, 0, 1, 1]][:, None], x, int8=is_int8(name, exact))
+        check(step.run({"b": x})["y"], w[[0, 0, 1, 1]][:, None], x, how(name, exact, 1, width, backend))
 
 
 @pytest.mark.parametrize(("backend", "name", "exact"), SHAPE_CASES)
 def test_two_weights_side_by_side(backend: str, name: str, exact: bool) -> None:
-    """A gated unit's: of int8 each sum is to the last bit what it is alone."""
+    """A gated unit's: of codes each sum is to the last bit what it is alone."""
     width, height = wide(backend, name, exact), 41
     (gate, w), (up, v) = weights(name, height, width), weights(name, height, width, deviation=2.0)
     b = input("b", (T, width))
@@ -147,11 +150,11 @@ def test_two_weights_side_by_side(backend: str, name: str, exact: bool) -> None:
         x = activations(np.random.default_rng(n), n, width)
         got = step.run({"b": x})["y"]
         g, u = (each.run({"b": x})["y"] for each in alone)
-        if is_int8(name, exact):
+        if how(name, exact, n, width, backend) != "f32":
             assert_same_bits(got, np.maximum(g, 0) * u, f"{n} rows")
             continue
         for found, values in ((g, w), (u, v)):
-            check(found, values, x, int8=False)
+            check(found, values, x, "f32")
         off = [np.abs(x) @ np.abs(values).T * EXACT_TO for values in (w, v)]
         assert np.all(np.abs(got - np.maximum(g, 0) * u) <= 2 * (off[0] * np.abs(u) + off[1] * np.abs(g) + off[0] * off[1]))
 
@@ -170,7 +173,7 @@ def test_what_follows_a_product(backend: str, name: str, exact: bool, height: in
         rng = np.random.default_rng(n)
         x, r = activations(rng, n, width), rng.standard_normal((n, height)).astype(np.float32)
         got, y = step.run({"b": x, "r": r})["y"], alone.run({"b": x})["y"]
-        if is_int8(name, exact):
+        if how(name, exact, n, width, backend) != "f32":
             assert_same_bits(got, y + r, f"{n} rows")
             continue
         most = np.abs(x.astype(np.float64)) @ np.abs(w).T + np.abs(r)
@@ -186,7 +189,7 @@ def test_any_number_of_threads_gives_the_same_bits(name: str) -> None:
         device.set_threads(threads)
         step = product(device, name, array, 512)
         found.append([step.run({"b": x[:n]})["y"] for n in (1, 4, 131, 600)])
-    check(found[0][-1], w, x, int8=is_int8(name, False))
+    check(found[0][-1], w, x, how(name, False, 600, 512))
     for other in found[1:]:
         for got, want in zip(other, found[0], strict=True):
             assert_same_bits(got, want, f"{len(want)} rows")
@@ -212,7 +215,7 @@ def test_experts(backend: str, name: str, exact: bool, shared: bool) -> None:
         rows = np.broadcast_to(x, (n, n_used, width))
         for expert in range(n_experts):
             mine = chosen == expert
-            check(got[mine], w[expert], rows[mine], int8=is_int8(name, exact))
+            check(got[mine], w[expert], rows[mine], "int8" if is_int8(name, exact) else "f32")
     for n in (2, 20):
         for wrong in (-2, n_experts, 2**31 - 1):
             chosen = np.zeros((n, n_used), np.int32)
@@ -233,7 +236,7 @@ def test_experts_that_are_computed(backend: str) -> None:
         step = compile(Graph(y=mul_mat_id(node, b, ids)), backend, CompileOptions(fuse=False)).bind()
         got = step.run({"a": given_, "b": x, "ids": chosen})["y"]
         assert not got[chosen < 0].any()
-        check(got[chosen >= 0], w[chosen[chosen >= 0]].astype(np.float64), x[chosen >= 0], int8=False)
+        check(got[chosen >= 0], w[chosen[chosen >= 0]].astype(np.float64), x[chosen >= 0], "f32")
         with pytest.raises(InputError, match="got 3$"):
             step.run({"a": given_, "b": x, "ids": np.full((6, 2), 3, np.int32)})
 
