@@ -3,7 +3,7 @@
 A quantised row is K / 32 blocks of 48 bytes: 32 codes (i8), their scale `d` (f32), `d * sum` (f32), the sums of the first and
 the last 16 codes (i16 each), and `d` times the first of these (f32). `x ~ d * code`, with d = max |x| / 127 and codes rounded
 to nearest, ties to even. A row that is not finite gives results that are not. Of kind int16 a block has the same codes once more
-behind it, as i16; of kind fixed only those and the scale, with d = max |x| / 8191.
+behind it, as i16. Of kind words it is these and then the scale alone, 68 bytes; of kind fixed, too, with d = max |x| / 8191.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Literal
 
-from tensorgraph.backends.cpu.int8 import WIDE, as_pair
+from tensorgraph.backends.cpu.int8 import SCALE, SCALE_OF_WORDS, WIDE, as_pair
 from tensorgraph.backends.cpu.ir import F32, I8, I16, I32, Int, Value
 from tensorgraph.backends.cpu.kernel import Kernel
 
-Kind = Literal["int8", "int16", "fixed", "f32"]
+Kind = Literal["int8", "int16", "words", "fixed", "f32"]
 BLOCK = 32
-_BLOCK_BYTES = {"int8": 48, "int16": 112, "fixed": 112, "f32": 128}
-SCALE, SCALED_SUM, HALF_SUMS, SCALED_LOW = 32, 36, 40, 44  # bytes into a block
+_BLOCK_BYTES = {"int8": 48, "int16": 112, "words": 68, "fixed": 68, "f32": 128}
+SCALED_SUM, HALF_SUMS, SCALED_LOW = 36, 40, 44  # bytes into a block
 FIXED_MOST = 8191  # 32 products of two such codes are below 2^31
 ROUND, _ROUND_BITS = 1.5 * 2.0**23, 0x4B400000  # added to a number below 2^22 it leaves the nearest whole one in the low bits
 _TINY = 2.0**-128  # what has an infinite inverse: such blocks are taken as zeros
@@ -99,7 +99,7 @@ def quantise_blocks(k: Kernel, kind: Kind, blocks: Sequence[Sequence[Value]], to
     """Up to 4 blocks of 32 elements, each in vectors of as many lanes, to an address, so many bytes apart: 0 for side by side."""
     apart = apart or _BLOCK_BYTES[kind]
     given = [*blocks, *[blocks[-1]] * (_AT_ONCE - len(blocks))]
-    whole = I32.x(given[0][0].lanes)
+    whole, alone = I32.x(given[0][0].lanes), kind in ("words", "fixed")
     magnitudes = [[p.bits_as(whole) & 0x7FFFFFFF for p in parts] for parts in given]
     amax = _fold_each(k, magnitudes, lambda a, b: k.select(b.gt(a), b, a)).bits_as(F32.x(_AT_ONCE))  # in order, NaN last
     d, inverse = scale_of(k, amax, FIXED_MOST if kind == "fixed" else 127)
@@ -107,17 +107,17 @@ def quantise_blocks(k: Kernel, kind: Kind, blocks: Sequence[Sequence[Value]], to
     for n, parts in enumerate(given):
         by = inverse.shuffle([n] * whole.lanes)
         rounded.append([(p * by + ROUND).bits_as(whole) for p in parts])
-        if n < len(blocks) and kind != "fixed":
+        if n < len(blocks) and not alone:
             joined = [k.convert(codes, I8).bits_as(I32.x(whole.lanes // 4)) for codes in rounded[-1]]
             while len(joined) > 1:
                 joined = [k.join(a, b) for a, b in zip(joined[::2], joined[1::2], strict=True)]
             k.store(joined[0], to + n * apart)
         if n < len(blocks) and kind != "int8":
             for i, codes in enumerate(rounded[-1]):
-                k.store(k.convert(codes, I16), to + (n * apart + WIDE + 2 * whole.lanes * i))
-    if kind == "fixed":
+                k.store(k.convert(codes, I16), to + (n * apart + (0 if alone else WIDE) + 2 * whole.lanes * i))
+    if alone:
         for n in range(len(blocks)):
-            k.store(d[n], to + (n * apart + SCALE))
+            k.store(d[n], to + (n * apart + SCALE_OF_WORDS))
         return
     n = BLOCK // 2 // whole.lanes  # vectors of half a block
     start = BLOCK // 2 * _ROUND_BITS % (1 << 32)

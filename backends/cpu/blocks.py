@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from tensorgraph.backends.cpu.activations import HALF_SUMS, SCALE, SCALED_LOW, SCALED_SUM
+from tensorgraph.backends.cpu.activations import HALF_SUMS, SCALED_LOW, SCALED_SUM
 from tensorgraph.backends.cpu.codes import GROUPS, ROWS, Codes
 from tensorgraph.backends.cpu.int8 import ByteDot, Parts, as_pair, word_dot
 from tensorgraph.backends.cpu.ir import F32, I8, I32, Type, Value
@@ -139,7 +139,7 @@ class _Tail:
     def __init__(self, k: Kernel, codes: Codes, dot: ByteDot, row: Value, lanes: int) -> None:
         self.k, two = k, codes.n_factors == 2
         short = codes.centre > 0 and not dot.centred
-        self.scale = k.splat(k.load(row + SCALE, F32), lanes)
+        self.scale = k.splat(k.load(row + dot.scale_at, F32), lanes)
         self.halves = self.offset = self.scaled_sum = self.scaled_low = None
         if short:
             self.halves = k.splat(k.load(row + HALF_SUMS, I32), lanes)

@@ -187,18 +187,19 @@ def rows_kind(target: Target, dtypes: Sequence[DType], kind: Kind, width: int = 
     """
     if kind == "f32" and width and width % BLOCK == 0 and all(d.name in _FIXED for d in dtypes):
         return "fixed" if has_words(target, target.vector_bytes // 4) else kind
-    wide = any(codes is not None and wants_wide(target, codes.most) for codes in (interleaved(d).codes for d in dtypes))
-    return "int16" if kind == "int8" and wide else kind
+    wide = [codes is not None and wants_wide(target, codes.most) for codes in (interleaved(d).codes for d in dtypes)]
+    if kind != "int8" or not any(wide):
+        return kind
+    return "words" if width and all(wide) else "int16"
 
 
 def many_dot(k: Kernel, form: Interleaved, kind: Kind, lanes: int) -> tuple[Codes, ByteDot] | tuple[None, None]:
     """Codes of a form, and how they meet many rows of a kind; None for floats."""
-    if kind == "fixed":
-        return FIXED, wide_dot(k, FIXED.centre, lanes)
-    codes = form.codes if kind != "f32" else None
+    codes = FIXED if kind == "fixed" else form.codes if kind != "f32" else None
     if codes is None:
         return None, None
-    return codes, wide_dot(k, codes.centre, lanes) if wants_wide(k.target, codes.most) else byte_dot(k, codes.most, lanes)
+    wide = kind == "fixed" or wants_wide(k.target, codes.most)
+    return codes, wide_dot(k, codes.centre, lanes, kind in ("words", "fixed")) if wide else byte_dot(k, codes.most, lanes)
 
 
 def slice_length(codes: Codes | None, dot: ByteDot | None) -> int:

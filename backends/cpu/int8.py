@@ -19,7 +19,8 @@ _NEEDED = {16: "avx512", 8: "avx2", 4: ""}
 _MOST_WORD = 32767
 _MOST_PAIR = 2 * 127  # two codes of activations
 GROUPS = 8
-WIDE = 48  # bytes into a block of activations: its codes as i16
+SCALE, WIDE = 32, 48  # bytes into a block of activations: its scale; its codes as i16
+SCALE_OF_WORDS = 64  # where the latter come first
 Parts = Sequence[Value]
 
 
@@ -41,6 +42,8 @@ class ByteDot(Protocol):
 
     centred: bool
     """Whether `of_codes` takes the centre off."""
+    scale_at: int
+    """Bytes into a block of activations."""
 
     def of_codes(self, codes: Value) -> Parts: ...
     def of_row(self, block: Value, group: int) -> Parts:
@@ -67,9 +70,9 @@ def byte_dot(k: Kernel, most: int, lanes: int) -> ByteDot:
     return _Pairs(k, most, lanes) if _has_pairs(k.target, lanes) else _Words(k, lanes)
 
 
-def wide_dot(k: Kernel, centre: int, lanes: int) -> ByteDot:
-    """The form that reads activations as i16."""
-    return _Wide(k, centre, lanes)
+def wide_dot(k: Kernel, centre: int, lanes: int, alone: bool) -> ByteDot:
+    """The form that reads activations as i16, which stand `alone` or behind others."""
+    return _Wide(k, centre, lanes, alone)
 
 
 def wants_wide(target: Target, most: int) -> bool:
@@ -113,7 +116,7 @@ def _four(k: Kernel, at: Value, lanes: int) -> Value:
 class _Fours:
     """One instruction for four bytes, which reads those of activations from memory."""
 
-    run, n_sums, n_parts, bytes_kept, centred = GROUPS, 1, 1, True, False
+    run, n_sums, n_parts, bytes_kept, centred, scale_at = GROUPS, 1, 1, True, False, SCALE
 
     def __init__(self, k: Kernel, lanes: int) -> None:
         self.k, self.lanes = k, lanes
@@ -139,7 +142,7 @@ class _Fours:
 class _Pairs:
     """Pairs of bytes to i16; codes of 8 bits in halves, whose sums of a pair would not fit."""
 
-    bytes_kept, centred = True, False
+    bytes_kept, centred, scale_at = True, False, SCALE
 
     def __init__(self, k: Kernel, most: int, lanes: int) -> None:
         self.k, self.lanes = k, lanes
@@ -177,7 +180,7 @@ class _Pairs:
 class _Words:
     """Bytes 0 and 2, and 1 and 3, as i16."""
 
-    run, n_sums, n_parts, bytes_kept, centred = GROUPS, 2, 2, False, False
+    run, n_sums, n_parts, bytes_kept, centred, scale_at = GROUPS, 2, 2, False, False, SCALE
 
     def __init__(self, k: Kernel, lanes: int) -> None:
         self.k, self.lanes = k, lanes
@@ -209,8 +212,9 @@ class _Wide:
 
     run, n_sums, n_parts, bytes_kept, centred = GROUPS, 1, 2, False, True
 
-    def __init__(self, k: Kernel, centre: int, lanes: int) -> None:
+    def __init__(self, k: Kernel, centre: int, lanes: int, alone: bool) -> None:
         self.k, self.centre, self.lanes = k, centre, lanes
+        self._begin, self.scale_at = (0, SCALE_OF_WORDS) if alone else (WIDE, SCALE)
 
     def of_codes(self, codes: Value) -> Parts:
         words, pairs = codes.bits_as(I32.x(self.lanes)), I16.x(2 * self.lanes)
@@ -218,7 +222,7 @@ class _Wide:
         return [(half.bits_as(pairs) - self.centre).bits_as(words.type) for half in halves]
 
     def of_row(self, block: Value, group: int) -> Parts:
-        return [_four(self.k, block + (WIDE + 8 * group + 4 * i), self.lanes) for i in range(2)]
+        return [_four(self.k, block + (self._begin + 8 * group + 4 * i), self.lanes) for i in range(2)]
 
     def of_factor(self, factor: Value) -> Value:
         return factor
