@@ -32,7 +32,7 @@ class CompileOptions:
     scratch_bytes: int = 1 << 31  # the most that one guarded form's intermediates may take
     lowerings: tuple[str, ...] = ()  # forms to take wherever they exist, whatever their guards
     fuse: bool = True  # join nodes: replace plain ops by the fused ops that they expand, compute several in one go
-    exact: bool = False  # products of quantised weights with activations in f32
+    exact: bool = False  # products take numbers as they are
     layouts: Mapping[str, Layout] = field(default_factory=dict)  # of streams that are not held as rows
     without: tuple[str, ...] = ()  # passes to leave out, of `PASSES`, to see what is due to them
     verify_passes: bool = False  # check the graph after every pass (tests do)

@@ -42,11 +42,11 @@ def hidden(engine: Engine, *sequences: tiny.Array) -> list[dict[str, tiny.Array]
     return found
 
 
-def check(found: dict[str, tiny.Array], i: int) -> None:
+def check(found: dict[str, tiny.Array], i: int, most: float = 1e-9) -> None:
     wanted = tiny.reference("bert")[f"hidden/{i}"]
     for tap, want in zip((*TAPS, "norm"), (*wanted, wanted[-1]), strict=True):
         error = tiny.nmse(found[tap], want)
-        assert error <= 1e-9, f"{tap}: NMSE {error:.1e}"
+        assert error <= most, f"{tap}: NMSE {error:.1e}"
 
 
 @tiny.on_every_backend
@@ -69,8 +69,10 @@ def test_a_ragged_batch(backend: str) -> None:
 
 @tiny.on_every_backend
 def test_without_fusion_and_exactness(backend: str) -> None:
-    for options in (CompileOptions(exact=False), CompileOptions(fuse=False)):
-        check(*hidden(Engine(tiny.model("bert"), backend, options=options), ids(0)), 0)
+    """Weights are bf16: not exactly, each product adds some 1.4e-8."""
+    check(*hidden(Engine(tiny.model("bert"), backend, options=CompileOptions(fuse=False, exact=True)), ids(0)), 0)
+    for fuse in (True, False):
+        check(*hidden(Engine(tiny.model("bert"), backend, options=CompileOptions(fuse=fuse)), ids(0)), 0, most=5e-7)
 
 
 def test_a_step_has_neither_state_nor_logits() -> None:

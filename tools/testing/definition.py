@@ -14,13 +14,12 @@ from tensorgraph.dtypes import as_dtype
 from tensorgraph.graph import STRUCTURAL, Node
 from tensorgraph.tools.conformance.criterion import DRAWS, MULTIPLE, STEP, judge
 from tensorgraph.tools.conformance.evaluate import Meaning
-from tensorgraph.tools.testing.difference import INT8_PEAK, Array, difference, is_float, reads_blocks
+from tensorgraph.tools.testing.difference import INT8_STEPS, Array, difference, is_float, peak_of, steps_of
 
 MOST_FLOPS = 1e8
 """Of a node; the criterion computes it a hundred times."""
 BLOCK = 32
-LARGEST = 127
-"""Activations are rounded to whole numbers from -127 to 127, times one number for each 32 of them."""
+"""Numbers are rounded to whole ones, times one number for each 32 of them."""
 NOISE = 4.0
 NOISE_DRAWS = 4
 
@@ -29,9 +28,9 @@ def conforms(node: Node, slots: Mapping[str, Array], got: Array, dims: Bindings,
     """Whether a value is right by `tools.conformance.criterion`, for the inputs that it was computed from.
 
     A whole number is right, too, where a rounding of the inputs changes the one that is wanted: a selection by scores that are
-    computed. Where products are not exact, those with quantised weights are right if they are off by no more than four times
-    the squared error that rounding activations to 8 bits costs, and their worst element by four times its worst. Of nodes that
-    are too large for the criterion, none is excused.
+    computed. Where products are not exact, those that round (`steps_of`) are right if they are off by no more than four times
+    the squared error that this costs, and their worst element by four times its worst. Of nodes that are too large for the
+    criterion, none is excused.
     """
     if node.op in STRUCTURAL:
         return False
@@ -47,12 +46,14 @@ def conforms(node: Node, slots: Mapping[str, Array], got: Array, dims: Bindings,
     wanted = meaning(slots)
     if got.shape != wanted.shape:
         return False
-    if not exact and is_float(got) and reads_blocks(node):
-        weights = {slot for slot, source in zip(node.slots, node.inputs, strict=True) if source.base.op == "constant"}
+    steps = 0 if exact or not is_float(got) else steps_of(node)
+    if steps:
+        quantised = {slot for slot, source in zip(node.slots, node.inputs, strict=True) if source.base.op == "constant"}
+        kept = quantised if steps == INT8_STEPS else set()
         rng = np.random.default_rng(0)
-        draws = [{k: x if k in weights else dithered(x, rng) for k, x in slots.items()} for _ in range(NOISE_DRAWS)]
+        draws = [{k: x if k in kept else dithered(x, rng, steps) for k, x in slots.items()} for _ in range(NOISE_DRAWS)]
         found, moved = difference(got, wanted), [difference(meaning(draw), wanted) for draw in draws]
-        most = max(INT8_PEAK, NOISE * max(each.peak for each in moved))
+        most = max(peak_of(steps), NOISE * max(each.peak for each in moved))
         return found.nmse <= NOISE * max(each.nmse for each in moved) and found.peak <= most
     if flops > MOST_FLOPS:
         return False
@@ -65,15 +66,18 @@ def conforms(node: Node, slots: Mapping[str, Array], got: Array, dims: Bindings,
     return not np.any((got != wanted) & ~unstable)
 
 
-def dithered(x: Array, rng: np.random.Generator) -> Array:
-    """As if every float were rounded to 8 bits: moved by up to half a step of its block, along the last axis."""
+def dithered(x: Array, rng: np.random.Generator, steps: int = INT8_STEPS) -> Array:
+    """As if every float were rounded to so many steps up to the largest of its block of 32 along the last axis: moved by up to half
+    of one."""
     if not is_float(x) or not x.ndim:
         return x
+    if steps > INT8_STEPS and x.dtype != np.float64:
+        x = x.astype(np.float32)  # f16 and bf16 have no such small steps
     n = x.shape[-1]
     blocks = np.zeros((*x.shape[:-1], -(-n // BLOCK) * BLOCK))
     blocks[..., :n] = x
     blocks = blocks.reshape(*x.shape[:-1], -1, BLOCK)
-    blocks += np.abs(blocks).max(-1, keepdims=True) / LARGEST * rng.uniform(-0.5, 0.5, blocks.shape)
+    blocks += np.abs(blocks).max(-1, keepdims=True) / steps * rng.uniform(-0.5, 0.5, blocks.shape)
     return blocks.reshape(*x.shape[:-1], -1)[..., :n].astype(x.dtype)
 
 

@@ -16,6 +16,8 @@ Array = np.ndarray[Any, Any]
 
 UNDERFLOW = 2.0**-118
 PEAK = 100.0
+INT8_STEPS, FIXED_STEPS = 127, 8191
+"""To which a product may round: up to the largest of 32 numbers."""
 INT8_NMSE = 2e-4  # of a product whose activations are rounded to 8 bits, without looking at it further
 INT8_PEAK = 0.1  # of its worst element
 REGION_NMSE, REGION_INT8_NMSE = 1e-8, 5e-2
@@ -84,7 +86,7 @@ class Limits:
     """How far values may be apart.
 
     Args:
-        exact: products of quantised weights take activations as they are, not rounded to 8 bits.
+        exact: products take numbers as they are, not rounded to 8 bits, or 14 where weights are f16 or bf16.
         node: largest NMSE of a node's value, judged with its own inputs; None is what its op, its dtype and `exact` allow.
         region: largest NMSE of a value that several nodes compute, between values that are known.
         whole: largest NMSE of what a step gives, in which the rounding of all nodes adds up; None is what `exact` allows.
@@ -108,18 +110,29 @@ class Limits:
         if self.node is not None:
             return self.node
         own = 0.0 if node.op in STRUCTURAL else registry.ops.get(node.op).tolerance
-        return max(own, _rounding(node), 0.0 if self.exact or not reads_blocks(node) else INT8_NMSE)
+        steps = 0 if self.exact else steps_of(node)
+        return max(own, _rounding(node), INT8_NMSE * (INT8_STEPS / steps) ** 2 if steps else 0.0)
 
     def is_far(self, node: Node, found: Difference) -> bool:
         """Whether a node's value is to be looked at further, or one element of it."""
-        rounded = self.node is None and not self.exact and reads_blocks(node)
-        return found.beyond(self.of_node(node)) or (rounded and found.peak > INT8_PEAK)
+        steps = 0 if self.exact or self.node is not None else steps_of(node)
+        return found.beyond(self.of_node(node)) or (steps > 0 and found.peak > peak_of(steps))
 
 
-def reads_blocks(node: Node) -> bool:
-    """Whether a node is a product with quantised weights, which may round its activations to 8 bits."""
-    quantised = any(i.base.op == "constant" and i.dtype.is_block for i in node.inputs)
-    return quantised and any(i.dtype.is_float and i.base.op != "constant" for i in node.inputs)
+def steps_of(node: Node) -> int:
+    """To how many steps a node may round, if it is a product: its activations where weights are quantised, both where these
+    are f16 or bf16; 0 for others."""
+    weights = [i.dtype for i in node.inputs if i.base.op == "constant"]
+    if not any(i.dtype.is_float and i.base.op != "constant" for i in node.inputs):
+        return 0
+    if any(dtype.is_block for dtype in weights):
+        return INT8_STEPS
+    return FIXED_STEPS if node.op == "mul_mat" and any(dtype.name in ("f16", "bf16") for dtype in weights) else 0
+
+
+def peak_of(steps: int) -> float:
+    """How far the worst element may be off where a product rounds so."""
+    return INT8_PEAK * INT8_STEPS / steps
 
 
 def _rounding(node: Node) -> float:

@@ -14,11 +14,12 @@ from hypothesis.extra import numpy as npst
 
 from tensorgraph.compiler import CompileOptions, compile
 from tensorgraph.dims import Dim
+from tensorgraph.dtypes import as_dtype
 from tensorgraph.graph import Graph, constant, input
 from tensorgraph.ops import get_rows, mul_mat, top_k
 from tensorgraph.tools.testing import Limits, Statistics
 from tensorgraph.tools.testing.definition import dithered
-from tensorgraph.tools.testing.difference import difference, reads_blocks
+from tensorgraph.tools.testing.difference import FIXED_STEPS, difference, steps_of
 
 Array = np.ndarray[Any, Any]
 
@@ -81,7 +82,11 @@ def test_limits_follow_the_op_the_type_and_the_mode() -> None:
     exact, rounded = Limits(), Limits(exact=False)
     product = mul_mat(q, x)
     assert exact.of_node(product) == exact.of_node(mul_mat(w, x)) == rounded.of_node(mul_mat(w, x)) == 1e-10
-    assert rounded.of_node(product) == 2e-4 and reads_blocks(product) and not reads_blocks(get_rows(q, ids))
+    assert rounded.of_node(product) == 2e-4 and steps_of(product) == 127 and steps_of(get_rows(q, ids)) == 0
+    for name in ("f16", "bf16"):
+        h = constant("h", shape=(32, 64), dtype=name)
+        assert exact.of_node(mul_mat(h, x)) == 1e-10 and rounded.of_node(mul_mat(h, x)) == pytest.approx(2e-4 * (127 / 8191) ** 2)
+        assert steps_of(mul_mat(h, x)) == 8191 and steps_of(get_rows(h, ids)) == 0
     assert exact.of_node(x.cast("f16")) == 2.0**-20 and exact.of_node(x.cast("bf16")) == 2.0**-14
     assert exact.of_node(get_rows(w, ids)) == 2.0**-46 and exact.of_node(top_k(x, k=2)) == 0
     assert exact.of_region(product) == 1e-8 < exact.of_whole == 1e-5 and rounded.of_region(product) < rounded.of_whole
@@ -104,6 +109,21 @@ def test_dither_is_as_large_as_the_rounding_of_the_cpu(outlier: float) -> None:
     moved = compile(graph, "reference").bind(weights).run({"x": dithered(x, rng)})["y"]
     found, model = difference(rounded, exact).nmse, difference(moved, exact).nmse
     assert 1e-6 < found < 1e-2 and found / 2 < model < 2 * found
+
+
+@pytest.mark.parametrize("name", ["f16", "bf16"])
+@pytest.mark.parametrize("outlier", [1.0, 100.0])
+def test_dither_is_as_large_as_what_floats_lose(outlier: float, name: str) -> None:
+    """Of weights and activations that are rounded to 14 bits."""
+    rng = np.random.default_rng(1)
+    x, w = rng.standard_normal((16, 256)).astype(np.float32), rng.standard_normal((64, 256)).astype(as_dtype(name).numpy)
+    x[:, 5] *= outlier
+    graph = Graph(y=mul_mat(constant("w", shape=w.shape, dtype=name), input("x", (Dim("T", 16), 256))))
+    exact = compile(graph, "reference").bind({"w": w}).run({"x": x})["y"]
+    rounded = compile(graph, "cpu", CompileOptions()).bind({"w": w}).run({"x": x})["y"]
+    moved = dithered(x, rng, FIXED_STEPS) @ dithered(w, rng, FIXED_STEPS).T
+    found, model = difference(rounded, exact).nmse, difference(moved, exact).nmse
+    assert 1e-10 < found < 1e-6 and found / 2 < model < 2 * found
 
 
 def test_statistics_of_an_array() -> None:
