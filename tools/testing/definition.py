@@ -67,7 +67,7 @@ def conforms(node: Node, slots: Mapping[str, Array], got: Array, dims: Bindings,
 
 
 def dithered(x: Array, rng: np.random.Generator, steps: int = INT8_STEPS) -> Array:
-    """As if every float were rounded to so many steps up to the largest of its block of 32 along the last axis: moved by up to half
+    """As if floats were rounded to so many steps up to the largest of their block of 32 along the last axis: moved by up to half
     of one."""
     if not is_float(x) or not x.ndim:
         return x
