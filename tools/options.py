@@ -27,7 +27,7 @@ HELP = {
     "backend": "The backend that computes, or several by commas in order of preference.",
     "kv_type": "Type of the rows that a sequence keeps: f16, bf16, f32 or q8_0.",
     "threads": "Threads that compute; auto: as the backend likes. The reference backend passes a number to NumPy's BLAS.",
-    "exact": "Keep activations in f32; the reference backend always does.",
+    "exact": "Keep activations in f32, and weights as they are; the reference backend always does.",
     "packed_cache": "Keep the repacked weights of a GGUF file in the cache folder, and map them from there at later starts.",
     "json": "Print one JSON object.",
 }

@@ -70,8 +70,11 @@ def window_one_short(calls: Sequence[Call]) -> Sequence[Call]:
     """A token sees one row less than it should, of those that a window lets it see."""
 
     def short(call: Call) -> Call:
-        segments = tuple((every, window and window - 1, causal) for every, window, causal in call.attrs["rules"])
-        return replace(call, attrs={**call.attrs, "rules": segments})
+        heads = call.attrs.get("heads")  # of the form in tiles
+        rules = heads.rules if heads is not None else call.attrs["rules"]
+        segments = tuple((every, window and window - 1, causal) for every, window, causal in rules)
+        changed = {"rules": segments} if heads is None else {"heads": replace(heads, rules=segments)}
+        return replace(call, attrs={**call.attrs, **changed})
 
     return [short(call) for call in calls]
 

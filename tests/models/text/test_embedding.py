@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tensorgraph.compiler import CompileOptions
 from tensorgraph.errors import FormatError, InputError, TensorGraphError, UnsupportedError
 from tensorgraph.models import TextModel, load
 from tensorgraph.models.text.embedding import groups
@@ -25,6 +26,9 @@ def ids(i: int) -> list[int]:
     return found
 
 
+EXACT = CompileOptions(exact=True)
+
+
 def rows(i: int) -> tiny.Array:
     """Hidden states after the last layer, by transformers in float64."""
     return tiny.reference("bert")[f"hidden/{i}"][-1].astype(np.float64)
@@ -32,7 +36,7 @@ def rows(i: int) -> tiny.Array:
 
 @pytest.fixture(params=tiny.BACKENDS)
 def encoder(request: pytest.FixtureRequest) -> Iterator[TextModel]:
-    with load(tiny.folder("bert"), backend=request.param) as model:
+    with load(tiny.folder("bert"), backend=request.param, options=EXACT) as model:
         yield model
 
 
@@ -122,7 +126,7 @@ def test_decoders_give_their_last_norm(architecture: str) -> None:
     """Beside others, of one token and of a few: later tokens change nothing before them."""
     stored = tiny.reference(architecture)
     tokens, at = stored["input_ids"].tolist(), stored["hidden_pos"]
-    with load(decoder(architecture), kv_type="f32") as model:
+    with load(decoder(architecture), kv_type="f32", options=EXACT) as model:
         one, few, whole = model.embed_tokens([tokens[:1], tokens[:3], tokens])
     assert tiny.nmse(whole[at], stored["hidden_norm"]) <= tiny.bound(architecture)
     assert tiny.nmse(few, whole[:3]) <= 1e-9 and tiny.nmse(one, whole[:1]) <= 1e-9
