@@ -62,13 +62,13 @@ def compare(model: TextModel, ids: Sequence[int], wanted: Wanted) -> list[Report
     """With exact products; then, where that agrees and makes a difference, as the model runs."""
     from tensorgraph.extents import Extents
     from tensorgraph.tools.testing import Terms, compare_model
-    from tensorgraph.tools.testing.difference import reads_blocks
+    from tensorgraph.tools.testing.difference import steps_of
 
     engine = model.engine
     reports: list[Report] = []
-    quantised = any(map(reads_blocks, model.model.graph(Extents(1, 1), engine.kv_dtype)))
+    rounds = any(map(steps_of, model.model.graph(Extents(1, 1), engine.kv_dtype)))
     with progress() as say:
-        for exact in (True, False) if quantised and not engine.options.exact else (True,):
+        for exact in (True, False) if rounds and not engine.options.exact else (True,):
             mode = "exact" if exact else "as it runs"
             terms = Terms(
                 backends=(wanted.backend, engine.devices),
