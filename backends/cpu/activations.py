@@ -103,7 +103,7 @@ def quantise_blocks(k: Kernel, kind: Kind, blocks: Sequence[Sequence[Value]], to
     magnitudes = [[p.bits_as(whole) & 0x7FFFFFFF for p in parts] for parts in given]
     amax = _fold_each(k, magnitudes, lambda a, b: k.select(b.gt(a), b, a)).bits_as(F32.x(_AT_ONCE))  # in order, NaN last
     d, inverse = scale_of(k, amax, FIXED_MOST if kind == "fixed" else 127)
-    rounded = []  # codes in the low bits, `_ROUND` in the high ones
+    rounded = []  # codes in the low bits, `ROUND` in the high ones
     for n, parts in enumerate(given):
         by = inverse.shuffle([n] * whole.lanes)
         rounded.append([(p * by + ROUND).bits_as(whole) for p in parts])

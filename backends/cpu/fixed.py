@@ -1,7 +1,7 @@
 """Weights of f16 and bf16 as whole numbers of 14 bits, by 32 of a row: products of many rows add pairs of these faster than f32.
 
-A block's largest magnitude is 8191 steps. To round to these moves a number by less than f16 moves activations by, which is how
-others multiply such weights: by 1 / 16382 of the block's largest at most, where f16 has 11 bits of each number.
+A block's largest magnitude is 8191 steps, so that a number moves by 1 / 16382 of that at most (decision 0023: what it costs, and
+what others' rounding of activations to f16 does).
 """
 
 from __future__ import annotations

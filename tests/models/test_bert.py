@@ -69,10 +69,11 @@ def test_a_ragged_batch(backend: str) -> None:
 
 @tiny.on_every_backend
 def test_without_fusion_and_exactness(backend: str) -> None:
-    """Weights are bf16: not exactly, each product adds some 1.4e-8."""
+    """Weights are bf16: on the CPU, not exactly, each product adds some 1.4e-8."""
+    most = 1e-9 if backend == "reference" else 5e-7
     check(*hidden(Engine(tiny.model("bert"), backend, options=CompileOptions(fuse=False, exact=True)), ids(0)), 0)
     for fuse in (True, False):
-        check(*hidden(Engine(tiny.model("bert"), backend, options=CompileOptions(fuse=fuse)), ids(0)), 0, most=5e-7)
+        check(*hidden(Engine(tiny.model("bert"), backend, options=CompileOptions(fuse=fuse)), ids(0)), 0, most)
 
 
 def test_a_step_has_neither_state_nor_logits() -> None:
