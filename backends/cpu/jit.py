@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import llvmlite
 import llvmlite.binding as llvm
@@ -25,7 +25,7 @@ from tensorgraph.backends.cpu.forked import Outcome, can_fork, run_forked, run_h
 from tensorgraph.backends.cpu.target import Target, can_run, host
 from tensorgraph.errors import KernelError
 
-FORMAT = 3  # of an object and its symbol: one more whenever the same text may come out differently
+FORMAT = 4  # of an object and its symbol: one more whenever the same text may come out differently
 _KERNEL = re.compile(r"@kernel(?![\w.$-])")
 _NAME = re.compile(rb"\0([A-Za-z_]\w{2,})(?=\0)")  # in an object's table of strings
 
@@ -152,6 +152,7 @@ class Jit:
         return [run_here(job) for job in jobs]
 
     def _emit(self, key: str, text: str, emit: Callable[[llvm.ModuleRef], bytes]) -> bytes:
+        _keep_order()
         try:
             module = llvm.parse_assembly(self._header + _KERNEL.sub(f"@{_symbol(key)}", text))
             external = [f.name for f in module.functions if not f.is_declaration and f.linkage == llvm.Linkage.external]
@@ -202,6 +203,12 @@ def _unresolved(key: str, content: bytes) -> str:
     process = ctypes.CDLL(None)
     names = sorted({name.decode() for name in _NAME.findall(content)} - {_symbol(key)})
     return f"its code asks for what this process lacks: {', '.join(name for name in names if not hasattr(process, name)) or '?'}"
+
+
+@cache
+def _keep_order() -> None:
+    """Sums stay in the order in which texts have them: made into trees they are shorter, and need more registers than there are."""
+    llvm.set_option("", "-x86-machine-combiner=0")
 
 
 def _target_machine(target: Target, level: int) -> llvm.TargetMachine:
