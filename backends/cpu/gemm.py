@@ -31,6 +31,8 @@ _TOKENS = {64: 8, 32: 4, 16: 2}  # and activation rows of a tile
 _FLOAT_TOKENS = {64: 8, 32: 5, 16: 2}
 _UNROLLED = 4  # elements of f32 in a turn
 _LINE = 64
+MOST_TURNS = 4
+_LEAST_GROUPS = 16
 _FIXED = ("f16", "bf16")
 Epilogue = Callable[[Value, Value, list[Value]], None]
 """`epilogue(tile, token, sums)`: the products of rows `16 tile` to `16 tile + 15` of each weight with one activation row."""
@@ -42,12 +44,14 @@ class Tiling:
 
     Attributes:
         groups, per_group: groups of panels, and tiles of 16 rows of each weight in one; the last may have fewer.
+        side: tiles of each weight that are multiplied side by side, where there are as many.
         tokens: activation rows of a piece.
         scratch_bytes: that each thread needs.
     """
 
     groups: int
     per_group: int
+    side: int
     tokens: int
     scratch_bytes: int
 
@@ -56,13 +60,19 @@ class Tiling:
         return (n_rows + (self.tokens - 1)) // self.tokens * self.groups
 
 
-def plan_tiles(target: Target, dtypes: Sequence[DType], kind: Kind, rows: int) -> Tiling:
-    """The pieces of a product of weights with so many rows of these types, side by side."""
+def plan_tiles(target: Target, dtypes: Sequence[DType], kind: Kind, rows: int, most_turns: int = 1) -> Tiling:
+    """The pieces of a product of weights with so many rows of these types, side by side.
+
+    Panels of a group take up to `most_turns` turns: then each slice of activations is fetched once for all of these, and what is
+    written lies in longer pieces. There are no fewer groups than threads would want for it.
+    """
     at_once, tile = _AT_ONCE[target.vector_bytes], _tile_tokens(target, kind)
-    per_group = max(1, at_once // len(dtypes))
+    side = max(1, at_once // len(dtypes))
+    turns = next(n for n in (4, 2, 1) if n <= most_turns and (n == 1 or n_tiles(rows) >= n * side * _LEAST_GROUPS))
     tokens = -(-_PIECE // tile) * tile
     room = _Room(at_once, tokens + MOST_TOKENS)
-    return Tiling(-(-n_tiles(rows) // per_group), per_group, tokens, room.size_bytes(per_group * len(dtypes)))
+    per_group = side * turns
+    return Tiling(-(-n_tiles(rows) // per_group), per_group, side, tokens, room.size_bytes(per_group * len(dtypes)))
 
 
 def _tile_tokens(target: Target, kind: Kind) -> int:
@@ -76,11 +86,15 @@ class _Room:
     at_once: int
     tokens: int
 
-    def sums(self, panel: int) -> int:
-        return self.at_once * _SLICE_BYTES + panel * self.tokens * ROWS * 4
+    @property
+    def panel_bytes(self) -> int:
+        return self.tokens * ROWS * 4
+
+    def sums(self, panel: Int) -> Int:
+        return panel * self.panel_bytes + self.at_once * _SLICE_BYTES
 
     def size_bytes(self, panels: int) -> int:
-        return self.sums(panels)
+        return panels * self.panel_bytes + self.at_once * _SLICE_BYTES
 
 
 def multiply(
@@ -95,14 +109,14 @@ def multiply(
 ) -> None:
     """This chunk's part of the products of weights, side by side, with `batch * n_rows` adjacent rows of activations.
 
-    The call's items must be those of the weights' `Tiling`, times the batch, and its scratch as much as that says.
+    The call's items must be those of the weights' `Tiling` with `MOST_TURNS`, times the batch, and its scratch as much as that says.
 
     Args:
         x: the first of the rows.
         epilogue: called for each tile of 16 rows and each activation row, which counts over the batch.
         matrix: which of the weights' matrices, counted over their leading axes, a number of the batch is multiplied by.
     """
-    tiling = _tiling_of(k, weights, x)
+    tiling = plan_tiles(k.target, [w.dtype for w in weights], x.kind, _height(weights), MOST_TURNS)
     count = k.i64(n_rows)
     pieces = (count + (tiling.tokens - 1)) // tiling.tokens
     with k.rows([batch, pieces, tiling.groups]) as (number, piece, group):
@@ -112,72 +126,90 @@ def multiply(
         def store(tile: Value, n: Value, sums: list[Value]) -> None:
             epilogue(tile, row + n, sums)
 
-        multiply_piece(k, weights, group, matrix(number), x.from_row(row, 1), k.min(count - token, k.i64(tiling.tokens)), store)
+        rows = k.min(count - token, k.i64(tiling.tokens))
+        multiply_piece(k, weights, tiling, group, matrix(number), x.from_row(row, 1), rows, store)
 
 
-def _tiling_of(k: Kernel, weights: Sequence[Operand], x: Rows) -> Tiling:
+def _height(weights: Sequence[Operand]) -> int:
     height = weights[0].shape[-2]
     assert isinstance(height, int)
-    return plan_tiles(k.target, [w.dtype for w in weights], x.kind, height)
+    return height
 
 
 def multiply_piece(
-    k: Kernel, weights: Sequence[Operand], group: Value, matrix: Int, x: Rows, count: Value, store: Epilogue
+    k: Kernel, weights: Sequence[Operand], tiling: Tiling, group: Value, matrix: Int, x: Rows, count: Value, store: Epilogue
 ) -> None:
     """One group of panels of each weight times adjacent rows of activations.
 
     Args:
-        group: of the weights' tiling.
         matrix: of the weights, counted over their leading axes.
         count: of the rows, at most `Tiling.tokens`.
         store: as an `Epilogue`, for each of the rows.
     """
-    height, tiling = weights[0].shape[-2], _tiling_of(k, weights, x)
-    assert isinstance(height, int)
-    at_once = _AT_ONCE[k.target.vector_bytes]
-    room, scratch, tile = _Room(at_once, tiling.tokens + MOST_TOKENS), k.scratch(), group * tiling.per_group
-
-    def piece(tiles: int) -> None:
-        panels = [find_panel(w, tile + i, matrix) for i in range(tiles) for w in weights]
-        sums = [scratch + room.sums(n) for n in range(len(panels))]
-        for i in range(0, len(panels), at_once):
-            _multiply_panels(k, panels[i : i + at_once], x, count, scratch, sums[i : i + at_once])
-        with k.loop(0, count) as tokens:
-            tokens.next()
-            found = [k.load(at + tokens.i * (ROWS * 4), F32.x(ROWS)) for at in sums]
-            for i in range(tiles):
-                store(tile + i, tokens.i, found[i * len(weights) : (i + 1) * len(weights)])
-
-    left = n_tiles(height) - (tiling.groups - 1) * tiling.per_group
-    if left == tiling.per_group:
-        piece(left)
-        return
-    with k.when(group.lt(tiling.groups - 1)):
-        piece(tiling.per_group)
-    with k.when(group.ge(tiling.groups - 1)):
-        piece(left)
-
-
-def _multiply_panels(k: Kernel, panels: Sequence[Panel], x: Rows, count: Value, decoded: Value, sums: Sequence[Value]) -> None:
-    """Panels side by side times rows, to `sums`: [count, 16] f32 of each."""
-    form, width = panels[0].form, panels[0].n_units * panels[0].form.block
+    n, at_once, side = len(weights), _AT_ONCE[k.target.vector_bytes], tiling.side
+    room, scratch, total = _Room(at_once, tiling.tokens + MOST_TOKENS), k.scratch(), n_tiles(_height(weights))
+    first = group * tiling.per_group
+    tiles = k.min(total - first, k.i64(tiling.per_group))
     lanes = min(k.lanes, ROWS)
-    with k.loop(0, count + (MOST_TOKENS - 1)) as loop:
-        loop.next()
-        for at in sums:
-            for part in range(ROWS // lanes):
-                k.store(k.zero(F32.x(lanes)), at + (loop.i * ROWS + part * lanes) * 4)
-    codes, dot = many_dot(k, form, x.kind, lanes)
-    length = slice_length(codes, dot)
-    with k.loop(0, width, length) as loop:
-        loop.next()
-        n = k.min(width - loop.i, k.i64(length))
+    with k.loop(0, tiles * n) as panels, k.loop(0, count + (MOST_TOKENS - 1)) as tokens:
+        panels.next()
+        tokens.next()
+        for part in range(ROWS // lanes):
+            k.store(k.zero(F32.x(lanes)), scratch + room.sums(panels.i) + (tokens.i * ROWS + part * lanes) * 4)
+
+    length, width = _slice_of(k, weights, x.kind), weights[0].shape[-1]
+    assert isinstance(width, int)
+    with k.loop(0, width, length) as slices:
+        slices.next()
+        part = _Slice(slices.i, k.min(width - slices.i, k.i64(length)), x, count, scratch)
+
+        def turn(tile: Value, some: int) -> None:
+            """So many tiles of each weight from one on."""
+            found = [(find_panel(w, first + tile + i, matrix), (tile + i) * n + j) for i in range(some) for j, w in enumerate(weights)]
+            for start in range(0, len(found), at_once):
+                together = found[start : start + at_once]
+                part.multiply(k, [panel for panel, _ in together], [scratch + room.sums(number) for _, number in together])
+
+        with k.loop(0, tiles // side) as turns:
+            turns.next()
+            turn(turns.i * side, side)
+        if total % side:
+            with k.when((tiles % side).ne(0)):
+                turn(tiles // side * side, total % side)
+    with k.loop(0, count) as tokens, k.loop(0, tiles) as done:
+        tokens.next()
+        done.next()
+        at = scratch + room.sums(done.i * n) + tokens.i * (ROWS * 4)
+        store(first + done.i, tokens.i, [k.load(at + j * room.panel_bytes, F32.x(ROWS)) for j in range(n)])
+
+
+def _slice_of(k: Kernel, weights: Sequence[Operand], kind: Kind) -> int:
+    """Elements along the width that all weights have room for: whole units of each."""
+    forms, lanes = [interleaved(w.dtype) for w in weights], min(k.lanes, ROWS)
+    unit = max(BLOCK, *(form.block for form in forms))
+    return min(slice_length(*many_dot(k, form, kind, lanes)) for form in forms) // unit * unit
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Elements `start` to `start + n` of rows of activations, and where panels are decoded."""
+
+    start: Value
+    n: Value
+    x: Rows
+    count: Value
+    decoded: Value
+
+    def multiply(self, k: Kernel, panels: Sequence[Panel], sums: Sequence[Value]) -> None:
+        """Add panels side by side times these rows to sums, [count, 16] f32 of each."""
+        codes, dot = many_dot(k, panels[0].form, self.x.kind, min(k.lanes, ROWS))
         if codes is not None and dot is not None:
-            _decode_codes(k, panels, codes, dot, loop.i, n, decoded)
-            _integer_tiles(k, len(panels), codes, dot, x, loop.i, n, count, decoded, sums)
+            _decode_codes(k, panels, codes, dot, self.start, self.n, self.decoded)
+            _integer_tiles(k, len(panels), codes, dot, self.x, self.start, self.n, self.count, self.decoded, sums)
         else:
-            sources = [_values_at(k, panel, loop.i, n, decoded + i * _SLICE_BYTES) for i, panel in enumerate(panels)]
-            _float_tiles(k, sources, x, loop.i, n, count, sums)
+            places = [self.decoded + i * _SLICE_BYTES for i in range(len(panels))]
+            sources = [_values_at(k, panel, self.start, self.n, to) for panel, to in zip(panels, places, strict=True)]
+            _float_tiles(k, sources, self.x, self.start, self.n, self.count, sums)
 
 
 def rows_kind(target: Target, dtypes: Sequence[DType], kind: Kind, width: int = 0) -> Kind:
@@ -229,7 +261,7 @@ def _decode_codes(k: Kernel, panels: Sequence[Panel], codes: Codes, dot: ByteDot
             unit = panel.unit(first + units.i)
             at = codes.at(unit, blocks.i)
             for line in range(0, codes.block_bytes, _LINE):
-                k.prefetch(at + (n // codes.block * codes.unit_bytes + line))
+                k.prefetch(at + (panel.size_bytes + line))
             place = to + (units.i * codes.n_blocks + blocks.i) * each + p * _SLICE_BYTES
             for part in range(ROWS // lanes):
                 block = read_block(k, codes, dot, codes.heads(k, unit, part, lanes), at, part, lanes)

@@ -207,7 +207,7 @@ def _unresolved(key: str, content: bytes) -> str:
 
 @cache
 def _keep_order() -> None:
-    """Sums stay in the order in which texts have them: made into trees they are shorter, and need more registers than there are."""
+    """Sums stay in the order in which texts have them: as trees they would be shorter, and need more registers than there are."""
     llvm.set_option("", "-x86-machine-combiner=0")
 
 

@@ -221,7 +221,7 @@ def units_of_many(k: Kernel, operands: Operands, *, m: Mixture) -> None:
         weights = [present(operands, "gate"), present(operands, "up")]
         with k.loop(0, together) as groups:
             groups.next()
-            multiply_rows(k, weights, number * together + groups.i, tiling.per_group, expert, x, count, store)
+            multiply_rows(k, weights, tiling, number * together + groups.i, expert, x, count, store)
         if m.middle != "f32":
             for n, some in in_steps(k, count, _AT_ONCE):
                 sources = [between + (n + i) * (BLOCK * 4) for i in range(some)]
@@ -284,7 +284,7 @@ def products_of_many(k: Kernel, operands: Operands, *, m: Mixture) -> None:
             k.store(value, to, mask=tile_mask(k, m.height, tile * ROWS))
 
         x = Rows(m.middle, units.address + first * m.unit_bytes, m.unit_bytes)
-        multiply_rows(k, [present(operands, "down")], group, tiling.per_group, expert, x, count, store)
+        multiply_rows(k, [present(operands, "down")], tiling, group, expert, x, count, store)
 
 
 def sum_products(k: Kernel, operands: Operands, *, m: Mixture) -> None:

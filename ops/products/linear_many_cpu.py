@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from tensorgraph.backends.cpu.activations import Kind, Rows, row_bytes
 from tensorgraph.backends.cpu.codes import ROWS
-from tensorgraph.backends.cpu.gemm import MOST_TOKENS, multiply, plan_tiles, rows_kind
+from tensorgraph.backends.cpu.gemm import MOST_TOKENS, MOST_TURNS, multiply, plan_tiles, rows_kind
 from tensorgraph.backends.cpu.ir import Value
 from tensorgraph.backends.cpu.kernel import CHUNK, Buffer, Call, Context, Kernel, Ref
 from tensorgraph.backends.cpu.operands import Operand
@@ -39,7 +39,7 @@ def many_calls(
     for p, part in enumerate(parts):
         own = {f"{name[: -len(str(p))]}0": ref for name, ref in operands.items() if name not in OF_SOURCE and _number(name) == p}
         weights = [ref.of for ref in (own["w0"], own.get("v0")) if ref is not None and isinstance(ref.of, Node)]
-        tiling = plan_tiles(context.target, [w.dtype for w in weights], source.kind, part.rows)
+        tiling = plan_tiles(context.target, [w.dtype for w in weights], source.kind, part.rows, MOST_TURNS)
         attrs = {"kind": source.kind, "part": part}
         taken = {"rows": rows, "tokens": Ref(n_tokens), **own}
         items, room = tiling.items(n_tokens), tiling.scratch_bytes

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from tensorgraph.backends.cpu.activations import Kind, Load, Rows, row_bytes, write_row
 from tensorgraph.backends.cpu.codes import ROWS
-from tensorgraph.backends.cpu.gemm import MOST_TOKENS, multiply, plan_tiles, rows_kind
+from tensorgraph.backends.cpu.gemm import MOST_TOKENS, MOST_TURNS, multiply, plan_tiles, rows_kind
 from tensorgraph.backends.cpu.ir import F32, Int, Value
 from tensorgraph.backends.cpu.kernel import CHUNK, Buffer, Call, Context, Kernel, NodeKernel, Ref
 from tensorgraph.backends.cpu.matvec import kind_of, tile_dot
@@ -51,7 +51,7 @@ def calls(node: Node, context: Context) -> Sequence[Call]:
         nodes=(node,),
     )
     tile = tile_bytes(a)
-    tiling = plan_tiles(context.target, [a.dtype], prepared, height)
+    tiling = plan_tiles(context.target, [a.dtype], prepared, height, MOST_TURNS)
     many = Call(
         multiply_many,
         {**operands, "rows": Ref(rows)},

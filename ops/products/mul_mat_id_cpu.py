@@ -123,7 +123,7 @@ def multiply_sorted(k: Kernel, operands: Mapping[str, Operand], *, kind: Kind) -
             store_tile(k, y, order.read(order.pair(first + n)), tile, sums[0])
 
         x = Rows(kind, rows.address + first * each, each)
-        multiply_rows(k, [a], group, tiling.per_group, expert, x, count, store)
+        multiply_rows(k, [a], tiling, group, expert, x, count, store)
 
 
 def _dense_calls(node: Node) -> Sequence[Call]:

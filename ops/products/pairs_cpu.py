@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tensorgraph.backends.cpu.activations import Kind, Rows
-from tensorgraph.backends.cpu.gemm import Epilogue, multiply_piece
+from tensorgraph.backends.cpu.gemm import Epilogue, Tiling, multiply_piece
 from tensorgraph.backends.cpu.ir import I32, Int, Value
 from tensorgraph.backends.cpu.kernel import Kernel
 from tensorgraph.backends.cpu.matvec import panel_dot
@@ -114,17 +114,17 @@ def sort_pairs(k: Kernel, operands: Mapping[str, Operand], *, n_experts: int, to
 
 
 def multiply_rows(
-    k: Kernel, weights: Sequence[Operand], group: Value, per_group: int, expert: Value, x: Rows, count: Value, store: Epilogue
+    k: Kernel, weights: Sequence[Operand], tiling: Tiling, group: Value, expert: Value, x: Rows, count: Value, store: Epilogue
 ) -> None:
     """What `multiply_piece` does, of few rows without decoding panels for them."""
     height = weights[0].shape[-2]
     assert isinstance(height, int)
     few = count.le(MOST_ALONE[x.kind])
     with k.when(few.invert()):
-        multiply_piece(k, weights, group, expert, x, count, store)
+        multiply_piece(k, weights, tiling, group, expert, x, count, store)
     with k.when(few):
-        first = group * per_group
-        with k.loop(first, k.min(first + per_group, k.i64(n_tiles(height)))) as tiles:
+        first = group * tiling.per_group
+        with k.loop(first, k.min(first + tiling.per_group, k.i64(n_tiles(height)))) as tiles:
             tiles.next()
             panels = [find_panel(w, tiles.i, expert) for w in weights]
             for n, some in in_steps(k, count, 2):

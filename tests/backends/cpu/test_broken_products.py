@@ -135,9 +135,9 @@ def last_slice_left_out(patch: Patch) -> None:
 def last_group_left_out(patch: Patch) -> None:
     right = gemm.multiply_piece
 
-    def piece(k: Kernel, weights: Any, group: Value, *given: Any) -> None:
+    def piece(k: Kernel, weights: Any, tiling: Any, group: Value, *given: Any) -> None:
         with k.when(group.lt(2)):
-            right(k, weights, group, *given)
+            right(k, weights, tiling, group, *given)
 
     patch.setattr(gemm, "multiply_piece", piece)
 
@@ -148,12 +148,12 @@ def not_stored(which: Callable[[Value, Value, Value], Value]) -> Break:
     def make(patch: Patch) -> None:
         right = gemm.multiply_piece
 
-        def piece(k: Kernel, weights: Any, group: Value, matrix: Any, x: Any, count: Value, store: Any) -> None:
+        def piece(k: Kernel, weights: Any, tiling: Any, group: Value, matrix: Any, x: Any, count: Value, store: Any) -> None:
             def stored(tile: Value, n: Value, sums: list[Value]) -> None:
                 with k.when(which(tile, n, count)):
                     store(tile, n, sums)
 
-            right(k, weights, group, matrix, x, count, stored)
+            right(k, weights, tiling, group, matrix, x, count, stored)
 
         patch.setattr(gemm, "multiply_piece", piece)
 
