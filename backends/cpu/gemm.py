@@ -109,7 +109,7 @@ def multiply(
 ) -> None:
     """This chunk's part of the products of weights, side by side, with `batch * n_rows` adjacent rows of activations.
 
-    The call's items must be those of the weights' `Tiling` with `MOST_TURNS`, times the batch, and its scratch as much as that says.
+    The call's items must be those of the weights' `Tiling` of `MOST_TURNS`, times the batch, and its scratch as that says.
 
     Args:
         x: the first of the rows.
@@ -165,10 +165,10 @@ def multiply_piece(
 
         def turn(tile: Value, some: int) -> None:
             """So many tiles of each weight from one on."""
-            found = [(find_panel(w, first + tile + i, matrix), (tile + i) * n + j) for i in range(some) for j, w in enumerate(weights)]
-            for start in range(0, len(found), at_once):
-                together = found[start : start + at_once]
-                part.multiply(k, [panel for panel, _ in together], [scratch + room.sums(number) for _, number in together])
+            found = [find_panel(w, first + tile + i, matrix) for i in range(some) for w in weights]
+            sums = [scratch + room.sums(tile * n + i) for i in range(some * n)]
+            for i in range(0, len(found), at_once):
+                part.multiply(k, found[i : i + at_once], sums[i : i + at_once])
 
         with k.loop(0, tiles // side) as turns:
             turns.next()
