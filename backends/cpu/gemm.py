@@ -161,14 +161,14 @@ def multiply_piece(
     assert isinstance(width, int)
     with k.loop(0, width, length) as slices:
         slices.next()
-        part = _Slice(slices.i, k.min(width - slices.i, k.i64(length)), x, count, scratch)
+        here = _Slice(slices.i, k.min(width - slices.i, k.i64(length)), x, count, scratch)
 
         def turn(tile: Value, some: int) -> None:
             """So many tiles of each weight from one on."""
             found = [find_panel(w, first + tile + i, matrix) for i in range(some) for w in weights]
             sums = [scratch + room.sums(tile * n + i) for i in range(some * n)]
             for i in range(0, len(found), at_once):
-                part.multiply(k, found[i : i + at_once], sums[i : i + at_once])
+                here.multiply(k, found[i : i + at_once], sums[i : i + at_once])
 
         with k.loop(0, tiles // side) as turns:
             turns.next()
