@@ -218,6 +218,7 @@ class Team:
         self.memory = _lines(loop.THREADS // loop.LINE_BYTES + threads)
         self.address, self.words = int(self.memory.ctypes.data), self.memory.data  # as quick to read as a list
         self.put(loop.STATUS, status_address)
+        self.put(loop.TEAM, threads)
         self.choice = choice
         self.run: Callable[[int, int, int], int] = code.alone if threads == 1 else code.chooser if choice else code.caller
         if choice is not None:

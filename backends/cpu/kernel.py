@@ -180,6 +180,8 @@ class Call:
         emit: `emit(k, operands, **attrs)` writes the kernel; `operands` has the keys of `operands`.
         attrs: what else the code depends on; hashable.
         items: how much there is to divide; chunks are cut by it alone: one for each `grain`, at most `most_chunks`.
+        apart: whether each thread goes through chunks that are neighbours, as reading memory in its order is fastest; else all go
+            on together, as what they share is then in the cache.
         scratch_bytes: of each thread.
         guard: steps for which this call is made at all.
         nodes: what it computes, for profiles.
@@ -191,6 +193,7 @@ class Call:
     items: Extent = 1
     grain: int = 1
     most_chunks: int = MOST_CHUNKS
+    apart: bool = False
     scratch_bytes: int = 0
     guard: Guard = ALWAYS
     nodes: tuple[Node, ...] = ()

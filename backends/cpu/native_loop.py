@@ -1,6 +1,7 @@
 """The native loops that run a program: a table of steps, each a kernel cut into chunks that threads claim one by one.
 
-A step is eight i64: kernel, args, address of its number of items, grain, most chunks, and three that are not used. All that
+A step is eight i64: kernel, args, address of its number of items, grain, most chunks, whether threads keep apart, and two that are
+not used. Threads that keep apart are each given chunks that are neighbours, as long as they claim in turn. All that
 threads share is a block of memory, by lines of 128 bytes. Its first word says what can be claimed: serial number of the step,
 chunks, chunks claimed. A thread claims by compare-and-swap, and only then reads which kernel it is for, so whatever it saw
 before is of no consequence; the step, and so the program, cannot end before it has reported its chunks. Nobody waits for a
@@ -19,11 +20,11 @@ STEP_BYTES = 64
 MOST_CHUNKS = 0xFFFF  # of a step, whatever its line says
 
 # Offsets in the shared block. The first line is written by the thread that owns the program.
-WORD, KERNEL, ARGS, TABLE, NEXT, STEPS, RUN = range(0, 56, 8)
+WORD, KERNEL, ARGS, TABLE, NEXT, STEPS, RUN, PARTS = range(0, 64, 8)
 DONE = 128  # chunks of this step that were reported
 WAKES, PARKED, STOP = range(256, 280, 8)  # an i32 that sleepers wait on; whether somebody may sleep; whether workers leave
 STATUS, SPENT, BEGAN = range(384, 408, 8)  # address of the status; where timed: of each step's duration, when this one began
-TICKS, WEIGHT, SIZES = range(408, 432, 8)  # the last run's duration and size; address of a line for each size
+TICKS, WEIGHT, SIZES, TEAM = range(408, 440, 8)  # the last run's duration and size; address of a line for each size; threads
 THREADS = 512  # a line for each thread
 CHUNKS, RUNS, PARKS, LAST_RUN, BUSY = range(0, 40, 8)  # the last where timed: ticks in kernels
 LINE_BYTES = 128
@@ -207,6 +208,7 @@ def _go_on(f: LoopFunction, team: Value, thread: Value, word: Value, timed: bool
         f.add_to(mine + CHUNKS, ran)
         f.store(kernel, team + KERNEL)
         f.store(args, team + ARGS)
+        f.store(f.select(f.load(line + 40, I64).ne(0), f.load(team + TEAM, I64), f.i64(1)), team + PARTS)
         f.store(step + 1, team + NEXT)
         if timed:
             f.store(f.ticks(), team + BEGAN)
@@ -240,7 +242,7 @@ def _take_part(f: LoopFunction, team: Value, thread: Value, finished: Value, tim
                     f.add_to(mine + RUNS, 1)
             with f.when((taken + 1).lt(chunks)):
                 _wake(f, team)
-            _run(f, mine, timed, kernel, args, thread, taken, chunks, first)
+            _run(f, mine, timed, kernel, args, thread, _place(f, team, taken, chunks), chunks, first)
             c.again(finished + 1, zero, zero)
         with f.when(finished.gt(0)):
             f.add_to(mine + CHUNKS, finished)
@@ -268,6 +270,13 @@ def _take_part(f: LoopFunction, team: Value, thread: Value, finished: Value, tim
         with f.when(waited.gt(int(YIELD_S * f.ticks_per_s))):
             f.call("sched_yield", I32)
         c.again(zero, since, looks + 1)
+
+
+def _place(f: LoopFunction, team: Value, taken: Value, chunks: Value) -> Value:
+    """Which chunk it is that was claimed after so many others: the step's are cut into parts, which take turns."""
+    parts = f.load(team + PARTS, I64)
+    part = taken % parts
+    return part * (chunks // parts) + f.min(part, chunks % parts) + taken // parts
 
 
 def _report(f: LoopFunction, team: Value, finished: Value, chunks: Value) -> Value:

@@ -169,7 +169,7 @@ class Program:
         rows = []
         for i, code in zip(made, codes, strict=True):
             call, items = self.calls[i], extents + 8 * self._place_of[self._items[i]]
-            rows.append([code, base + 8 * self._starts[i], items, call.grain, call.most_chunks, 0, 0, 0])
+            rows.append([code, base + 8 * self._starts[i], items, call.grain, call.most_chunks, call.apart, 0, 0])
         lines = np.array(rows, np.int64).reshape(len(rows), 8)
         return lines, int(lines.ctypes.data)
 

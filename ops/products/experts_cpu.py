@@ -134,7 +134,8 @@ def mixture_calls(
         scratch: int = 0,
         guard: Guard | bool = True,
     ) -> list[Call]:
-        return guarded(Call(emit, operands, {"m": m}, items, max(1, grain), scratch_bytes=scratch, nodes=nodes), guard)
+        made = Call(emit, operands, {"m": m}, items, max(1, grain), apart=guard is few, scratch_bytes=scratch, nodes=nodes)
+        return guarded(made, guard)
 
     rows_at_once, sums_at_once = CHUNK // m.width, CHUNK // (m.height * m.n_used)
     tiles, n_pieces = n_tiles(m.size) // m.tiles_together, most_pieces(m.n_experts, pairs, piece)

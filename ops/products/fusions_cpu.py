@@ -243,7 +243,7 @@ def _few_calls(
     )
     grain = max(1, min(CHUNK_BYTES * units // max(size_bytes, 1), -(-units // 8)))
     attrs = {"source": source, "parts": parts}
-    calls.append(Call(emit_few, operands, attrs, units, grain, scratch_bytes=source.scratch_bytes, guard=guard, nodes=nodes))
+    calls.append(Call(emit_few, operands, attrs, units, grain, apart=True, scratch_bytes=source.scratch_bytes, guard=guard, nodes=nodes))
     return calls
 
 

@@ -65,9 +65,10 @@ def calls(node: Node, context: Context) -> Sequence[Call]:
         attrs = {"kind": kind if single else prepared, "tokens": tokens}
         if single:
             scratch = tokens * row_bytes(kind, width)
-            few = Call(multiply_few, operands, attrs, n_tiles(height), vec_grain(height, tile), scratch_bytes=scratch)
+            few = Call(multiply_few, operands, attrs, n_tiles(height), vec_grain(height, tile), apart=True, scratch_bytes=scratch)
         else:
-            few = Call(multiply_each, {**operands, "rows": Ref(rows)}, attrs, batch * n_tiles(height), vec_grain(height, tile))
+            items, grain = batch * n_tiles(height), vec_grain(height, tile)
+            few = Call(multiply_each, {**operands, "rows": Ref(rows)}, attrs, items, grain, apart=True)
         found += guarded(replace(few, nodes=(node,)), guard)
     for call in (written, many) if single else (many,):
         found += guarded(call, n_rows > FEW)

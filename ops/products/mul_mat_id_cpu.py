@@ -39,7 +39,8 @@ def calls(node: Node, context: Context) -> Sequence[Call]:
 
     plain = Ref(Buffer((product(b.shape[:-1]) + MOST_TOKENS) * each, "rows"))
     written = Call(write_rows, {"b": Ref(b), "to": plain}, {"kind": kind, "width": width}, product(b.shape[:-1]), grain)
-    few = Call(multiply_pairs, {**operands, "rows": plain}, attrs, pairs * n_tiles(height), vec_grain(height, tile_bytes(a)))
+    alone = pairs * n_tiles(height), vec_grain(height, tile_bytes(a))
+    few = Call(multiply_pairs, {**operands, "rows": plain}, attrs, *alone, apart=True)
 
     tiling = plan_tiles(context.target, [a.dtype], kind, height)
     sorted_kind = rows_kind(context.target, [a.dtype], kind)
