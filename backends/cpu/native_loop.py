@@ -1,7 +1,7 @@
 """The native loops that run a program: a table of steps, each a kernel cut into chunks that threads claim one by one.
 
-A step is eight i64: kernel, args, address of its number of items, grain, most chunks, whether threads keep apart, and two that are
-not used. Threads that keep apart are each given chunks that are neighbours, as long as they claim in turn. All that
+A step is eight i64: kernel, args, address of its number of items, grain, most chunks, whether threads keep apart, and two that
+are not used. Threads that keep apart are each given chunks that are neighbours, as long as they claim in turn. All that
 threads share is a block of memory, by lines of 128 bytes. Its first word says what can be claimed: serial number of the step,
 chunks, chunks claimed. A thread claims by compare-and-swap, and only then reads which kernel it is for, so whatever it saw
 before is of no consequence; the step, and so the program, cannot end before it has reported its chunks. Nobody waits for a

@@ -242,8 +242,8 @@ def _few_calls(
         _weight_bytes(ref) for name, ref in operands.items() if ref is not None and name[0] in "wv" and name[1:].isdigit()
     )
     grain = max(1, min(CHUNK_BYTES * units // max(size_bytes, 1), -(-units // 8)))
-    attrs = {"source": source, "parts": parts}
-    calls.append(Call(emit_few, operands, attrs, units, grain, apart=True, scratch_bytes=source.scratch_bytes, guard=guard, nodes=nodes))
+    attrs, room = {"source": source, "parts": parts}, source.scratch_bytes
+    calls.append(Call(emit_few, operands, attrs, units, grain, apart=True, scratch_bytes=room, guard=guard, nodes=nodes))
     return calls
 
 

@@ -85,7 +85,9 @@ class Program:
         self.kept.append(np.array(values, np.int64))
         return self.kept[-1]
 
-    def step(self, kernel: int, slots: list[Ints | int], items: Ints, grain: int = 1, most: int = 64, apart: bool = False) -> None:
+    def step(
+        self, kernel: int, slots: list[Ints | int], items: Ints, grain: int = 1, most: int = 64, apart: bool = False
+    ) -> None:
         args = self.array(*(0 for _ in HEADER), *(s if isinstance(s, int) else address(s) for s in slots))
         self.lines.append([kernel, address(args), address(items), grain, most, int(apart), 0, 0])
 
@@ -120,7 +122,8 @@ class MixProgram:
             out, seen = np.zeros(max(items, 0), np.int64), np.zeros(most, np.int64)
             of_thread, firsts = np.zeros(threads, np.int64), np.zeros(threads, np.int64)
             self.program.kept += [out, seen, of_thread, firsts]
-            self.program.step(kernel, [source, out, n_x, n_y, seen, of_thread, firsts], n_y, grain, most, apart=len(self.got) % 2 == 1)
+            apart = len(self.got) % 2 == 1
+            self.program.step(kernel, [source, out, n_x, n_y, seen, of_thread, firsts], n_y, grain, most, apart)
             self.got.append((out, seen, of_thread, firsts))
             if items > 0:
                 i = np.arange(items)
