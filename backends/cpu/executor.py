@@ -218,7 +218,7 @@ class Team:
         self.memory = _lines(loop.THREADS // loop.LINE_BYTES + threads)
         self.address, self.words = int(self.memory.ctypes.data), self.memory.data  # as quick to read as a list
         self.put(loop.STATUS, status_address)
-        self.put(loop.TEAM, threads)
+        self.put(loop.TEAM, 1)
         self.choice = choice
         self.run: Callable[[int, int, int], int] = code.alone if threads == 1 else code.chooser if choice else code.caller
         if choice is not None:
@@ -229,8 +229,9 @@ class Team:
     def begin(self) -> None:
         """Start the workers; where the system refuses one, go on with those there are."""
         try:
-            for worker in self.workers:
+            for count, worker in enumerate(self.workers, 2):
                 worker.start()
+                self.put(loop.TEAM, count)
         except RuntimeError:
             pass
 

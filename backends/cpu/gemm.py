@@ -31,8 +31,8 @@ _TOKENS = {64: 8, 32: 4, 16: 2}  # and activation rows of a tile
 _FLOAT_TOKENS = {64: 8, 32: 5, 16: 2}
 _UNROLLED = 4  # elements of f32 in a turn
 _LINE = 64
-MOST_TURNS = 4
-_LEAST_GROUPS = 16
+MOST_TURNS = 4  # of panels of a group
+_LEAST_GROUPS = 32  # where panels take turns: so many threads find enough to do in 128 rows
 _FIXED = ("f16", "bf16")
 Epilogue = Callable[[Value, Value, list[Value]], None]
 """`epilogue(tile, token, sums)`: the products of rows `16 tile` to `16 tile + 15` of each weight with one activation row."""
@@ -64,7 +64,7 @@ def plan_tiles(target: Target, dtypes: Sequence[DType], kind: Kind, rows: int, m
     """The pieces of a product of weights with so many rows of these types, side by side.
 
     Panels of a group take up to `most_turns` turns: then each slice of activations is fetched once for all of these, and what is
-    written lies in longer pieces. There are no fewer groups than threads would want for it.
+    written lies in longer pieces. No more turns than leave `_LEAST_GROUPS` groups.
     """
     at_once, tile = _AT_ONCE[target.vector_bytes], _tile_tokens(target, kind)
     side = max(1, at_once // len(dtypes))
@@ -161,7 +161,8 @@ def multiply_piece(
     assert isinstance(width, int)
     with k.loop(0, width, length) as slices:
         slices.next()
-        here = _Slice(slices.i, k.min(width - slices.i, k.i64(length)), x, count, scratch)
+        n_here = k.min(width - slices.i, k.i64(length))
+        here = _Slice(slices.i, n_here, x, count, scratch, side if tiling.per_group > side else 0)
 
         def turn(tile: Value, some: int) -> None:
             """So many tiles of each weight from one on."""
@@ -192,19 +193,26 @@ def _slice_of(k: Kernel, weights: Sequence[Operand], kind: Kind) -> int:
 
 @dataclass(frozen=True)
 class _Slice:
-    """Elements `start` to `start + n` of rows of activations, and where panels are decoded."""
+    """Elements `start` to `start + n` of rows of activations, and where panels are decoded.
+
+    `stride`: panels from one to that of the next turn; 0 where the next slice of the same one is decoded next.
+    """
 
     start: Value
     n: Value
     x: Rows
     count: Value
     decoded: Value
+    stride: int
 
     def multiply(self, k: Kernel, panels: Sequence[Panel], sums: Sequence[Value]) -> None:
         """Add panels side by side times these rows to sums, [count, 16] f32 of each."""
-        codes, dot = many_dot(k, panels[0].form, self.x.kind, min(k.lanes, ROWS))
+        form = panels[0].form
+        assert all(panel.form is form for panel in panels)
+        codes, dot = many_dot(k, form, self.x.kind, min(k.lanes, ROWS))
         if codes is not None and dot is not None:
-            _decode_codes(k, panels, codes, dot, self.start, self.n, self.decoded)
+            ahead = self.n // codes.block * codes.unit_bytes if not self.stride else k.i64(self.stride * panels[0].size_bytes)
+            _decode_codes(k, panels, codes, dot, self.start, self.n, self.decoded, ahead)
             _integer_tiles(k, len(panels), codes, dot, self.x, self.start, self.n, self.count, self.decoded, sums)
         else:
             places = [self.decoded + i * _SLICE_BYTES for i in range(len(panels))]
@@ -241,8 +249,10 @@ def slice_length(codes: Codes | None, dot: ByteDot | None) -> int:
     return _SLICE_BYTES // stored_bytes(codes, dot) * BLOCK // codes.block * codes.block
 
 
-def _decode_codes(k: Kernel, panels: Sequence[Panel], codes: Codes, dot: ByteDot, start: Value, n: Value, to: Value) -> None:
-    """Blocks as products take them, from element `start` of the width on."""
+def _decode_codes(
+    k: Kernel, panels: Sequence[Panel], codes: Codes, dot: ByteDot, start: Value, n: Value, to: Value, ahead: Value
+) -> None:
+    """Blocks as products take them, from element `start` of the width on; `ahead`: bytes to what will be decoded next."""
     lanes = min(k.lanes, ROWS)
     if codes is FIXED:
         with k.loop(0, n, BLOCK) as loop:
@@ -261,7 +271,7 @@ def _decode_codes(k: Kernel, panels: Sequence[Panel], codes: Codes, dot: ByteDot
             unit = panel.unit(first + units.i)
             at = codes.at(unit, blocks.i)
             for line in range(0, codes.block_bytes, _LINE):
-                k.prefetch(at + (panel.size_bytes + line))
+                k.prefetch(at + ahead + line)
             place = to + (units.i * codes.n_blocks + blocks.i) * each + p * _SLICE_BYTES
             for part in range(ROWS // lanes):
                 block = read_block(k, codes, dot, codes.heads(k, unit, part, lanes), at, part, lanes)

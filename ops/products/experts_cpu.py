@@ -133,8 +133,9 @@ def mixture_calls(
         grain: int = 1,
         scratch: int = 0,
         guard: Guard | bool = True,
+        apart: bool = False,
     ) -> list[Call]:
-        made = Call(emit, operands, {"m": m}, items, max(1, grain), apart=guard is few, scratch_bytes=scratch, nodes=nodes)
+        made = Call(emit, operands, {"m": m}, items, max(1, grain), apart=apart, scratch_bytes=scratch, nodes=nodes)
         return guarded(made, guard)
 
     rows_at_once, sums_at_once = CHUNK // m.width, CHUNK // (m.height * m.n_used)
@@ -143,8 +144,8 @@ def mixture_calls(
     room = m.most_tiles * FEW * ROWS * 4, m.room(target) + piece * BLOCK * 4, second.scratch_bytes
     return [
         *call(sort_and_write, of_unit[:1], {**of_order, "x": given["x"], "rows": rows}, n_tokens, rows_at_once),
-        *call(units_of_few, of_unit, {**of_units, "rows": rows}, pairs * tiles, guard=few),
-        *call(sums_of_few, (*of_product, *of_sum), {**of_down, **of_sums}, n_tiles(m.height), m.grain, room[0], few),
+        *call(units_of_few, of_unit, {**of_units, "rows": rows}, pairs * tiles, guard=few, apart=True),
+        *call(sums_of_few, (*of_product, *of_sum), {**of_down, **of_sums}, n_tiles(m.height), m.grain, room[0], few, apart=True),
         *call(place_rows_of_tokens, of_unit[:1], {**of_order, "rows": rows, "placed": placed}, pairs, rows_at_once, guard=many),
         *call(units_of_many, of_unit, {**of_units, "rows": placed}, items, scratch=room[1], guard=many),
         *call(

@@ -180,15 +180,15 @@ def test_what_follows_a_product(backend: str, name: str, exact: bool, height: in
         assert np.all(np.abs(got - (x.astype(np.float64) @ w.T + r)) <= most * EXACT_TO)
 
 
-@pytest.mark.parametrize("height", [551, 1061])
+@pytest.mark.parametrize(("height", "counts"), [(1061, (6, 131)), (2083, (19,))])
 @pytest.mark.parametrize(("backend", "name", "exact"), SHAPE_CASES)
-def test_panels_that_take_turns(backend: str, name: str, exact: bool, height: int) -> None:
+def test_panels_that_take_turns(backend: str, name: str, exact: bool, height: int, counts: tuple[int, ...]) -> None:
     """Two and four in a group, whose last one has fewer; and more than one slice of each."""
     width = wide(backend, name, exact)
     array, w = weights(name, height, width)
     node = mul_mat(constant("a", shape=(height, width), dtype=name), input("b", (T, width)))
     step = bound(add(node, input("r", (T, height))), backend, exact=exact, fuse=True, a=array)
-    for n in (6, 131):
+    for n in counts:
         x, r = activations(np.random.default_rng(n), n, width), np.zeros((n, height), np.float32)
         check(step.run({"b": x, "r": r})["y"], w, x, how(name, exact, n, width, backend))
 
