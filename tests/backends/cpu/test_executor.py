@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import time
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ from hypothesis import strategies as st
 
 from tensorgraph.backends.cpu import native_loop
 from tensorgraph.backends.cpu.executor import Executor
+from tensorgraph.backends.cpu.ir import I64, PTR
 from tensorgraph.backends.cpu.jit import Jit
+from tensorgraph.backends.cpu.loop_function import LoopFunction
 from tensorgraph.backends.cpu.target import TARGETS, host
 from tensorgraph.backends.cpu.thread_choice import SHORTEST
 from tests.backends.cpu.programs import MixProgram, Program, compiled_kernels, wanted_chunks
@@ -37,6 +40,19 @@ def executors(jit: Jit) -> Iterator[dict[int, Executor]]:
     yield made
     for executor in made.values():
         executor.close()
+
+
+def test_numbers_claimed_in_turn_are_of_parts_in_turn(jit: Jit) -> None:
+    f = LoopFunction(host(), {"team": PTR, "taken": I64, "chunks": I64}, I64)
+    f.ret(native_loop._place(f, *f.parameters.values()))
+    place = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)(jit.compile([f.text()])[0])
+    team = np.zeros(native_loop.THREADS // 8, np.int64)
+    for parts in (1, 2, 3, 7, 64, 100):
+        team[native_loop.PARTS // 8] = parts
+        for chunks in (1, 2, 5, 64, 65):
+            cut = np.array_split(np.arange(chunks), parts)
+            want = [int(part[turn]) for turn in range(len(cut[0])) for part in cut if turn < len(part)]
+            assert [place(team.ctypes.data, i, chunks) for i in range(chunks)] == want
 
 
 steps_of = st.lists(st.tuples(st.integers(-1, 300), st.integers(1, 64), st.integers(1, 80)), max_size=40)
