@@ -352,6 +352,18 @@ def test_infinity_begins_where_rounding_does() -> None:
     assert not verdict(-top, x, lambda v: np.float64(v) * 4).ok
 
 
+def test_nan_and_infinity_are_one_where_a_rounding_parts_them() -> None:
+    def scaled(v: Array) -> Array:
+        return (v - v.mean()) * np.inf
+
+    nan, top = np.full(5, np.nan, np.float32), np.full(5, np.inf, np.float32)
+    same, apart = np.full(5, 0.1, np.float32), np.arange(5, dtype=np.float32)
+    with np.errstate(invalid="ignore"):
+        assert verdict(nan, same, scaled).ok and verdict(top, same, scaled).ok
+        assert not verdict(nan, apart, scaled).ok and not verdict(top, apart, scaled).ok
+        assert not verdict(top, same, lambda v: v * np.nan).ok
+
+
 def test_a_tolerance_of_zero_is_equality() -> None:
     x = np.array([1.0, np.nan, -np.inf], np.float32)
     assert verdict(x, x, lambda v: v, tolerance=0.0).ok

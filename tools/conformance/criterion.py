@@ -24,8 +24,8 @@ Where `exact` is well conditioned, 16 of either are a relative error of about 1e
 
 Two things follow from the draws. Where a change of 2**-50 moves the element as much as one of 2**-24 does (a sixteenth of
 it or more), `exact` jumps there: the input stands at a tie, where no rounding is excused, and `moved` is 0. And where some
-draw of `exact` is finite and `exact` is not, or the reverse, the element is a difference that cancels to nothing, and is not
-compared.
+draw of `exact` is of another kind than `exact`, of finite, NaN and the two infinities, the element is a difference that
+cancels to nothing, and is not compared.
 
 Elements are judged one by one, not by their mean: one wrong lane, tail or small number does not hide behind a large one.
 """
@@ -89,7 +89,7 @@ def judge(got: Array, exact: Array, dtype: np.dtype[Any], tolerance: float, comp
 
 
 def conditioning(compute: Compute, slots: Slots, exact: Array) -> tuple[Array, Array]:
-    """The larger of `moved` and `lost` of every element, and where finite and infinite results lie within a rounding."""
+    """The larger of `moved` and `lost` of every element, and where results of another kind lie within a rounding."""
     rng = np.random.default_rng(0)
     floats = {slot: x.astype(np.float64) for slot, x in slots.items() if _is_float(x.dtype)}
     unit = {slot: float(ml_dtypes.finfo(slots[slot].dtype).eps) for slot in floats}  # type: ignore[no-untyped-call]
@@ -100,12 +100,17 @@ def conditioning(compute: Compute, slots: Slots, exact: Array) -> tuple[Array, A
         signs = {slot: rng.choice((-1.0, 1.0), x.shape) for slot, x in floats.items()}
         for step, total in ((STEP, moved), (TIE_STEP, tie)):
             changed = compute({**slots, **{slot: x * (1 + step * signs[slot]) for slot, x in floats.items()}}, np.float64)
-            unstable |= np.isfinite(changed) != np.isfinite(unchanged)
+            unstable |= _kind(changed) != _kind(unchanged)
             total += _squares(changed, unchanged)
         beside = {slot: (x * (1 + unit[slot] * signs[slot])).astype(slots[slot].dtype) for slot, x in floats.items()}
         lost += _squares(compute({**slots, **beside}, np.float32), compute({**slots, **beside}, np.float64))
     moved, tie, lost = (np.sqrt(total / DRAWS) for total in (moved, tie, lost))
     return np.maximum(np.where(tie > JUMP * moved, 0.0, moved), lost), unstable
+
+
+def _kind(x: Array) -> Array:
+    """0 of finite numbers, 1 and -1 of the infinities, 2 of NaN."""
+    return np.where(np.isnan(x), 2.0, np.where(np.isinf(x), np.sign(x), 0.0))
 
 
 def _squares(a: Array, b: Array) -> Array:
