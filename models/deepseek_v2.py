@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tensorgraph.dims import ALWAYS
+from tensorgraph.dims import ALWAYS, maximum
 from tensorgraph.graph import Graph, Node, choose
 from tensorgraph.models.architecture import Architecture
 from tensorgraph.models.blocks import embed, feed_forward, flatten, head, heads, norm
@@ -140,10 +140,19 @@ def attention(g: Builder, i: int, x: Node, c: Config, select: Select) -> Node:
     rows = g.append("latent", row)  # [S, kv_lora | rope]
     ids = select(g, i, x, qr)
 
+    # Where as many rows are selected as there are, these are all that a token sees.
+    whole = ALWAYS if ids is None else rows.shape[0] <= maximum(ids.shape[1])
+
+    def form(compute: Callable[..., Node]) -> Node:
+        every = compute(g, q_nope, q_pe, rows, None, c)
+        if ids is None:
+            return every
+        return choose({"every row": (every, whole), "selected rows": (compute(g, q_nope, q_pe, rows, ids, c), ALWAYS)})
+
     forms = {
         # Per query and row, heads work on nope + rope + v numbers instead of 2 kv_lora + rope, once every row is expanded.
-        "naive": (naive(g, q_nope, q_pe, rows, ids, c), g.T >= break_even(c)),
-        "absorbed": (absorbed(g, q_nope, q_pe, rows, ids, c), ALWAYS),
+        "naive": (form(naive), (g.T >= break_even(c)) & whole),
+        "absorbed": (form(absorbed), ALWAYS),
     }
     o = choose(forms)  # [T, H, v]
     return g.linear("attn_output", g.tap("attn_out", flatten(o)), c.hidden_size)
@@ -169,11 +178,12 @@ def absorbed(g: Builder, q_nope: Node, q_pe: Node, rows: Node, ids: Node | None,
 def naive(g: Builder, q_nope: Node, q_pe: Node, rows: Node, ids: Node | None, c: Config) -> Node:
     """Keys and values of every head, expanded from the latents."""
     n_head = c.num_attention_heads
-    to_latent = key_weight(g, c)
-    latents = rows[:, : c.kv_lora_rank].cast("f32").broadcast(n_head, rows.shape[0], c.kv_lora_rank)
+    to_latent, n_rows = key_weight(g, c), rows.shape[0]
+    rows = rows.cast("f32")
+    latents = rows[:, : c.kv_lora_rank].broadcast(n_head, n_rows, c.kv_lora_rank)
     k_nope = mul_mat(cont(to_latent.permute(0, 2, 1)), latents).permute(1, 0, 2)  # [S, H, nope]
     v = mul_mat(value_weight(g, c), latents).permute(1, 0, 2)  # [S, H, v]
-    k_pe = rows[:, None, c.kv_lora_rank :].cast("f32").broadcast(rows.shape[0], n_head, c.qk_rope_head_dim)
+    k_pe = rows[:, None, c.kv_lora_rank :].broadcast(n_rows, n_head, c.qk_rope_head_dim)
     seen = g.segment("latent", concat(k_nope, k_pe, axis=-1), v, ids=ids)
     q = concat(q_nope, q_pe, axis=-1)
     return flash_attn(q, seen, scale=scale(c), pos=g.positions, seq=g.seqs)

@@ -30,6 +30,7 @@ HELP = {
     "exact": "Keep activations in f32, and weights as they are; the reference backend always does.",
     "packed_cache": "Keep the repacked weights of a GGUF file in the cache folder, and map them from there at later starts.",
     "json": "Print one JSON object.",
+    "fill": "Give tokens that are there before random state instead of evaluating them; a peer evaluates them.",
 }
 
 AUTO: Literal["auto"] = "auto"
@@ -42,6 +43,8 @@ KvType = Annotated[str, typer.Option(help=HELP["kv_type"], metavar="TYPE")]
 Threads = Annotated[str, typer.Option("-t", "--threads", help=HELP["threads"], metavar="N|auto")]
 Exact = Annotated[bool, typer.Option("--exact", help=HELP["exact"])]
 PackedCache = Annotated[bool, typer.Option("--packed-cache", help=HELP["packed_cache"])]
+Filling = Literal["random"]
+Fill = Annotated[Filling | None, typer.Option(help=HELP["fill"])]
 Json = Annotated[bool, typer.Option("--json", help=HELP["json"])]
 
 

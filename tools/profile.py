@@ -35,6 +35,7 @@ def profile(
     prompt: Annotated[int, typer.Option("-p", "--prompt", min=0, help="Tokens of a prompt, evaluated at once; 0: none.")] = 512,
     tokens: Annotated[int, typer.Option("-n", "--tokens", min=0, help="Steps of one token each; 0: none.")] = 32,
     depth: Annotated[int, typer.Option("-d", "--depth", min=0, help="Tokens there before.")] = 0,
+    fill: options.Fill = None,
     rounds: Annotated[int, typer.Option("-r", "--rounds", min=1, help="Times that the prompt is evaluated.")] = 3,
     by: Annotated[str, typer.Option(help="What a row is: all calls of an op, layer or kernel, or one.", metavar=BY)] = "op",
     top: Annotated[
@@ -58,6 +59,7 @@ def profile(
     tensorgraph profile smollm2
     tensorgraph profile smollm2 -t 1 -p 0 -n 64 -d 1024 --by layer
     tensorgraph profile model.gguf -p 512 -n 0 --by kernel --top 10
+    tensorgraph profile model.gguf -p 0 -n 8 -d 131072 --fill random
     tensorgraph profile model.gguf -n 8 --by step --no-roofs --json
     """
     count = options.thread_count(threads)
@@ -84,9 +86,9 @@ def profile(
             wanted, limit = cases([prompt], [tokens], [depth]), loaded.model.context
             if max(case.end for case in wanted) > limit:
                 raise InputError(f"[profile] the context of {model} holds {limit} tokens; wanted {max(c.end for c in wanted)}")
-            found, roofs = measure(loaded, wanted, rounds, None if no_roofs else n_threads, say)
+            found, roofs = measure(loaded, wanted, rounds, None if no_roofs else n_threads, say, fill is not None)
             about = {"model": {"name": model, **describe(loaded)}, "backend": backend, "threads": threads, "n_threads": n_threads}
-    about |= {"kv_type": kv_type, "exact": exact, "by": by, **machine.describe()}
+    about |= {"kv_type": kv_type, "exact": exact, "fill": fill, "by": by, **machine.describe()}
     if not all(steps.n_calls for steps in found):
         raise UnsupportedError(f"[profile] wanted steps that a native loop runs; those of {model} run elsewhere with {backend}")
     tables = [(steps, steps.groups(by, exact)) for steps in found]  # type: ignore[arg-type]
@@ -161,10 +163,16 @@ class Steps:
 
 
 def measure(
-    model: TextModel, wanted: Sequence[Case], rounds: int, roofs_threads: int | None, say: Callable[[str], None]
+    model: TextModel,
+    wanted: Sequence[Case],
+    rounds: int,
+    roofs_threads: int | None,
+    say: Callable[[str], None],
+    fill: bool = False,
 ) -> tuple[list[Steps], Roofs | None]:
     """Profile cases, each after a round that does not count; with the roofs of so many threads, measured between."""
     from tensorgraph.tools.bench.command import random_ids
+    from tensorgraph.tools.bench.ours import fill_randomly
     from tensorgraph.tools.bench.roofs import measure as measure_roofs
 
     roofs: list[Roofs] = []
@@ -180,7 +188,7 @@ def measure(
         depth = wanted[0].depth
         if depth:
             say(f"filling to depth {depth}")
-            session.eval(ids[:depth])
+            fill_randomly(session, ids[:depth]) if fill else session.eval(ids[:depth])
         prefix = session.snapshot()
         for case in wanted:
             new = ids[depth : case.end]

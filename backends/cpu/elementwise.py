@@ -10,7 +10,7 @@ from typing import Any
 
 from tensorgraph import registry
 from tensorgraph.backends.cpu.ir import I32, I64, Int, Value
-from tensorgraph.backends.cpu.kernel import CHUNK, Call, Calls, Context, Kernel, NodeKernel, Ref
+from tensorgraph.backends.cpu.kernel import CHUNK, Call, Calls, Context, Kernel, NodeKernel, Reads, Ref, dense_only
 from tensorgraph.backends.cpu.lines import PIECE, arrange
 from tensorgraph.backends.cpu.operands import Operand, computed_type, read_value, stored_type, written_value
 from tensorgraph.dims import Shape
@@ -65,12 +65,14 @@ def cpu_formula(
     applies: Callable[[Node], bool] = lambda node: True,
     otherwise: Calls | None = None,
     supports: Callable[[Node], bool] | None = None,
+    reads: Reads = dense_only,
 ) -> Callable[[Callable[..., Value]], Callable[..., Value]]:
     """Declares an op's formula: `fn(k, *values, **attrs)`; the attribute `shape` is not passed.
 
     Args:
         operands: what the values are read from, where that is not the node's inputs.
         applies: for which nodes the formula is meant; `otherwise` gives the calls of others, and `supports` says which of all.
+        reads: as of a `NodeKernel`, for calls that `otherwise` gives.
     """
 
     def declare(fn: Callable[..., Value]) -> Callable[..., Value]:
@@ -84,7 +86,7 @@ def cpu_formula(
             return [elementwise_call([node], [node])]
 
         op.kernels["cpu"] = ElementwiseKernel(
-            calls, supports or applies, plain=otherwise is None, formula=formula, operands=operands, applies=applies
+            calls, supports or applies, reads, otherwise is None, formula=formula, operands=operands, applies=applies
         )
         return fn
 

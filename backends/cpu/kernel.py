@@ -210,9 +210,10 @@ class Context:
 
 
 Calls = Callable[[Node, Context], Sequence[Call]]
+Reads = Callable[[Node, str], tuple[str, ...]]
 
 
-def _dense_only(node: Node, slot: str) -> tuple[str, ...]:
+def dense_only(node: Node, slot: str) -> tuple[str, ...]:
     return ()
 
 
@@ -229,7 +230,7 @@ class NodeKernel:
 
     calls: Calls
     supports: Callable[[Node], bool] = lambda node: True
-    reads: Callable[[Node, str], tuple[str, ...]] = _dense_only
+    reads: Reads = dense_only
     plain: bool = False
 
 

@@ -23,14 +23,14 @@ def state_calls(node: Node, context: Context) -> Sequence[Call]:
         rows, stream = node.inputs[0], Ref(node, context.layouts.get(node.attrs["stream"], "rows"))
         calls.append(Call(write_rows, {"x": Ref(rows), "stream": stream}, {}, rows.shape[0], _grain(node), nodes=(node,)))
     if context.layout(node) == "dense":
-        calls.append(read_call(node, context))
+        calls.append(read_call(node, node, context))
     return calls
 
 
-def read_call(node: Node, context: Context) -> Call:
-    """All rows of a stream in one piece."""
+def read_call(node: Node, y: Node, context: Context) -> Call:
+    """All rows of a stream in one piece, rounded to the type of y."""
     stream = Ref(node, context.layouts.get(node.attrs["stream"], "rows"))
-    return Call(read_rows, {"stream": stream, "y": Ref(node)}, {}, node.shape[0], _grain(node), nodes=(node,))
+    return Call(read_rows, {"stream": stream, "y": Ref(y)}, {}, node.shape[0], _grain(node), nodes=(y,))
 
 
 def _grain(node: Node) -> int:

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from tensorgraph.compiler import CompileOptions
 from tensorgraph.device import Device, get_devices
@@ -24,6 +25,7 @@ from tensorgraph.models.text.sampling import Sampler
 from tensorgraph.models.text.tokenizer import Tokenizer
 from tensorgraph.plan import Plan
 from tensorgraph.session import Session
+from tensorgraph.state import StateSpec
 from tensorgraph.state_store import StateStore
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | np.ndarray | Sequence[Message]
+Rows = Callable[[str, StateSpec, int], ArrayLike]
+"""`rows(stream, spec, n)`: n rows of a stream."""
 
 
 def load(
@@ -283,6 +287,20 @@ class TextSession(Session):
         self._check(ids)
         tokenizer, sampler = self.model.tokenizer, sampler or Sampler()
         return Generation(self, tokenizer, ids, max_tokens=max_tokens, sampler=sampler, stop=stop)
+
+    def fill(self, ids: Sequence[int], rows: Rows) -> None:
+        """Append tokens whose state is given, not computed: `rows(stream, spec, n)` gives the rows [n, *spec.row_shape] that they
+        complete of each stream.
+
+        Raises: InputError: as `eval`. ShapeError: other rows than these. The session is unchanged.
+        """
+        given = self._check(ids)
+        with self.engine.lock:
+            with self._store.begin([(self._open(), len(given))]) as step:
+                for name, spec in self._store.specs.items():
+                    step.append(name, rows(name, spec, len(step.classes[spec.stream_class].new)))
+                self._ids[self.length :] = given.tolist()
+                step.commit()
 
     @property
     def plan(self) -> Plan:

@@ -172,9 +172,9 @@ def list_tile(
     with k.loop(start, stop, 1, [k.i64(0)]) as loop:
         (n,) = loop.values
         row = row_of(loop.i)
-        k.store(_as_number(k, rows.address(k, segment.keys, row, query.kv_head)), lists.keys + n * 8)
+        k.store(as_number(k, rows.address(k, segment.keys, row, query.kv_head)), lists.keys + n * 8)
         if segment.values is not segment.keys:
-            k.store(_as_number(k, rows.address(k, segment.values, row, query.kv_head)), lists.values + n * 8)
+            k.store(as_number(k, rows.address(k, segment.values, row, query.kv_head)), lists.values + n * 8)
         seen = _sees(k, segment, query, row)
         if seen is not None and seen.lanes:
             bits = k.convert(seen.bits_as(Type("i", seen.lanes)), I8, signed=False)
@@ -187,7 +187,8 @@ def list_tile(
     return loop.results[0], by_token
 
 
-def _as_number(k: Kernel, address: Value) -> Value:
+def as_number(k: Kernel, address: Value) -> Value:
+    """An address as an i64."""
     return k.instruction(f"ptrtoint ptr {address.ref} to i64", I64)
 
 

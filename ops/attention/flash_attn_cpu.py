@@ -12,6 +12,7 @@ from tensorgraph.ops.attention.flash_attn import flash_attn
 from tensorgraph.ops.attention.paged_cpu import Heads, emit_combine
 from tensorgraph.ops.attention.paged_slices_cpu import emit_slices, kv_heads_at_once, slice_scratch, slices_of
 from tensorgraph.ops.attention.paged_tiles_cpu import emit_tiles
+from tensorgraph.ops.attention.row_tiles_cpu import row_calls, row_heads
 from tensorgraph.ops.attention.tiles_cpu import tile_call
 
 FEW = 4
@@ -99,7 +100,8 @@ def tiles_call(node: Node, heads: Heads, guard: Guard) -> Call:
 def calls(node: Node, context: Context) -> Sequence[Call]:
     heads = paged(node, context)
     if heads is None:
-        return general_calls(node, context)
+        by_row = row_heads(node, context)
+        return general_calls(node, context) if by_row is None else row_calls(node, by_row, FEW)
     n_tokens = node.shape[0]
     few, many = n_tokens <= FEW, n_tokens > FEW
     made: list[Call] = []

@@ -20,7 +20,7 @@ from tensorgraph.backends.cpu.operands import Operand
 from tensorgraph.dims import Guard, product
 from tensorgraph.dtypes import f32
 from tensorgraph.graph import Node
-from tensorgraph.ops.attention.paged_cpu import LOG2_E, Heads, logits_of
+from tensorgraph.ops.attention.paged_cpu import LOG2_E, Heads, evenly, logits_of
 from tensorgraph.ops.attention.stored_rows_cpu import LINE, L, dot, queries_at_once, tree
 
 BLOCK = 64
@@ -29,6 +29,7 @@ UNROLL = 4
 QUERIES = 48
 """Of a tile, about; its tokens are made of units of a quarter as many."""
 LANES = 16  # of the widest target
+PART = 320  # elements of a key, at most
 
 
 class Source(Protocol):
@@ -42,13 +43,12 @@ class Source(Protocol):
 
 
 def heads_at_once(group: int) -> int:
-    """The query heads of a kv head that a tile takes."""
-    pieces = -(-group // QUERIES)
-    return -(-group // pieces)
+    """The query heads of a kv head that a tile takes, at most: all targets go through these without a remainder."""
+    return min(group, QUERIES)
 
 
 def pieces_of(group: int) -> int:
-    return -(-group // heads_at_once(group))
+    return -(-group // QUERIES)
 
 
 def unit_tokens(group: int) -> int:
@@ -75,6 +75,11 @@ def _rooms(h: Heads) -> dict[str, int]:
         "joined": queries * 8,
         "panel": max(whole_panels(h.d_k), BLOCK) * L * 4,
     }
+
+
+def part_width(d_k: int) -> int:
+    """Elements of 16 keys that all queries meet before the others, so that these stay in the first cache meanwhile."""
+    return -(-evenly(d_k, PART) // UNROLL) * UNROLL
 
 
 def whole_panels(width: int) -> int:
@@ -241,13 +246,17 @@ class Tile:
         k, h = self.k, self.h
         with k.loop(0, n_rows, L) as pages:
             pages.next()
-            panel = source.keys(pages.i, self.panel)
-            with k.loop(0, self.n, self.together) as queries:
-                queries.next()
-                with k.when((k.load(self.joined + queries.i * 8, I64).shift_right(pages.i) & ((1 << L) - 1)).ne(0)):
-                    some = [self.queries + (queries.i + r) * (h.d_k * 4) for r in range(self.together)]
-                    for r, products in enumerate(dot(k, f32, h.d_k, panel, some)):
-                        k.store(logits_of(k, h, products), self.weights + ((queries.i + r) * BLOCK + pages.i) * 4)
+            panel, step = source.keys(pages.i, self.panel), part_width(h.d_k)
+            for start in range(0, h.d_k, step):
+                width = min(step, h.d_k - start)
+                with k.loop(0, self.n, self.together) as queries:
+                    queries.next()
+                    with k.when((k.load(self.joined + queries.i * 8, I64).shift_right(pages.i) & ((1 << L) - 1)).ne(0)):
+                        some = [self.queries + ((queries.i + r) * h.d_k + start) * 4 for r in range(self.together)]
+                        for r, products in enumerate(dot(k, f32, width, panel + start * (L * 4), some)):
+                            place = self.weights + ((queries.i + r) * BLOCK + pages.i) * 4
+                            whole = products + k.load(place, F32.x(L)) if start else products
+                            k.store(logits_of(k, h, whole) if start + width == h.d_k else whole, place)
 
     def highest_of(self, row: Value, n_rows: Value) -> Value:
         """The highest logit of a query in a block; those of rows that it does not see become -inf."""
@@ -360,3 +369,15 @@ class Tile:
 
             each.next(*k.sweep(h.d_v, write, each.values))
         return k.sum(each.results[0]).is_nan()
+
+    def leave(self, to: Value, stride: int, skip: int) -> None:
+        """Partial results of one token's heads, so many floats apart: the maximum, the sum, and behind `skip` the sums."""
+        k, h = self.k, self.h
+        with k.loop(0, self.n) as each:
+            each.next()
+            one = to + each.i * (stride * 4)
+            k.store(k.load(self.tops + each.i * 4, F32), one)
+            k.store(k.sum(k.load(self.totals + each.i * (L * 4), F32.x(L))), one + 4)
+            with k.loop(0, h.d_v, L) as cells:
+                cells.next()
+                k.store(k.load(self.sums + (each.i * self._width + cells.i) * 4, F32.x(L)), one + (cells.i + skip) * 4)

@@ -3,31 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import get_args
 
 import numpy as np
 
-from tensorgraph.backends.cpu.elementwise import broadcast_inputs, cpu_formula
+from tensorgraph.backends.cpu.elementwise import broadcast_inputs, cpu_formula, elementwise_call
 from tensorgraph.backends.cpu.ir import F32, F64, I32, Value
 from tensorgraph.backends.cpu.kernel import CHUNK, Call, Context, Kernel, Ref
 from tensorgraph.backends.cpu.lines import join_axes
 from tensorgraph.backends.cpu.operands import Operand, computed_type
+from tensorgraph.backends.cpu.state_calls import read_call
 from tensorgraph.dims import product
 from tensorgraph.dtypes import DType
 from tensorgraph.graph import Node
 from tensorgraph.ops.elementwise.cast import cast
 from tensorgraph.ops.formats.writable_cpu import ROUNDINGS, round_block
+from tensorgraph.state import Layout
 from tensorgraph.views import IndexMap
 
 
 def _of_scalars(node: Node) -> bool:
-    return not node.dtype.is_block
+    return not node.dtype.is_block and not _of_stream(node)
+
+
+def _of_stream(node: Node) -> bool:
+    """Whether whole rows of state are cast to floats: then they are read where they lie, and nobody else need copy them."""
+    return node.inputs[0].op in ("append", "read") and node.dtype.is_float and not node.dtype.is_block
+
+
+def _reads(node: Node, slot: str) -> tuple[str, ...]:
+    return get_args(Layout) if _of_stream(node) else ()
 
 
 def _supports(node: Node) -> bool:
     return node.dtype.name in ROUNDINGS or not node.dtype.is_block
 
 
-def _block_calls(node: Node, context: Context) -> Sequence[Call]:
+def _other_calls(node: Node, context: Context) -> Sequence[Call]:
+    stream = node.inputs[0]
+    if node.dtype.is_block:
+        return _block_calls(node)
+    return [elementwise_call([node], [node]) if context.layout(stream) == "dense" else read_call(stream, node, context)]
+
+
+def _block_calls(node: Node) -> Sequence[Call]:
     (read,) = broadcast_inputs(node)
     maps = [node.index_map, read.index_map]
     block = node.dtype.block_size
@@ -42,7 +61,7 @@ def _block_calls(node: Node, context: Context) -> Sequence[Call]:
     return [Call(emit_blocks, {"x": x, "y": y}, {"dtype": node.dtype}, items=product(extents), grain=grain, nodes=(node,))]
 
 
-@cpu_formula(cast, applies=_of_scalars, otherwise=_block_calls, supports=_supports)
+@cpu_formula(cast, applies=_of_scalars, otherwise=_other_calls, supports=_supports, reads=_reads)
 def emit_cast(k: Kernel, x: Value, *, dtype: DType) -> Value:
     wanted = computed_type(dtype)
     if dtype.kind == "bool":

@@ -218,7 +218,7 @@ def _group(scope: Scope, b: Node, before: Before, chains: list[Chain]) -> CpuGro
         )
     for chain in chains:
         if chain.part.stream and context.layout(chain.result) == "dense":
-            calls.append(read_call(chain.result, context))
+            calls.append(read_call(chain.result, chain.result, context))
     return make_group(nodes, stored, calls)
 
 

@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from tensorgraph.errors import InputError, ShapeError
 from tensorgraph.models.text.model import load
 from tensorgraph.session import Session
 from tensorgraph.tools.bench import command
@@ -67,6 +69,37 @@ def test_our_rounds_begin_at_their_depth(fed: list[tuple[int, list[int]]]) -> No
                 assert fed == [(depth, [7, 8]), (depth, [7]), (depth + 1, [8])]
                 del fed[:]
         ours.close()
+
+
+def test_filled_rounds_begin_with_random_rows(fed: list[tuple[int, list[int]]]) -> None:
+    with load(gguf("deepseek_v3"), backend="reference", kv_type="f32") as model:
+        ours = Ours(model, 16, fill=True)
+        ours.begin([1, 2, 3])
+        assert ours.run("pp", [7]).seconds > 0 and fed == [(3, [7])]
+        session = ours._session
+        rows = np.random.default_rng(0)
+        with session._store.begin([(session._open(), 0)]) as step:
+            for name, spec in session._store.specs.items():
+                np.testing.assert_array_equal(step.read(name)[:3], rows.standard_normal((3, *spec.row_shape), np.float32))
+        ours.close()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "deepseek_v32", "deepseek_v4"])
+def test_what_is_filled_with_computed_rows_goes_on_as_if_computed(architecture: str) -> None:
+    ids = [3, 1, 4, 1, 5, 9, 2]
+    with load(gguf(architecture), backend="reference") as model, model.session(context=32) as one, model.session() as other:
+        one.eval(ids)
+        with one._store.begin([(one._open(), 0)]) as step:
+            rows = {name: step.read(name) for name in one._store.specs}
+        for wrong in ([], [-1], list(range(33))):
+            with pytest.raises(InputError):
+                one.fill(wrong, lambda name, spec, n: rows[name])
+        with pytest.raises(ShapeError):
+            other.fill(ids, lambda name, spec, n: rows[name][1:])
+        assert other.length == 0 and one.ids == ids
+        other.fill(ids, lambda name, spec, n: rows[name])
+        assert other.ids == ids
+        np.testing.assert_array_equal(other.eval([7]), one.eval([7]))
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ def bench(
     prompt: Annotated[Counts, typer.Option("-p", "--prompt", min=0, help="Tokens of a prompt.", show_default="512")] = None,
     tokens: Annotated[Counts, typer.Option("-n", "--tokens", min=0, help="Tokens to decode.", show_default="128")] = None,
     depth: Annotated[Counts, typer.Option("-d", "--depth", min=0, help="Tokens there before.", show_default="0")] = None,
+    fill: options.Fill = None,
     rounds: Annotated[int, typer.Option("-r", "--rounds", min=1, help="Rounds that count.")] = 7,
     threads: Annotated[
         list[str] | None,
@@ -67,6 +68,7 @@ def bench(
     \b
     tensorgraph bench smollm2 -t 1 -t 2
     tensorgraph bench model.gguf -p 512 -n 128 -d 0 -d 4096 --json
+    tensorgraph bench model.gguf -p 0 -n 16 -d 131072 --fill random
     tensorgraph bench model.gguf other.gguf --peer venv/bin/python --md
     tensorgraph bench model.gguf --peer venv/bin/python --peer-model model-q4_0.gguf --busy 1
     """
@@ -82,7 +84,7 @@ def bench(
         if len(counts) > 1:
             raise InputError(f"[bench] NumPy's BLAS takes its threads once; wanted one -t for {backend}, got {len(counts)}")
         options.limit_threads(counts[0])
-    settings = Settings(wanted, rounds, backend, kv_type, exact, packed_cache, peer, busy)
+    settings = Settings(wanted, rounds, backend, kv_type, exact, packed_cache, peer, busy, fill)
     pairs = [Pair(name, other) for name in names for other in peer_models or [name]]
     runs, about = measure_all(settings, [(pair, count) for pair in pairs for count in counts])
     from tensorgraph.tools.bench import report
@@ -120,6 +122,7 @@ class Settings:
     Attributes:
         python: the peer's interpreter, None where there is no peer.
         busy: how many other processes keep a core busy meanwhile.
+        fill: what state the tokens have that are there before; None: what evaluating them gives.
     """
 
     cases: list[Case]
@@ -130,6 +133,7 @@ class Settings:
     packed_cache: bool = False
     python: str | None = None
     busy: int = 0
+    fill: options.Filling | None = None
     errors: list[str] = field(default_factory=list)
 
     def measure(self, pair: Pair, threads: int | None, say: Callable[[str], None], place: str) -> Run:
@@ -150,7 +154,7 @@ class Settings:
         with open_model(name, self.backend, threads, self.kv_type, self.exact, self.packed_cache) as model:
             if context > model.model.context:
                 raise InputError(f"[bench] the context of {name} holds {model.model.context} tokens; wanted {context}")
-            ours, vocab_size = Ours(model, context), model.model.vocab_size
+            ours, vocab_size = Ours(model, context, self.fill is not None), model.model.vocab_size
             peer = self._open_peer(pair.peer_name, model, n_threads, context)
             try:
                 about = {**peer.about, **main_type(pair.peer_name), "file": pair.peer_name} if peer is not None else None
@@ -197,7 +201,7 @@ def measure_all(
     from tensorgraph.tools.bench.busy import busy
 
     about = {"rounds": settings.rounds, "kv_type": settings.kv_type, "exact": settings.exact, "busy": settings.busy}
-    about |= {"packed_cache": settings.packed_cache}
+    about |= {"packed_cache": settings.packed_cache, "fill": settings.fill}
     about |= machine.describe()
     runs: list[Run] = []
     with busy(settings.busy), progress() as say:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from tensorgraph import registry
 from tensorgraph.compiler import CompileOptions
 from tensorgraph.extents import Extents
@@ -15,10 +17,14 @@ from tensorgraph.models.architecture import WeightFile
 from tensorgraph.models.text.model import TextModel, TextSession, load
 from tensorgraph.op import node_bytes
 from tensorgraph.session import SessionSnapshot
+from tensorgraph.state import StateSpec
 from tensorgraph.tools.bench.cases import Case, Kind
 from tensorgraph.tools.bench.peer import wait_until_quiet
 from tensorgraph.tools.bench.rounds import Round
 from tensorgraph.tools.plan import step_dims
+
+FILLED = 2048
+"""Tokens whose rows are drawn at once."""
 
 
 def open_model(path: str, backend: str, threads: int | None, kv_type: str, exact: bool, packed_cache: bool = False) -> TextModel:
@@ -35,17 +41,21 @@ class Ours:
 
     Args:
         context: most tokens of a sequence.
+        fill: whether the rows of what comes before are random, not computed.
     """
 
-    def __init__(self, model: TextModel, context: int) -> None:
+    def __init__(self, model: TextModel, context: int, fill: bool = False) -> None:
         self._session: TextSession = model.session(context=context)
         self._prefix: SessionSnapshot = self._session.snapshot()
+        self._fill = fill
 
     def begin(self, ids: Sequence[int]) -> None:
         """Make `ids` what later rounds come after."""
         self._prefix.release()
         self._session.trim(0)
-        if ids:
+        if ids and self._fill:
+            fill_randomly(self._session, ids)
+        elif ids:
             self._session.eval(ids)
         self._prefix = self._session.snapshot()
 
@@ -89,6 +99,17 @@ class Ours:
         """Give the pages back."""
         self._prefix.release()
         self._session.close()
+
+
+def fill_randomly(session: TextSession, ids: Sequence[int]) -> None:
+    """Append tokens with rows of normally distributed numbers: the same ones each time."""
+    rng = np.random.default_rng(0)
+
+    def rows(stream: str, spec: StateSpec, n: int) -> np.ndarray:
+        return rng.standard_normal((n, *spec.row_shape), np.float32)
+
+    for at in range(0, len(ids), FILLED):
+        session.fill(ids[at : at + FILLED], rows)
 
 
 def describe(model: TextModel) -> dict[str, Any]:

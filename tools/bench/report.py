@@ -160,7 +160,8 @@ def notes(runs: Sequence[Run], about: Mapping[str, Any]) -> list[str]:
     lines.append(f"machine: {machine['processor']}, {_count(machine['cores'], 'core')}{features}{load}")
     lines.append("versions: " + ", ".join(f"{name} {version}" for name, version in about["versions"].items()))
     backends = ", ".join(dict.fromkeys(run.backend for run in runs))
-    lines.append(f"backend {backends}, rows {about['kv_type']}{', exact' if about['exact'] else ''}")
+    how = (", exact" if about["exact"] else "") + (", random state before" if about.get("fill") else "")
+    lines.append(f"backend {backends}, rows {about['kv_type']}{how}")
     return [*lines, *_peer_notes(runs), *_restless(runs)]
 
 

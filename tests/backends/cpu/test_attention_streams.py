@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -34,6 +36,14 @@ CASES = {
     "listed rows of a window": Attention((Stream("near", window=8, n_ids=30),), dtype="f32"),
     "heads and values": Attention((Stream("kv", n_ids=40),), d_k=24, d_v=17, heads=6, kv_heads=3, dtype="bf16"),
     "wide groups": Attention((Stream("kv", own_values=False),), d_k=16, d_v=16, heads=68, kv_heads=1, dtype="f32"),
+    "segments of wide groups": replace(SEGMENTS, heads=10),
+    "values of wide groups": Attention((Stream("kv", n_ids=70),), d_k=33, d_v=48, heads=8, kv_heads=2),
+    "many heads, many listed rows": Attention(
+        (Stream("latent", own_values=False, flat=True, n_ids=150),), d_k=72, d_v=64, heads=50, kv_heads=1, dtype="bf16"
+    ),
+    "coded listed latent": Attention(
+        (Stream("latent", own_values=False, flat=True, n_ids=30),), d_k=96, d_v=64, heads=9, kv_heads=1, dtype="q8_0", sinks=True
+    ),
     "by pages": Attention((Stream("kv"),), d_k=40, d_v=48, heads=6, kv_heads=2, layouts=DENSE),
     "by pages, alone": Attention((Stream("kv"),), d_k=64, d_v=32, heads=3, kv_heads=3, dtype="bf16", layouts=DENSE),
     "by pages, wide groups": Attention((Stream("kv"),), d_k=33, d_v=16, heads=14, kv_heads=1, dtype="f32", layouts=DENSE),
@@ -57,6 +67,14 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_streams(name: str, backend: str) -> None:
     History(CASES[name], backend, np.random.default_rng(sorted(CASES).index(name))).go(14)
+
+
+@pytest.mark.parametrize("name", ["segments of wide groups", "many heads, many listed rows"])
+def test_few_tokens_at_a_time(name: str) -> None:
+    """From the first on, when of some segments there is no row yet."""
+    history = History(CASES[name], "cpu", np.random.default_rng(2))
+    for n in (1, 1, 2, 13, 1, 4, 3, 60, 1, 50, 1, 4):
+        history.step({history.seqs[0]: n, history.seqs[1]: 4 - n} if n < 4 else {history.seqs[0]: n})
 
 
 def test_rows_are_read_in_place() -> None:
