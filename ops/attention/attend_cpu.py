@@ -133,11 +133,11 @@ def general_reads(node: Node, slot: str) -> tuple[str, ...]:
         return ()
     i = slot[1:]
     pos, seq = node.at(f"pos{i}"), node.at(f"seq{i}")
-    own = seq is not None and _is_of_rows(seq, "seq") and (pos is None or _is_of_rows(pos, "pos"))
+    own = seq is not None and is_of_rows(seq, "seq") and (pos is None or is_of_rows(pos, "pos"))
     return ("rows",) if own and node.at(f"mask{i}") is None else ()
 
 
-def _is_of_rows(vector: Node, what: str) -> bool:
+def is_of_rows(vector: Node, what: str) -> bool:
     """Whether this is an input `rows.CLASS.pos` or `rows.CLASS.seq`, as `extents.step_inputs` gives them."""
     name: list[str] = vector.attrs["name"].split(".") if vector.op == "input" else []
     return len(name) == 3 and (name[0], name[2]) == ("rows", what)

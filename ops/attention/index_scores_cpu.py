@@ -15,8 +15,12 @@ from tensorgraph.backends.cpu.sorting import AHEAD, TILE, write_lanes
 from tensorgraph.backends.cpu.state_calls import field, n_sequences, row_address, widen_blocks
 from tensorgraph.backends.cpu.target import Target
 from tensorgraph.ops.attention.attn_mask_cpu import visible
+from tensorgraph.ops.attention.stored_rows_cpu import LINE
 
 Slots = Mapping[str, Operand]
+MOST_UNROLLED = 256  # elements of a row
+AHEAD_BYTES = 4096
+"""So far ahead of what is read, memory is asked for."""
 Place = Callable[[Value], tuple[Value, Int]]
 """The address and the element stride of a row."""
 Part = Callable[[Value, Value, Place, list[Value]], list[Value]]
@@ -76,6 +80,11 @@ class Scorer:
     numbers: Value
     scores: Value
 
+    @property
+    def own(self) -> bool:
+        """Whether the keys are of a stream whose rows have their numbers as positions, so that none of these is read."""
+        return self.operands.get("k_pos") is None
+
     @staticmethod
     def of(k: Kernel, operands: Slots, every: int, memory: Value) -> Scorer:
         n_heads, width = operands["q"].shape[1:]
@@ -105,7 +114,14 @@ class Scorer:
             taken = seen if mask is None else seen & mask
             return [write_lanes(k, taken, counts[0], (own, self.numbers + counts[0] * 4))]
 
-        (count,) = k.sweep(n, see, [k.i64(0)])
+        def list_all(i: Value, mask: Value | None, _: list[Value]) -> None:
+            k.store(k.lane_numbers(k.lanes) + k.narrow(start + i, I32), self.numbers + i * 4)
+
+        if self.own:
+            k.sweep(n, list_all)
+            count = n
+        else:
+            (count,) = k.sweep(n, see, [k.i64(0)])
         with k.loop(0, count, tiling.rows) as blocks:
             blocks.next()
             with k.loop(0, tiling.rows) as each:
@@ -117,22 +133,32 @@ class Scorer:
                     widen_blocks(k, keys.dtype, address, to, tiling.width)
                 else:
                     _widen(k, Row(k, keys.dtype, address, stride), to, tiling.width)
+                    if keys.table is not None:
+                        for line in range(0, keys.dtype.size_bytes(tiling.width), LINE):
+                            k.prefetch(address + (AHEAD_BYTES + line))
             for r, score in enumerate(_score(k, tiling, self.queries, self.weights, self.block)):
                 k.store(score, self.scores + (blocks.i + r) * 4)
         return count
 
-
-def each_part(k: Kernel, keys: Operand, first: Value, n: Value, part: Part, state: list[Value]) -> list[Value]:
-    """The parts of n rows from `first` on: those of each sequence of a stream, or all of them."""
-    table = keys.table
-    if table is None:
-        return part(first, n, lambda s: (keys.at([s]), keys.strides[1]), state)
-    with k.loop(0, n_sequences(k, table), 1, state) as loop:
-        at, from_row = field(k, table, loop.i, "seen_at"), field(k, table, loop.i, "seen_start")
-        start = k.max(first, at)
-        stop = k.max(start, k.min(first + n, at + field(k, table, loop.i, "seen_stop") - from_row))
-        loop.next(*part(start, stop - start, lambda s: row_address(k, keys, loop.i, s - at + from_row), loop.values))
-    return loop.results
+    def each_part(self, token: tuple[Value, Value], first: Value, n: Value, part: Part, state: list[Value]) -> list[Value]:
+        """The parts of n rows from `first` on: those of each sequence of a stream (of the token's own, as many as it sees, where
+        that is known), or all of them."""
+        k, keys, (pos, seq) = self.k, self.operands["k"], token
+        table = keys.table
+        if table is None:
+            return part(first, n, lambda s: (keys.at([s]), keys.strides[1]), state)
+        begin, end = k.i64(0), n_sequences(k, table)
+        if self.own:  # that sequence alone, or none where it is not in the batch
+            there = seq.below(end)
+            begin, end = k.select(there, seq, k.i64(0)), k.select(there, seq + 1, k.i64(0))
+        with k.loop(begin, end, 1, state) as loop:
+            at, from_row, stop = (field(k, table, loop.i, f"seen_{name}") for name in ("at", "start", "stop"))
+            if self.own:
+                stop = k.max(k.min(stop, k.max(pos + 1, 0) // self.every), from_row)
+            start = k.max(first, at)
+            stop = k.max(start, k.min(first + n, at + stop - from_row))
+            loop.next(*part(start, stop - start, lambda s: row_address(k, keys, loop.i, s - at + from_row), loop.values))
+        return loop.results
 
 
 def _pack(k: Kernel, tiling: Tiling, q: Operand, w: Operand, t: Value, queries: Value, weights: Value) -> None:
@@ -150,6 +176,10 @@ def _pack(k: Kernel, tiling: Tiling, q: Operand, w: Operand, t: Value, queries: 
 
 def _widen(k: Kernel, row: Row, to: Value, width: int) -> None:
     """A row in f32."""
+    if row.stride == 1 and width % k.lanes == 0 and width <= MOST_UNROLLED:
+        for i in range(0, width, k.lanes):
+            k.store(k.convert(row.load(k.i64(i), k.lanes), F32), to + i * 4)
+        return
 
     def body(i: Value, mask: Value | None, _: list[Value]) -> None:
         k.store(k.convert(row.load(i, k.lanes, mask), F32), to + i * 4, mask=mask)

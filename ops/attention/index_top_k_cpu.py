@@ -16,7 +16,8 @@ from tensorgraph.backends.cpu.sorting import TILE, Least, least_bytes, lowest_ke
 from tensorgraph.dims import ALWAYS, Extent, Guard, maximum
 from tensorgraph.dtypes import f32
 from tensorgraph.graph import Node
-from tensorgraph.ops.attention.index_scores_cpu import Place, Scorer, Slots, Tiling, each_part
+from tensorgraph.ops.attention.attend_cpu import is_of_rows
+from tensorgraph.ops.attention.index_scores_cpu import Place, Scorer, Slots, Tiling
 from tensorgraph.ops.attention.index_top_k import index_top_k
 from tensorgraph.ops.select.top_k_cpu import select_best
 
@@ -47,7 +48,10 @@ class Forms:
     @property
     def _inputs(self) -> dict[str, Ref | None]:
         refs: dict[str, Ref | None] = {name: Ref(value, known=name in ("q", "w")) for name, value in self._slots.items()}
-        return {**refs, "k": Ref(self._slots["k"], self.context.layout(self._slots["k"]), known=True)}
+        layout, own = self.context.layout(self._slots["k"]), [self._slots[f"k_{what}"] for what in ("pos", "seq")]
+        if layout != "dense" and is_of_rows(own[0], "pos") and is_of_rows(own[1], "seq"):
+            refs |= {"k_pos": None, "k_seq": None}  # a stream's own, which follow from the numbers of its rows
+        return {**refs, "k": Ref(self._slots["k"], layout, known=True)}
 
     @property
     def _scratch(self) -> int:
@@ -65,7 +69,7 @@ class Forms:
         node, inputs, best = self.node, self._inputs, self.node.attrs["top_k"]
         scores = Ref(Buffer(4 * self.few * maximum(self._rows), "scores"))
         attrs, tiles = {"every": node.attrs["every"]}, node.shape[0] * ((self._rows + (TILE - 1)) // TILE)
-        chosen = {"scores": scores, "k_pos": inputs["k_pos"], "y": Ref(node)}
+        chosen = {"scores": scores, "rows": Ref(self._rows), "y": Ref(node)}
         grain = max(1, CHUNK // (4 * maximum(self._rows) + 1))
         sort = least_bytes(best, I32)
         return [
@@ -104,7 +108,7 @@ def emit_at_once(k: Kernel, operands: Slots, *, best: int, every: int) -> None:
                 return least.offer(count, key, state)
 
             left = n_rows - loop.i
-            state = each_part(k, operands["k"], loop.i, k.min(left, TILE), offer, loop.values)
+            state = scorer.each_part(token, loop.i, k.min(left, TILE), offer, loop.values)
             loop.next(*least.cut(state, left.le(TILE)))
         least.write(loop.results, y.row(index).store)
 
@@ -128,12 +132,12 @@ def emit_scores(k: Kernel, operands: Slots, *, every: int) -> None:
             return []
 
         k.sweep(n, clear)
-        each_part(k, operands["k"], first, n, write, [])
+        scorer.each_part(token, first, n, write, [])
 
 
 def emit_choice(k: Kernel, operands: Slots, *, best: int) -> None:
     """The best of each token's scores."""
-    least, y, n_rows = Least(k, k.scratch(), best, I32), operands["y"], k.i64(operands["k_pos"].shape[0])
+    least, y, n_rows = Least(k, k.scratch(), best, I32), operands["y"], k.i64(operands["rows"].shape[0])
     with k.rows(y.shape[:1]) as index:
         row = Row(k, f32, operands["scores"].address + index[0] * n_rows * 4, 1)
         select_best(k, least, row, n_rows, y.row(index))
