@@ -14,7 +14,7 @@ from tensorgraph.compiler import run_op
 from tensorgraph.device import get_devices
 from tensorgraph.errors import InputError
 from tensorgraph.graph import Node, constant, input
-from tensorgraph.models.text.model import load
+from tensorgraph.models.text.model import TextSession, load
 from tensorgraph.ops import add, mul_mat, rms_norm
 from tensorgraph.tools import profile as command
 from tensorgraph.tools.bench.cases import Case
@@ -166,6 +166,20 @@ def test_every_grouping_has_all_calls(by: str) -> None:
             assert [g["label"].split()[0] for g in groups] == [str(i) for i in range(int(case["calls"]))]
         else:
             assert [g["total_s"] for g in groups] == sorted((g["total_s"] for g in groups), reverse=True)
+
+
+def test_what_is_there_before_may_be_random(monkeypatch: pytest.MonkeyPatch) -> None:
+    filled: list[int] = []
+    real = TextSession.fill
+
+    def record(self: TextSession, ids: Any, rows: Any) -> None:
+        filled.append(len(ids))
+        real(self, ids, rows)
+
+    monkeypatch.setattr(TextSession, "fill", record)
+    found = as_json("profile", gguf("llama"), *QUICK, "--fill", "random")
+    assert found["fill"] is True and filled == [5] and [c["test"] for c in found["cases"]] == ["pp6 @ d5", "tg3 @ d5"]
+    assert as_json("profile", gguf("llama"), *QUICK)["fill"] is False and filled == [5]
 
 
 def test_threads_share_the_chunks_of_all_calls() -> None:
