@@ -178,8 +178,8 @@ def test_what_is_there_before_may_be_random(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(TextSession, "fill", record)
     found = as_json("profile", gguf("llama"), *QUICK, "--fill", "random")
-    assert found["fill"] is True and filled == [5] and [c["test"] for c in found["cases"]] == ["pp6 @ d5", "tg3 @ d5"]
-    assert as_json("profile", gguf("llama"), *QUICK)["fill"] is False and filled == [5]
+    assert found["fill"] == "random" and filled == [5] and [c["test"] for c in found["cases"]] == ["pp6 @ d5", "tg3 @ d5"]
+    assert as_json("profile", gguf("llama"), *QUICK)["fill"] is None and filled == [5]
 
 
 def test_threads_share_the_chunks_of_all_calls() -> None:
