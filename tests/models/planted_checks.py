@@ -122,7 +122,7 @@ def v3() -> None:
 
 def v32() -> None:
     follows("deepseek_v32", 96)
-    expanded("deepseek_v32")
+    expanded("deepseek_v32", "naive")
 
 
 def glm() -> None:
@@ -147,9 +147,12 @@ def v4_head() -> None:
     follows("deepseek_v4", 40)
 
 
-def expanded(architecture: str) -> None:
-    """All tokens in one step, which takes the naive form."""
+def expanded(architecture: str, *forms: str) -> None:
+    """All tokens in one step, which takes the naive form, or that of these names."""
     engine = tiny.engine(architecture)
+    if forms:
+        options = dataclasses.replace(engine.options, lowerings=forms)
+        engine = Engine(engine.model, "reference", kv_dtype="f32", options=options)
     found = tiny.nmse(tiny.whole(engine, tiny.tokens(architecture)), tiny.reference(architecture)["logits"])
     assert found <= tiny.bound(architecture), f"naive {found:.1e}"
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from tensorgraph.engine import Engine
 from tensorgraph.session import Session
 from tests.models import tiny
 
@@ -53,6 +56,22 @@ def test_greedy(backend: str, architecture: str) -> None:
             next_logits = session.eval(generated[-1:])
     assert generated == stored["greedy_tokens"].tolist()
     assert tiny.nmse(np.stack(logits), stored["greedy_logits"]) <= tiny.bound(architecture)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "form"),
+    [
+        *((a, form) for a in ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa") for form in ("naive", "absorbed")),
+        *((a, "selected rows") for a in ("deepseek_v32", "glm_moe_dsa")),
+    ],
+)
+def test_each_form_of_attention(backend: str, architecture: str, form: str) -> None:
+    """Whichever is asked for, in steps of any number of tokens; that of selected rows, too, where there are no more."""
+    options = dataclasses.replace(tiny.engine(architecture, backend=backend).options, lowerings=(form,))
+    engine = Engine(tiny.model(architecture), backend, kv_dtype="f32", options=options)
+    for n in (130, 48, 3):
+        with Session(engine, step_tokens=n) as session:
+            check(architecture, session.eval(tiny.tokens(architecture)[:96], all_logits=True), 96)
 
 
 @pytest.mark.parametrize(("architecture", "n"), chunked())
