@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from tensorgraph.backends.cpu.ir import F32, I1, I32, I64, Type, Value
+from tensorgraph.backends.cpu.ir import F32, I32, I64, Type, Value
 from tensorgraph.backends.cpu.kernel import Kernel
 from tensorgraph.backends.cpu.operands import Operand
 from tensorgraph.ops.attention.attend import Rule
@@ -19,6 +19,7 @@ from tensorgraph.ops.attention.stored_rows_cpu import L
 from tensorgraph.ops.attention.tiles_cpu import (
     BLOCK,
     Tile,
+    attempts,
     below,
     each_tile,
     tile_places,
@@ -116,16 +117,7 @@ def emit_dense_tiles(k: Kernel, operands: Operands, *, heads: Heads) -> None:
         return tile.finish(y)
 
     with each_tile(k, h, k.i64(q.shape[0]), k.i64(units.shape[0])) as (kv_head, head, n_heads, token, n_tokens):
-        with k.loop(0, n_tokens + 1, 1, [k.const(0, I1)]) as attempts:  # all tokens, then if need be one after another
-            whole, (again,) = attempts.i.eq(0), attempts.values
-            first, count = k.select(whole, token, token + attempts.i - 1), k.select(whole, n_tokens, k.i64(1))
-            wanted = whole | (again & n_tokens.gt(1))
-            (bad,) = k.either(wanted, partial(_listed, attend, kv_head, head, n_heads, first, count), lambda: [again])
-            attempts.next(k.select(whole, bad, again))
-
-
-def _listed(attend: Callable[..., Value], *arguments: Value) -> list[Value]:
-    return [attend(*arguments)]
+        attempts(k, token, n_tokens, partial(attend, kv_head, head, n_heads))
 
 
 def _bits(

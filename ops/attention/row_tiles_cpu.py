@@ -29,6 +29,7 @@ from tensorgraph.ops.attention.stored_rows_cpu import Finder, L
 from tensorgraph.ops.attention.tiles_cpu import (
     BLOCK,
     Tile,
+    attempts,
     below,
     each_tile,
     heads_at_once,
@@ -111,7 +112,7 @@ def emit_row_tiles(k: Kernel, operands: Operands, *, heads: Heads, strides: Sequ
     assert q is not None and y is not None and units is not None
     places, lists = tile_places(k, h), k.scratch() + tile_scratch(h)
 
-    def attend(kv_head: Value, head: Value, n_heads: Value, token: Value, n_tokens: Value) -> None:
+    def attend(kv_head: Value, head: Value, n_heads: Value, token: Value, n_tokens: Value) -> Value:
         tile = Tile(k, h, **places, token=token, n_tokens=n_tokens, head=head, n_heads=n_heads)
         tile.begin(q, operands["sinks"])
         tile.foresee(q, y)
@@ -120,13 +121,15 @@ def emit_row_tiles(k: Kernel, operands: Operands, *, heads: Heads, strides: Sequ
                 _by_sequence(k, h, tile, operands, segment, kv_head)
             else:
                 _through_list(k, h, tile, operands, segment, kv_head, lists, lambda n: (k.i64(0), n))
-        tile.finish(y)
+        return tile.finish(y)
 
     with each_tile(k, h, k.i64(q.shape[0]), k.i64(units.shape[0])) as (kv_head, head, n_heads, token, n_tokens):
-        at_once = k.i64(1) if any(strides) else n_tokens  # each with its own list
-        with k.loop(0, n_tokens // at_once) as turns:
-            turns.next()
-            attend(kv_head, head, n_heads, token + turns.i, at_once)
+        if any(strides):  # each token has its own list
+            with k.loop(token, token + n_tokens) as tokens:
+                tokens.next()
+                attend(kv_head, head, n_heads, tokens.i, k.i64(1))
+        else:
+            attempts(k, token, n_tokens, partial(attend, kv_head, head, n_heads))
 
 
 def emit_row_slices(k: Kernel, operands: Operands, *, heads: Heads, strides: Sequence[int]) -> None:

@@ -129,6 +129,17 @@ def each_tile(k: Kernel, h: Heads, n_tokens: Value, n_units: Value) -> Iterator[
             yield kv_head, kv_head * h.group + skipped, n_heads, token, end - token
 
 
+def attempts(k: Kernel, token: Value, n_tokens: Value, attend: Callable[[Value, Value], Value]) -> None:
+    """All tokens of a tile at once; where that gives a NaN, each of them again by itself: a row that only some of them see may
+    hold an infinite number or NaN, which no weight makes 0. `attend(first, count)` returns whether a result is NaN."""
+    with k.loop(0, n_tokens + 1, 1, [k.const(0, I1)]) as loop:
+        whole, (again,) = loop.i.eq(0), loop.values
+        first, count = k.select(whole, token, token + loop.i - 1), k.select(whole, n_tokens, k.i64(1))
+        wanted = whole | (again & n_tokens.gt(1))
+        (bad,) = k.either(wanted, lambda: [attend(first, count)], lambda: [again])
+        loop.next(k.select(whole, bad, again))
+
+
 def below(k: Kernel, n: Value) -> Value:
     """The n lowest bits; of fewer than 0 none, of more than 64 all."""
     some = k.const(-1, I64).shift_right(k.min(k.max(64 - n, 0), k.i64(63)))

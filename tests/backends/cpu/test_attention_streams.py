@@ -77,6 +77,18 @@ def test_few_tokens_at_a_time(name: str) -> None:
         history.step({history.seqs[0]: n, history.seqs[1]: 4 - n} if n < 4 else {history.seqs[0]: n})
 
 
+@pytest.mark.parametrize("n", [3, 22, 62])
+def test_a_row_that_is_not_finite_counts_for_those_that_see_it(n: int) -> None:
+    attention = Attention((Stream("kv"),), d_k=33, d_v=48, heads=20, kv_heads=1)  # two tokens a tile, six queries at once
+    history = History(attention, "cpu", np.random.default_rng(n))
+    with history.store.begin([(history.seqs[0], n)]) as step:
+        inputs, dims = attention.inputs(step, history.rng)
+        inputs["new.kv.v"][n // 2] = np.inf
+        y, wanted = (executable(attention, b).run(inputs, state=step, dims=dims)["y"] for b in ("cpu", "reference"))
+        np.testing.assert_allclose(y, wanted, rtol=0, atol=1e-5)
+        assert np.isfinite(y[: n // 2]).all() and np.isinf(y[n // 2 :]).all()
+
+
 def test_rows_are_read_in_place() -> None:
     """Then positions and sequences of rows follow from the store's tables: the inputs are not read."""
     assert not [name for name in executable(SEGMENTS, "cpu").needed if name.startswith("rows.")]
