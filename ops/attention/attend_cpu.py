@@ -326,7 +326,7 @@ def _attend(
     values = keys
     if not shared:
         values = _source(k, segment.values, sizes.d_v, sizes.heads, lists.values, at["value copy"], heads.value_stride)
-    n = rows.hi - rows.lo if segment.ids is None else list_ids(k, segment, query.token, rows, lists)
+    n = rows.hi - rows.lo if segment.ids is None else list_ids(k, segment, query.token, rows, lists.ids, lists.bits)
 
     def row_of(candidate: Value) -> Value:
         return candidate + rows.lo if segment.ids is None else k.load(lists.ids + candidate * 8, I64)

@@ -211,25 +211,28 @@ def _list_mask(k: Kernel, mask: Operand, query: Query, row: Value, to: Value) ->
     return heads.results[0]
 
 
-def list_ids(k: Kernel, segment: Segment, token: Value, rows: Span, lists: Lists) -> Value:
-    """List the rows of a token's ids that lie within a span, each once; returns how many. Refuses ids out of range."""
+def list_ids(k: Kernel, segment: Segment, token: Value, rows: Span, to: Value, bits: Value) -> Value:
+    """List the rows of a token's ids that lie within a span, each once: as i64 at `to`, and as bits counted from its first row.
+
+    Returns how many there are. Refuses ids out of range.
+    """
     ids = segment.ids
     assert ids is not None
     n_rows, extent = k.i64(segment.keys.shape[0]), rows.hi - rows.lo
     with k.loop(0, (extent + 31) // 32, 16) as words:
         words.next()
-        k.store(k.zero(I32.x(16)), lists.bits + words.i * 4)
+        k.store(k.zero(I32.x(16)), bits + words.i * 4)
     with k.loop(0, ids.shape[1], 1, [k.i64(0), k.const(0, I1)]) as loop:
         n, bad = loop.values
         row = k.convert(ids.load([token, loop.i]), I64)
         inside = (row - rows.lo).below(extent)
         bit_number = k.select(inside, row - rows.lo, k.i64(0))
-        at = lists.bits + (bit_number // 32) * 4
+        at = bits + (bit_number // 32) * 4
         word = k.load(at, I32)
         bit = k.const(1, I32) << k.convert(bit_number & 31, I32)
         fresh = inside & (word & bit).eq(0)
         k.store(k.select(inside, word | bit, word), at)
-        k.store(row, lists.ids + n * 8)
+        k.store(row, to + n * 8)
         loop.next(n + k.convert(fresh, I64, signed=False), bad | row.lt(-1) | row.ge(n_rows))
     n, bad = loop.results
     with k.when(bad):

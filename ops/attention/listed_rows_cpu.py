@@ -10,7 +10,7 @@ from tensorgraph.backends.cpu.operands import Operand
 from tensorgraph.dims import maximum
 from tensorgraph.graph import Node
 from tensorgraph.ops.attention.attend import Rule
-from tensorgraph.ops.attention.attend_rows_cpu import Lists, Query, Segment, list_ids, span
+from tensorgraph.ops.attention.attend_rows_cpu import Query, Segment, list_ids, span
 
 WORD = 64
 
@@ -44,14 +44,13 @@ def emit_lists(k: Kernel, operands: Mapping[str, Operand | None], *, number: int
     scratch = k.scratch()
     bits = scratch + stride * 8
     segment = Segment(number, rule, by_pos, keys, keys, None, None, ids, None)
-    lists = Lists(scratch, scratch, scratch, scratch, ids=scratch, bits=bits)  # the first four are not used
     with k.rows(ids.shape[:1]) as (token,):
         own = None if pos is None else k.convert(pos.load([token]), I64)
         zero, one = k.i64(0), k.i64(1)
         query = Query(token, zero, zero, 1, one, 0, own, k.convert(seq.load([token]), I64))
         rows = span(k, segment, query)
         assert rows.shift is not None
-        n = list_ids(k, segment, token, rows, lists)
+        n = list_ids(k, segment, token, rows, scratch, bits)
         to = listed.address + token * (stride * 4)
         k.store(k.narrow(n, I32), to)
         with k.loop(0, (rows.hi - rows.lo + (WORD - 1)) // WORD, 1, [to + 4]) as words:
