@@ -8,6 +8,7 @@ from functools import partial
 
 from tensorgraph.backends.cpu.ir import Value
 from tensorgraph.backends.cpu.kernel import Kernel
+from tensorgraph.backends.cpu.state_calls import n_sequences
 from tensorgraph.dtypes import DType, f32
 from tensorgraph.ops.attention.attend import Rule
 from tensorgraph.ops.attention.paged_cpu import Heads, Operands, Seen, seen_rows, segments, token_of
@@ -49,19 +50,19 @@ def emit_tiles(k: Kernel, operands: Operands, *, heads: Heads) -> None:
         tile = Tile(k, h, **places, token=token, n_tokens=n_tokens, head=head, n_heads=n_heads)
         tile.begin(q, operands["sinks"])
         tile.foresee(q, y)
-        (first_seq, _), (last_seq, _) = (token_of(k, operands, t) for t in (token, token + n_tokens - 1))
-        go_through(k, h, tile, operands, kv_head, Seen(first_seq, last_seq + 1))
+        go_through(k, h, tile, operands, kv_head)
         tile.finish(y)
 
 
-def go_through(k: Kernel, h: Heads, tile: Tile, operands: Operands, head: Value, sequences: Seen) -> None:
+def go_through(k: Kernel, h: Heads, tile: Tile, operands: Operands, head: Value) -> None:
     """All rows that a tile's tokens see."""
     for keys, values, rule in segments(operands, h):
         assert keys.table is not None
         table = keys.table
+        sequences = sequences_of(k, operands, table, tile)
         with k.loop(sequences.lo, sequences.hi) as each:
             each.next()
-            seen = _span(k, tile, operands, table, each.i, rule)
+            seen = span_of(k, operands, table, tile, each.i, rule)
             with k.when(seen.lo.lt(seen.hi)):
                 finders = [Finder.of(k, s, h.n_kv, width, each.i, seen.hi) for s, width in ((keys, h.d_k), (values, h.d_v))]
                 with k.loop(seen.lo // L * L, seen.hi, BLOCK) as blocks:
@@ -72,23 +73,34 @@ def go_through(k: Kernel, h: Heads, tile: Tile, operands: Operands, head: Value,
                         tile.through(source, found)
 
 
-def _seen(k: Kernel, operands: Operands, table: Value, token: Value, seq: Value, rule: Rule) -> Seen:
-    """What a token sees of a sequence: nothing of another's."""
+def seen_of(k: Kernel, operands: Operands, table: Value, token: Value, seq: Value, rule: Rule) -> Seen:
+    """What a token sees of a sequence: nothing of another's, or of one that is not there."""
     own, pos = token_of(k, operands, token)
-    seen = seen_rows(k, table, seq, pos, rule)
-    some = own.eq(seq) & seen.lo.lt(seen.hi)
+    there = own.eq(seq) & own.below(n_sequences(k, table))
+    seen = seen_rows(k, table, k.select(there, seq, k.i64(0)), pos, rule)
+    some = there & seen.lo.lt(seen.hi)
     return Seen(k.select(some, seen.lo, k.i64(NEVER)), k.select(some, seen.hi, k.i64(0)))
+
+
+def sequences_of(k: Kernel, operands: Operands, table: Value, tile: Tile) -> Seen:
+    """From the first to the last sequence of a tile's tokens, of those that are there."""
+    n = n_sequences(k, table)
+    with k.loop(0, tile.n_tokens, 1, [n, k.i64(0)]) as each:
+        (own, _), (low, high) = token_of(k, operands, tile.token + each.i), each.values
+        there = own.below(n)
+        each.next(k.select(there, k.min(low, own), low), k.select(there, k.max(high, own + 1), high))
+    return Seen(*each.results)
 
 
 def _bits(k: Kernel, operands: Operands, table: Value, seq: Value, rule: Rule, start: Value, first: Value, n: Value) -> Value:
     """Which rows of the block from `start` on the n-th token from `first` on sees."""
-    seen = _seen(k, operands, table, first + n, seq, rule)
+    seen = seen_of(k, operands, table, first + n, seq, rule)
     return below(k, seen.hi - start) & below(k, seen.lo - start).invert()
 
 
-def _span(k: Kernel, tile: Tile, operands: Operands, table: Value, seq: Value, rule: Rule) -> Seen:
+def span_of(k: Kernel, operands: Operands, table: Value, tile: Tile, seq: Value, rule: Rule) -> Seen:
     """All that any of a tile's tokens sees of a sequence."""
     with k.loop(0, tile.n_tokens, 1, [k.i64(NEVER), k.i64(0)]) as each:
-        seen = _seen(k, operands, table, tile.token + each.i, seq, rule)
+        seen = seen_of(k, operands, table, tile.token + each.i, seq, rule)
         each.next(k.min(each.values[0], seen.lo), k.max(each.values[1], seen.hi))
     return Seen(*each.results)

@@ -14,7 +14,6 @@ from typing import Any
 from tensorgraph.backends.cpu.ir import F32, I8, I16, I32, I64, Value
 from tensorgraph.backends.cpu.kernel import Buffer, Call, Context, Kernel, Ref
 from tensorgraph.backends.cpu.operands import Operand, Row
-from tensorgraph.backends.cpu.state_calls import n_sequences
 from tensorgraph.dims import Guard, maximum, product
 from tensorgraph.dtypes import DType
 from tensorgraph.graph import Node
@@ -23,8 +22,8 @@ from tensorgraph.ops.attention.attend_cpu import stored
 from tensorgraph.ops.attention.attend_rows_cpu import as_number
 from tensorgraph.ops.attention.dense_tiles_cpu import transposed
 from tensorgraph.ops.attention.listed_rows_cpu import list_stride, listing_call
-from tensorgraph.ops.attention.paged_cpu import HEAD, Heads, Operands, Seen, emit_combine, seen_rows, token_of
-from tensorgraph.ops.attention.paged_tiles_cpu import NEVER
+from tensorgraph.ops.attention.paged_cpu import HEAD, Heads, Operands, Seen, emit_combine, token_of
+from tensorgraph.ops.attention.paged_tiles_cpu import NEVER, seen_of, sequences_of, span_of
 from tensorgraph.ops.attention.stored_rows_cpu import Finder, L
 from tensorgraph.ops.attention.tiles_cpu import (
     BLOCK,
@@ -96,6 +95,11 @@ class Segment:
     listed: Operand | None
     stride: int
 
+    @property
+    def table(self) -> Value:
+        assert self.keys.table is not None
+        return self.keys.table
+
 
 def _segments(operands: Operands, h: Heads, strides: Sequence[int]) -> list[Segment]:
     found = []
@@ -148,7 +152,7 @@ def emit_row_slices(k: Kernel, operands: Operands, *, heads: Heads, strides: Seq
                 _through_list(k, h, tile, operands, segment, kv_head, lists, partial(_slice, k, number))
                 continue
             seq, _ = token_of(k, operands, t)
-            seen = _seen(k, operands, segment, t, seq)
+            seen = seen_of(k, operands, segment.table, t, seq, segment.rule)
             begin = seen.lo // L * L
             start, stop = _slice(k, number, k.max(seen.hi - begin, 0))
             _through_pages(k, h, tile, segment, kv_head, seq, Seen(begin + start, begin + stop), partial(_same, seen))
@@ -166,30 +170,18 @@ def _slice(k: Kernel, number: Value, n: Value) -> tuple[Value, Value]:
     return k.min(number * each, n), k.min((number + 1) * each, n)
 
 
-def _seen(k: Kernel, operands: Operands, segment: Segment, token: Value, seq: Value) -> Seen:
-    """What a token sees of a sequence: nothing of another's, or of one that is not there."""
-    assert segment.keys.table is not None
-    own, pos = token_of(k, operands, token)
-    there = own.eq(seq) & own.below(n_sequences(k, segment.keys.table))
-    seen = seen_rows(k, segment.keys.table, k.select(there, seq, k.i64(0)), pos, segment.rule)
-    some = there & seen.lo.lt(seen.hi)
-    return Seen(k.select(some, seen.lo, k.i64(NEVER)), k.select(some, seen.hi, k.i64(0)))
-
-
 def _by_sequence(k: Kernel, h: Heads, tile: Tile, operands: Operands, segment: Segment, head: Value) -> None:
     """All rows that a tile's tokens see, sequence by sequence."""
-    (first, _), (last, _) = (token_of(k, operands, t) for t in (tile.token, tile.token + tile.n_tokens - 1))
-    with k.loop(k.max(first, 0), k.min(last + 1, n_sequences(k, segment.keys.table))) as each:  # type: ignore[arg-type]
+    table, rule = segment.table, segment.rule
+    sequences = sequences_of(k, operands, table, tile)
+    with k.loop(sequences.lo, sequences.hi) as each:
         each.next()
+        span = span_of(k, operands, table, tile, each.i, rule)
 
         def seen(n: Value) -> Seen:
-            return _seen(k, operands, segment, tile.token + n, each.i)
+            return seen_of(k, operands, table, tile.token + n, each.i, rule)
 
-        with k.loop(0, tile.n_tokens, 1, [k.i64(NEVER), k.i64(0)]) as tokens:
-            one = seen(tokens.i)
-            tokens.next(k.min(tokens.values[0], one.lo), k.max(tokens.values[1], one.hi))
-        lo, hi = tokens.results
-        _through_pages(k, h, tile, segment, head, each.i, Seen(lo // L * L, hi), seen)
+        _through_pages(k, h, tile, segment, head, each.i, Seen(span.lo // L * L, span.hi), seen)
 
 
 def _through_pages(

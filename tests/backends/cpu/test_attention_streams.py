@@ -95,13 +95,15 @@ def test_rows_are_read_in_place() -> None:
     assert [name for name in executable(SEGMENTS, "reference").needed if name.startswith("rows.")]
 
 
-def test_a_sequence_that_is_not_in_the_batch_sees_nothing() -> None:
-    history = History(SEGMENTS, "cpu", np.random.default_rng(1))
+@pytest.mark.parametrize("name", ["segments", "segments of wide groups", "latent", "by pages"])
+def test_a_sequence_that_is_not_in_the_batch_sees_nothing(name: str) -> None:
+    attention = CASES[name]
+    history = History(attention, "cpu", np.random.default_rng(1))
     with history.store.begin([(seq, 20) for seq in history.seqs]) as step:
-        inputs, dims = SEGMENTS.inputs(step, history.rng)
+        inputs, dims = attention.inputs(step, history.rng)
         inputs["seqs"] = inputs["seqs"].copy()
         inputs["seqs"][[3, 21, 39]] = -1, 2, 1 << 30
-        y, wanted = (executable(SEGMENTS, b).run(inputs, state=step, dims=dims)["y"] for b in ("cpu", "reference"))
+        y, wanted = (executable(attention, b).run(inputs, state=step, dims=dims)["y"] for b in ("cpu", "reference"))
         np.testing.assert_allclose(y, wanted, rtol=0, atol=1e-5)
         assert not y[[3, 21, 39]].any() and y[[4, 20, 38]].any(axis=(1, 2)).all()
 
