@@ -17,6 +17,7 @@ COMMANDS = {
     **{name: f"{name}:{name}" for name in ("run", "embed", "logits", "tokenize", "inspect", "plan")},
     "check-node": "check_node:check_node",
     **{"bench": "bench.command:bench", "quality": "quality:quality", "profile": "profile:profile"},
+    "lowerings": "lowerings:lowerings",
     **{"test-ops": "test_ops:test_ops", "ops": "ops:ops"},
     "new-op": "new_op:new_op",
     **{"synth": "synth.command:synth", "quantize": "quantize:quantize"},

@@ -41,6 +41,7 @@ def logits(
     backend: options.Backend = options.BACKEND,
     kv_type: options.KvType = "f16",
     exact: options.Exact = False,
+    lowering: options.Lowering = None,
     packed_cache: options.PackedCache = False,
     as_json: options.Json = False,
 ) -> None:
@@ -59,14 +60,15 @@ def logits(
 
     from tensorgraph.compiler import CompileOptions
     from tensorgraph.models.text.model import load
+    from tensorgraph.tools.lowerings import checked
 
     sequences = [read_ids(name) for name in ids]
     if not out.parent.is_dir() or out.is_dir():  # said before the work is done
         raise InputError(f"[logits] wanted --out as a file in a folder that is there; got {str(out)!r}")
     with options.working("loading"):
-        chosen = CompileOptions(exact=exact)
+        chosen = CompileOptions(exact=exact, lowerings=tuple(lowering or ()))
         loaded = load(model, backend=backend, kv_type=kv_type, options=chosen, threads=count, packed_cache=packed_cache)
-    with loaded:
+    with checked(loaded):
         results = evaluate(loaded, sequences, prefill, chunk, ("logits", *(dump or [])))
     arrays: dict[str, Any] = {}
     for i, values in enumerate(results):

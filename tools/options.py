@@ -30,6 +30,7 @@ HELP = {
     "exact": "Keep activations in f32, and weights as they are; the reference backend always does.",
     "packed_cache": "Keep the repacked weights of a GGUF file in the cache folder, and map them from there at later starts.",
     "json": "Print one JSON object.",
+    "lowering": "A form to take wherever there is one of that name, whatever it costs; may be repeated (tensorgraph lowerings).",
     "fill": "Give tokens that are there before random state instead of evaluating them; a peer evaluates them.",
 }
 
@@ -42,6 +43,7 @@ Backend = Annotated[str, typer.Option(help=HELP["backend"], metavar="NAME")]
 KvType = Annotated[str, typer.Option(help=HELP["kv_type"], metavar="TYPE")]
 Threads = Annotated[str, typer.Option("-t", "--threads", help=HELP["threads"], metavar="N|auto")]
 Exact = Annotated[bool, typer.Option("--exact", help=HELP["exact"])]
+Lowering = Annotated[list[str] | None, typer.Option("--lowering", help=HELP["lowering"], metavar="FORM", show_default=False)]
 PackedCache = Annotated[bool, typer.Option("--packed-cache", help=HELP["packed_cache"])]
 Filling = Literal["random"]
 Fill = Annotated[Filling | None, typer.Option(help=HELP["fill"])]

@@ -46,6 +46,7 @@ def profile(
     backend: options.Backend = options.BACKEND,
     kv_type: options.KvType = "f16",
     exact: options.Exact = False,
+    lowering: options.Lowering = None,
     as_json: options.Json = False,
 ) -> None:
     """Take the time of every call of a step, inside the native loop: a prompt's (pp), and those of single tokens (tg).
@@ -75,6 +76,7 @@ def profile(
     from tensorgraph.tools.bench.cases import cases
     from tensorgraph.tools.bench.command import progress
     from tensorgraph.tools.bench.ours import describe
+    from tensorgraph.tools.lowerings import checked
 
     devices = get_devices(backend)
     if not any(isinstance(device, Timed) for device in devices):
@@ -82,13 +84,14 @@ def profile(
     n_threads = machine.cores() if count == options.AUTO else count
     with progress() as say:
         say("loading")
-        with load(model, backend=devices, kv_type=kv_type, options=CompileOptions(exact=exact), threads=count) as loaded:
+        how = CompileOptions(exact=exact, lowerings=tuple(lowering or ()))
+        with checked(load(model, backend=devices, kv_type=kv_type, options=how, threads=count)) as loaded:
             wanted, limit = cases([prompt], [tokens], [depth]), loaded.model.context
             if max(case.end for case in wanted) > limit:
                 raise InputError(f"[profile] the context of {model} holds {limit} tokens; wanted {max(c.end for c in wanted)}")
             found, roofs = measure(loaded, wanted, rounds, None if no_roofs else n_threads, say, fill is not None)
             about = {"model": {"name": model, **describe(loaded)}, "backend": backend, "threads": threads, "n_threads": n_threads}
-    about |= {"kv_type": kv_type, "exact": exact, "fill": fill, "by": by, **machine.describe()}
+    about |= {"kv_type": kv_type, "exact": exact, "fill": fill, "lowerings": lowering or [], "by": by, **machine.describe()}
     if not all(steps.n_calls for steps in found):
         raise UnsupportedError(f"[profile] wanted steps that a native loop runs; those of {model} run elsewhere with {backend}")
     tables = [(steps, steps.groups(by, exact)) for steps in found]  # type: ignore[arg-type]

@@ -41,6 +41,7 @@ def run(
     backend: options.Backend = options.BACKEND,
     kv_type: options.KvType = "f16",
     exact: options.Exact = False,
+    lowering: options.Lowering = None,
     packed_cache: options.PackedCache = False,
     as_json: options.Json = False,
     stats: Annotated[bool, typer.Option("--stats", help="Also print plans, copies, code, threads, state and arena.")] = False,
@@ -67,6 +68,7 @@ def run(
     from tensorgraph.compiler import CompileOptions
     from tensorgraph.models.text.model import load
     from tensorgraph.models.text.sampling import Sampler
+    from tensorgraph.tools.lowerings import checked
 
     sampler = Sampler(temp, top_k, top_p, min_p, repeat_penalty, seed=seed)
     talks = chat and prompt is None and sys.stdin.isatty()
@@ -80,9 +82,9 @@ def run(
         raise InputError("[run] --system goes with --chat")
     before = [{"role": "system", "content": system}] if system is not None else []
     with options.working("loading"):
-        chosen = CompileOptions(exact=exact)
+        chosen = CompileOptions(exact=exact, lowerings=tuple(lowering or ()))
         loaded = load(model, backend=backend, kv_type=kv_type, options=chosen, threads=count, packed_cache=packed_cache)
-    with loaded:
+    with checked(loaded):
         if check is not None:
             from tensorgraph.tools.run_check import Wanted
             from tensorgraph.tools.run_check import check as check_model

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -20,6 +20,7 @@ from tensorgraph.backends.cpu.executor import Executor, ThreadCounters, usable_c
 from tensorgraph.backends.cpu.grouping import group_nodes
 from tensorgraph.backends.cpu.jit import Jit
 from tensorgraph.backends.cpu.kernel import Call, Context, Kernel, NodeKernel, code_of
+from tensorgraph.backends.cpu.measured import all_kept
 from tensorgraph.backends.cpu.operands import is_stored
 from tensorgraph.backends.cpu.packing import Packing
 from tensorgraph.backends.cpu.program import Program, Recipe, write_kernel
@@ -176,7 +177,8 @@ class CpuDevice(Device):
                     found[node] = "dense"
             return found[node]
 
-        context = Context(self.target, bool(options is not None and options.exact), layout, layouts)
+        forced = options.lowerings if options is not None else ()
+        context = Context(self.target, bool(options is not None and options.exact), layout, layouts, forced)
         return group_nodes(nodes, graph, context, fuse=options is None or options.fuse)
 
     def upload(self, array: np.ndarray, dtype: DType, *, constant: bool = False, layout: str = "dense") -> Any:
@@ -189,7 +191,7 @@ class CpuDevice(Device):
         from tensorgraph.backends.cpu.kept_plans import KeptPlans
 
         disk = self.code.jit.cache
-        return KeptPlans(disk) if disk is not None else PlanCache()
+        return KeptPlans(disk, partial(all_kept, self.target)) if disk is not None else PlanCache()
 
     def keep_packed(self, path: Path, content: mmap.mmap, head_bytes: int, folder: Path | None) -> Callable[[], None]:
         """Take packed constants from disk that an earlier start left there of a mapped model file; what is given keeps those of

@@ -32,24 +32,31 @@ _OTHERS = {("builtins", "frozenset"), ("functools", "partial")}
 
 
 class KeptPlans(PlanCache):
-    """Plans by topology, those that were compiled for one device alone on disk, too."""
+    """Plans by topology, those that were compiled for one device alone on disk, too.
 
-    def __init__(self, disk: CodeCache) -> None:
+    Args:
+        measured: what plans were chosen by beside their graphs, as a text.
+    """
+
+    def __init__(self, disk: CodeCache, measured: Callable[[], str] = lambda: "") -> None:
         super().__init__()
-        self.disk = disk
+        self.disk, self.measured = disk, measured
 
     def make(self, key: str, graph: Graph, devices: Sequence[Device], options: CompileOptions) -> Plan:
         source = source_key() if len(devices) == 1 and not options.verify_passes else None
         if source is None:
             return super().make(key, graph, devices, options)
-        place = hashlib.sha256(f"plan|{source}|{key}".encode()).hexdigest()
-        kept = read_plan(self.disk.get(place))
+
+        def place() -> str:
+            return hashlib.sha256(f"plan|{source}|{key}|{self.measured()}".encode()).hexdigest()
+
+        kept = read_plan(self.disk.get(place()))
         if kept is not None:
             return replace(kept, devices=tuple(devices), literals=graph.literals, options=options)
         plan = super().make(key, graph, devices, options)
         content = plan_content(plan)
         if content is not None:
-            self.disk.put(place, content)
+            self.disk.put(place(), content)  # compiling may have measured something
         return plan
 
 

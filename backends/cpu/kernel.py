@@ -207,6 +207,7 @@ class Context:
     exact: bool  # keep activations in f32
     layout: Callable[[Node], str]  # in which a node is read: "dense" but for constants ("r16") and streams (theirs)
     layouts: Mapping[str, str] = field(default_factory=dict)  # in which streams are held, "rows" where not given
+    lowerings: tuple[str, ...] = ()  # forms to take, whatever they cost
 
 
 Calls = Callable[[Node, Context], Sequence[Call]]
@@ -226,12 +227,14 @@ class NodeKernel:
         supports: for which nodes.
         reads: the layouts, beside dense, in which it can read a constant or a stream that stands in a slot.
         plain: whether calls read the node's inputs and need no buffers, so that they are made only when they are wanted.
+        forms: that `CompileOptions.lowerings` may name.
     """
 
     calls: Calls
     supports: Callable[[Node], bool] = lambda node: True
     reads: Reads = dense_only
     plain: bool = False
+    forms: tuple[str, ...] = ()
 
 
 def cpu_kernel(

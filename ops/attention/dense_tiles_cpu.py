@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from tensorgraph.backends.cpu.ir import F32, I32, I64, Type, Value
+from tensorgraph.backends.cpu.ir import F32, I1, I32, I64, Type, Value
 from tensorgraph.backends.cpu.kernel import Kernel
 from tensorgraph.backends.cpu.operands import Operand
 from tensorgraph.ops.attention.attend import Rule
@@ -117,7 +117,7 @@ def emit_dense_tiles(k: Kernel, operands: Operands, *, heads: Heads) -> None:
         return tile.finish(y)
 
     with each_tile(k, h, k.i64(q.shape[0]), k.i64(units.shape[0])) as (kv_head, head, n_heads, token, n_tokens):
-        attempts(k, token, n_tokens, partial(attend, kv_head, head, n_heads))
+        attempts(k, token, n_tokens, partial(attend, kv_head, head, n_heads), k.const(1, I1))
 
 
 def _bits(

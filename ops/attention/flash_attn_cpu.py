@@ -8,6 +8,7 @@ from tensorgraph.backends.cpu.kernel import Buffer, Call, Context, NodeKernel, R
 from tensorgraph.dims import Guard, maximum, product
 from tensorgraph.graph import Node
 from tensorgraph.ops.attention.attend_cpu import general_calls, general_reads
+from tensorgraph.ops.attention.candidates_cpu import FORMS
 from tensorgraph.ops.attention.flash_attn import flash_attn
 from tensorgraph.ops.attention.paged_cpu import Heads, emit_combine
 from tensorgraph.ops.attention.paged_slices_cpu import emit_slices, kv_heads_at_once, slice_scratch, slices_of
@@ -101,7 +102,7 @@ def calls(node: Node, context: Context) -> Sequence[Call]:
     heads = paged(node, context)
     if heads is None:
         by_row = row_heads(node, context)
-        return general_calls(node, context) if by_row is None else row_calls(node, by_row, FEW)
+        return general_calls(node, context) if by_row is None else row_calls(node, by_row, FEW, context)
     n_tokens = node.shape[0]
     few, many = n_tokens <= FEW, n_tokens > FEW
     made: list[Call] = []
@@ -115,4 +116,4 @@ def calls(node: Node, context: Context) -> Sequence[Call]:
     return made
 
 
-flash_attn.kernels["cpu"] = NodeKernel(calls, reads=reads)
+flash_attn.kernels["cpu"] = NodeKernel(calls, reads=reads, forms=FORMS)

@@ -53,17 +53,18 @@ def emit_lists(k: Kernel, operands: Mapping[str, Operand | None], *, number: int
         n = list_ids(k, segment, token, rows, scratch, bits)
         to = listed.address + token * (stride * 4)
         k.store(k.narrow(n, I32), to)
-        with k.loop(0, (rows.hi - rows.lo + (WORD - 1)) // WORD, 1, [to + 4]) as words:
-            first = words.i * WORD + rows.lo - rows.shift
-            words.next(_write(k, k.load(bits + words.i * 8, I64), first, words.values[0]))
+        write_rows(k, bits, rows.lo - rows.shift, rows.hi - rows.lo, to + 4)
 
 
-def _write(k: Kernel, word: Value, first: Value, to: Value) -> Value:
-    """The numbers of the bits that are set, lowest first; returns where the next one goes."""
-    count = k.unary("ctpop", word)
-    with k.loop(0, count, 1, [word]) as each:
-        left = each.values[0]
-        row = first + k.call("llvm.cttz.i64", I64, left, k.const(0, I1))
-        k.store(k.narrow(row, I32), to + each.i * 4)
-        each.next(left & (left - 1))
-    return to + count * 4
+def write_rows(k: Kernel, bits: Value, first: Value, n: Value, to: Value) -> Value:
+    """Of n bits, which stand for rows from `first` on, the numbers of those that are set, as i32; returns how many they are."""
+    with k.loop(0, (n + (WORD - 1)) // WORD, 1, [k.i64(0)]) as words:
+        word, before = k.load(bits + words.i * 8, I64), words.values[0]
+        count = k.unary("ctpop", word)
+        with k.loop(0, count, 1, [word]) as each:
+            left = each.values[0]
+            row = first + words.i * WORD + k.call("llvm.cttz.i64", I64, left, k.const(0, I1))
+            k.store(k.narrow(row, I32), to + (before + each.i) * 4)
+            each.next(left & (left - 1))
+        words.next(before + count)
+    return words.results[0]

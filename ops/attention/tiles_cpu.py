@@ -129,15 +129,16 @@ def each_tile(k: Kernel, h: Heads, n_tokens: Value, n_units: Value) -> Iterator[
             yield kv_head, kv_head * h.group + skipped, n_heads, token, end - token
 
 
-def attempts(k: Kernel, token: Value, n_tokens: Value, attend: Callable[[Value, Value], Value]) -> None:
-    """All tokens of a tile at once; where that gives a NaN, each of them again by itself: a row that only some of them see may
-    hold an infinite number or NaN, which no weight makes 0. `attend(first, count)` returns whether a result is NaN."""
-    with k.loop(0, n_tokens + 1, 1, [k.const(0, I1)]) as loop:
+def attempts(k: Kernel, token: Value, n_tokens: Value, attend: Callable[[Value, Value], Value], together: Value) -> None:
+    """All tokens of a tile at once, if they go together; else, or where that gives a NaN, each of them by itself: a row that only
+    some of them see may hold an infinite number or NaN, which no weight makes 0. `attend(first, count)` returns whether a result
+    is NaN."""
+    with k.loop(0, n_tokens + 1, 1, [together.invert()]) as loop:
         whole, (again,) = loop.i.eq(0), loop.values
         first, count = k.select(whole, token, token + loop.i - 1), k.select(whole, n_tokens, k.i64(1))
-        wanted = whole | (again & n_tokens.gt(1))
+        wanted = (whole & together) | (whole.invert() & again & (n_tokens.gt(1) | together.invert()))
         (bad,) = k.either(wanted, lambda: [attend(first, count)], lambda: [again])
-        loop.next(k.select(whole, bad, again))
+        loop.next(k.select(whole & together, bad, again))
 
 
 def below(k: Kernel, n: Value) -> Value:
@@ -189,6 +190,10 @@ class Tile:
     def together(self) -> int:
         """Queries that share each load."""
         return queries_at_once(self.k, 1) if self.k.lanes < L else 12
+
+    def slots(self, n: Value) -> Value:
+        """Queries that take as long as n do."""
+        return (n + (self.together - 1)) // self.together * self.together
 
     @property
     def _width(self) -> int:

@@ -43,6 +43,7 @@ def bench(
     backend: options.Backend = options.BACKEND,
     kv_type: options.KvType = "f16",
     exact: options.Exact = False,
+    lowering: options.Lowering = None,
     packed_cache: options.PackedCache = False,
     peer: Annotated[
         str | None, typer.Option(help="Also measure llama.cpp: an interpreter that has llama-cpp-python.", metavar="PYTHON")
@@ -84,7 +85,7 @@ def bench(
         if len(counts) > 1:
             raise InputError(f"[bench] NumPy's BLAS takes its threads once; wanted one -t for {backend}, got {len(counts)}")
         options.limit_threads(counts[0])
-    settings = Settings(wanted, rounds, backend, kv_type, exact, packed_cache, peer, busy, fill)
+    settings = Settings(wanted, rounds, backend, kv_type, exact, packed_cache, peer, busy, fill, tuple(lowering or ()))
     pairs = [Pair(name, other) for name in names for other in peer_models or [name]]
     runs, about = measure_all(settings, [(pair, count) for pair in pairs for count in counts])
     from tensorgraph.tools.bench import report
@@ -123,6 +124,7 @@ class Settings:
         python: the peer's interpreter, None where there is no peer.
         busy: how many other processes keep a core busy meanwhile.
         fill: what state the tokens have that are there before; None: what evaluating them gives.
+        lowerings: forms to take.
     """
 
     cases: list[Case]
@@ -134,6 +136,7 @@ class Settings:
     python: str | None = None
     busy: int = 0
     fill: options.Filling | None = None
+    lowerings: tuple[str, ...] = ()
     errors: list[str] = field(default_factory=list)
 
     def measure(self, pair: Pair, threads: int | None, say: Callable[[str], None], place: str) -> Run:
@@ -151,7 +154,7 @@ class Settings:
             say(f"{place}: {name}, {label} threads: {text}")
 
         told("loading")
-        with open_model(name, self.backend, threads, self.kv_type, self.exact, self.packed_cache) as model:
+        with open_model(name, self.backend, threads, self.kv_type, self.exact, self.packed_cache, self.lowerings) as model:
             if context > model.model.context:
                 raise InputError(f"[bench] the context of {name} holds {model.model.context} tokens; wanted {context}")
             ours, vocab_size = Ours(model, context, self.fill is not None), model.model.vocab_size
@@ -201,7 +204,7 @@ def measure_all(
     from tensorgraph.tools.bench.busy import busy
 
     about = {"rounds": settings.rounds, "kv_type": settings.kv_type, "exact": settings.exact, "busy": settings.busy}
-    about |= {"packed_cache": settings.packed_cache, "fill": settings.fill}
+    about |= {"packed_cache": settings.packed_cache, "fill": settings.fill, "lowerings": settings.lowerings}
     about |= machine.describe()
     runs: list[Run] = []
     with busy(settings.busy), progress() as say:

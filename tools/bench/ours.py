@@ -21,19 +21,29 @@ from tensorgraph.state import StateSpec
 from tensorgraph.tools.bench.cases import Case, Kind
 from tensorgraph.tools.bench.peer import wait_until_quiet
 from tensorgraph.tools.bench.rounds import Round
+from tensorgraph.tools.lowerings import checked
 from tensorgraph.tools.plan import step_dims
 
 FILLED = 2048
 """Tokens whose rows are drawn at once."""
 
 
-def open_model(path: str, backend: str, threads: int | None, kv_type: str, exact: bool, packed_cache: bool = False) -> TextModel:
+def open_model(
+    path: str,
+    backend: str,
+    threads: int | None,
+    kv_type: str,
+    exact: bool,
+    packed_cache: bool = False,
+    lowerings: Sequence[str] = (),
+) -> TextModel:
     """The model as it is measured, with so many threads (None: as many as the backend likes).
 
     The reference backend is always exact, and takes its threads from NumPy's BLAS, which was told before it was imported.
     """
-    how = CompileOptions(exact=exact)
-    return load(path, backend=backend, kv_type=kv_type, options=how, threads=threads or "auto", packed_cache=packed_cache)
+    how = CompileOptions(exact=exact, lowerings=tuple(lowerings))
+    model = load(path, backend=backend, kv_type=kv_type, options=how, threads=threads or "auto", packed_cache=packed_cache)
+    return checked(model)
 
 
 class Ours:
