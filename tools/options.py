@@ -31,7 +31,7 @@ HELP = {
     "packed_cache": "Keep the repacked weights of a GGUF file in the cache folder, and map them from there at later starts.",
     "json": "Print one JSON object.",
     "lowering": "A form to take wherever there is one of that name, whatever it costs; may be repeated (tensorgraph lowerings).",
-    "fill": "Give tokens that are there before random state instead of evaluating them; a peer evaluates them.",
+    "fill": "Give tokens that are there before random state instead of evaluating them; a peer repeats the state of 128.",
 }
 
 AUTO: Literal["auto"] = "auto"

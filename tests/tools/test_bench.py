@@ -175,6 +175,32 @@ def test_the_peer_does_what_ours_does(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.usefixtures("fixed_roofs")
+def test_a_peer_repeats_state_where_ours_is_random(tmp_path: Path) -> None:
+    """The first 128 tokens are evaluated, their state is put behind them once more, and what is left is evaluated again."""
+    fake = FakePeer(tmp_path)
+    options = ("-p", 2, "-n", 0, "-d", 300, "-r", 1, "--fill", "random", "--peer", fake.python)
+    (run,) = as_json("bench", gguf("deepseek_v3"), *REFERENCE, *options)["runs"]
+    assert [(c["n_seq_max"], c["kv_unified"]) for c in fake.notes("n_ctx")] == [(2, True)] * 2
+    first, second = ([note for note in fake.notes("rows") if note["context"] == context] for context in (1, 2))
+    for decodes in (first, second):
+        starts = [(note["rows"][0][1], len(note["rows"])) for note in decodes[:2]]
+        assert starts == [(0, 128), (256, 44)]
+    repeated = fake.notes("repeated")
+    assert [note["context"] for note in repeated] == [1, 2]
+    before = [[128 + row[1], row[0]] for row in first[0]["rows"]]
+    assert repeated[0]["repeated"] == before == repeated[1]["repeated"]
+    assert second[-1]["rows"][0][1] == 300 and run["cases"][0]["peer"]["seconds"] == [0.5]
+
+
+@pytest.mark.usefixtures("fixed_roofs")
+@pytest.mark.parametrize(("mode", "said"), [("other state", "positions of tokens do not stand in it"), ("full", "does not take a state")])
+def test_a_peer_whose_state_cannot_be_repeated(mode: str, said: str, tmp_path: Path) -> None:
+    options = ("-p", 2, "-n", 0, "-d", 300, "-r", 1, "--fill", "random", "--peer", FakePeer(tmp_path, mode).python)
+    result = tg("bench", gguf("deepseek_v3"), *REFERENCE, *options)
+    assert result.exit_code == 1 and said in result.stderr
+
+
+@pytest.mark.usefixtures("fixed_roofs")
 def test_a_peer_without_flash_attention_goes_without(tmp_path: Path) -> None:
     fake = FakePeer(tmp_path, "no flash")
     (run,) = as_json("bench", gguf("llama"), *REFERENCE, "-p", 2, "-n", 0, "-r", 1, "--peer", fake.python)["runs"]

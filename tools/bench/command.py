@@ -180,7 +180,7 @@ class Settings:
         if self.python is None:
             return None
         try:
-            peer = Peer(self.python, find_model(name), threads, context, self.kv_type)
+            peer = Peer(self.python, find_model(name), threads, context, self.kv_type, self.fill is not None)
         except PeerError as error:
             self._lose(error)
             return None

@@ -10,11 +10,13 @@ import ctypes
 import importlib
 import json
 import os
+import struct
 import sys
 import time
 from typing import Any
 
 BATCH = 512
+REPEATED = 128  # tokens
 KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "bf16": 30}
 FLASH_ATTN = {"off": 0, "on": 1}
 LOG_ERROR = 4
@@ -32,11 +34,19 @@ def wait_until_quiet(limit_s: float = 1.0, step_s: float = 0.02) -> bool:
             return False
 
 
-class Llama:
-    """A model with a context for each setting of flash attention that it takes; the faster one is used, by kind of round."""
+def positions(start: int, n: int) -> bytes:
+    """How llama.cpp writes down the tokens of one sequence: the position, and that there is one sequence, number 0."""
+    return b"".join(struct.pack("<3i", start + i, 1, 0) for i in range(n))
 
-    def __init__(self, api: Any, path: str, threads: int, context: int, kv_type: str) -> None:
-        self.api, self.depth, self.prefix = api, 0, [0]
+
+class Llama:
+    """A model with a context for each setting of flash attention that it takes; the faster one is used, by kind of round.
+
+    `copies`: of what comes before rounds only the beginning is evaluated; the rest are copies of its state.
+    """
+
+    def __init__(self, api: Any, path: str, threads: int, context: int, kv_type: str, copies: bool = False) -> None:
+        self.api, self.depth, self.prefix, self.copies = api, 0, [0], copies
         self.best: dict[str, str] = {}
         self.said: list[str] = []
         self._log = api.llama_log_callback(self._keep_error)
@@ -59,6 +69,8 @@ class Llama:
             given.type_k = given.type_v = KV_TYPES[kv_type]
             given.offload_kqv = given.op_offload = False
             given.no_perf = True
+            if copies:  # which come in by a second sequence of the same memory
+                given.n_seq_max, given.kv_unified = 2, True
             if hasattr(given, "flash_attn_type"):
                 given.flash_attn_type = value
             else:
@@ -97,9 +109,35 @@ class Llama:
             self._fill(name)
 
     def _fill(self, name: str) -> None:
-        self.api.llama_memory_clear(self.api.llama_get_memory(self.contexts[name]), True)
-        if self.prefix:
-            self._decode(name, "pp", self.prefix, 0)
+        memory = self.api.llama_get_memory(self.contexts[name])
+        self.api.llama_memory_clear(memory, True)
+        start = min(REPEATED, len(self.prefix)) if self.copies else 0
+        if start:
+            self._decode(name, "pp", self.prefix[:start], 0)
+            start = self._copy(name, start)
+        if self.prefix[start:]:
+            self._decode(name, "pp", self.prefix[start:], start)
+
+    def _copy(self, name: str, n: int) -> int:
+        """Repeat the state of the first n tokens, at the positions that follow, as often as the prefix has room for; returns how
+        many tokens are there then."""
+        api, context = self.api, self.contexts[name]
+        memory, size = api.llama_get_memory(context), api.llama_state_seq_get_size(context, 0)
+        buffer = (ctypes.c_uint8 * size)()
+        written = api.llama_state_seq_get_data(context, buffer, size, 0)
+        state = bytes(buffer)[:written]
+        if positions(0, n) not in state:
+            raise RuntimeError("llama.cpp's state is not as it is known: positions of tokens do not stand in it")
+        for start in range(n, len(self.prefix) - n + 1, n):
+            ctypes.memmove(buffer, state.replace(positions(0, n), positions(start, n)), len(state))
+            if not api.llama_state_seq_set_data(context, buffer, len(state), 1):
+                raise RuntimeError(self._with_errors("llama.cpp does not take a state"))
+            api.llama_memory_seq_cp(memory, 1, 0, -1, -1)
+            api.llama_memory_seq_rm(memory, 1, -1, -1)
+        held = api.llama_memory_seq_pos_max(memory, 0) + 1
+        if held != len(self.prefix) // n * n:
+            raise RuntimeError(f"llama.cpp holds {held} tokens after their state was repeated; wanted {len(self.prefix) // n * n}")
+        return held
 
     def warm_up(self, kind: str, ids: list[int]) -> dict[str, float]:
         """A round in every context, in seconds; later rounds of the kind run where it took least."""

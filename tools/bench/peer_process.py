@@ -34,10 +34,11 @@ class Peer:
 
     Args:
         python: an interpreter whose environment has llama-cpp-python.
+        copies: whether of what comes before rounds only the beginning is evaluated, and its state repeated.
     Raises: PeerError.
     """
 
-    def __init__(self, python: str, model: Path, threads: int, context: int, kv_type: str) -> None:
+    def __init__(self, python: str, model: Path, threads: int, context: int, kv_type: str, copies: bool = False) -> None:
         self._errors = tempfile.TemporaryFile()
         kept = {k: v for k, v in os.environ.items() if not k.startswith(OTHERS_SETTINGS)}
         try:
@@ -54,7 +55,8 @@ class Peer:
             self._errors.close()
             raise PeerError(f"[peer] {python} cannot be started: {error.strerror or error}") from error
         try:
-            self.about = self._ask(do="load", path=str(model), threads=threads, context=context, kv_type=kv_type)
+            settings = {"threads": threads, "context": context, "kv_type": kv_type, "copies": copies}
+            self.about = self._ask(do="load", path=str(model), **settings)
         except BaseException:
             self.close()
             raise
