@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tensorgraph.dims import Extent, Shape, divide_exact, shape_text
+from tensorgraph.dims import Bindings, Extent, Shape, divide_exact, evaluate, shape_text
 from tensorgraph.dtypes import DType, f32
 from tensorgraph.errors import AttributeValueError, DTypeError, GraphError, ShapeError
 from tensorgraph.graph import Node
-from tensorgraph.op import Attr, Op
+from tensorgraph.op import Attr, Op, node_bytes
 from tensorgraph.ops.attention.attend import Rule, attend
 from tensorgraph.ops.cases import INTS, a_type, indices
 from tensorgraph.source import source_line
@@ -163,8 +163,22 @@ def flops(node: Node) -> Extent:
     n_tokens, n_heads, d_v = node.shape
     rows: Extent = 0
     for i in range(len(node.attrs["segments"])):
-        rows = rows + node.inputs[node.slots.index(f"k{i}")].shape[0]
+        ids = node.at(f"ids{i}")
+        rows = rows + (node.inputs[node.slots.index(f"k{i}")].shape[0] if ids is None else ids.shape[1])
     return n_tokens * n_heads * rows * (node.inputs[0].shape[2] + d_v) * 2
+
+
+@flash_attn.bytes_moved
+def bytes_moved(node: Node, dims: Bindings) -> int:
+    """Of rows that are listed as many as are, each once."""
+    total = sum(node_bytes(x, dims) for x in (node, *node.inputs))
+    for i in range(len(node.attrs["segments"])):
+        ids = node.at(f"ids{i}")
+        for rows in (node.at(f"k{i}"), node.at(f"v{i}")):
+            if ids is not None and rows is not None:
+                n_rows = evaluate(rows.shape[0], dims)
+                total -= node_bytes(rows, dims) // max(n_rows, 1) * max(0, n_rows - evaluate(ids.size, dims))
+    return total
 
 
 @flash_attn.law

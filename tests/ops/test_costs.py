@@ -5,6 +5,7 @@ from __future__ import annotations
 from tensorgraph import registry
 from tensorgraph.dims import Dim
 from tensorgraph.graph import constant, input
+from tensorgraph.ops.attention import Segment
 
 T = Dim("T", 64)
 
@@ -31,3 +32,14 @@ def test_other_ops_touch_everything_once() -> None:
     cost = op.cost(op(constant("w", shape=(32, 64), dtype="q8_0"), input("x", [T, 64])), {"T": 5})
     assert cost.size_bytes == 32 * 2 * 34 + 5 * 64 * 4 + 5 * 32 * 4
     assert cost.flops == 5 * 32 * 64 * 2
+
+
+def test_flash_attn_reads_the_rows_that_are_listed() -> None:
+    rows = Dim("S", 1000)
+    op, k, ids = registry.ops.get("flash_attn"), input("k", [rows, 1, 24], "f16"), input("ids", [T, 10], "i32")
+    q, dense = input("q", [T, 8, 24]), Segment(input("all", [rows, 1, 24], "f16"))
+    node = op(q, Segment(k, ids=ids), dense, scale=1.0, d_v=16)
+    row, of_token = 24 * 2, 8 * 24 * 4 + 8 * 16 * 4 + 10 * 4
+    assert op.cost(node, {"T": 3, "S": 1000}).size_bytes == 3 * of_token + (30 + 1000) * row
+    assert op.cost(node, {"T": 64, "S": 300}).size_bytes == 64 * of_token + (300 + 300) * row  # each once
+    assert op.cost(node, {"T": 3, "S": 1000}).flops == 3 * 8 * (10 + 1000) * (24 + 16) * 2

@@ -89,7 +89,8 @@ class Ours:
     def token_bytes(self, case: Case) -> int:
         """Bytes that a step of one token reads at least, in the middle of a case: weights, and rows of state.
 
-        Of a table its row and of experts those that are chosen; of a stream all rows that the step sees, once.
+        Of a table its row and of experts those that are chosen; of a stream all rows that the step sees, once, or as many as it has
+        listed.
         """
         plan = self._session.plan
         middle = Extents(context=case.depth + (case.tokens + 1) // 2)
@@ -99,10 +100,14 @@ class Ours:
         for node in plan.active(plan.choose(dims)):
             if node.op in STRUCTURAL:
                 continue
-            streams |= {i.base.name: node_bytes(i.base, dims) for i in node.inputs if i.base.op in ("read", "append")}
+            touched = registry.ops.get(node.op).cost(node, dims).size_bytes
+            passing = sum(node_bytes(i, dims) for i in (node, *node.inputs) if i.base.op != "constant")
+            held = {i.base for i in node.inputs if i.base.op in ("read", "append")}
+            for stream in held:
+                read = node_bytes(stream, dims) - max(0, passing - touched) // len(held)
+                streams[stream.name] = max(streams.get(stream.name, 0), read)
             if any(i.base.op == "constant" for i in node.inputs):
-                passing = sum(node_bytes(i, dims) for i in (node, *node.inputs) if i.base.op != "constant")
-                weights += max(0, registry.ops.get(node.op).cost(node, dims).size_bytes - passing)
+                weights += max(0, touched - passing)
         return weights + sum(streams.values())
 
     def close(self) -> None:
