@@ -71,7 +71,8 @@ def reference(
 
 @index_top_k.flops
 def flops(node: Node) -> Extent:
-    q, k = node.inputs[0], node.inputs[1]
+    q, k = node.at("q"), node.at("k")
+    assert q is not None and k is not None
     return q.size * k.shape[0] * 2
 
 

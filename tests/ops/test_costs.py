@@ -43,3 +43,12 @@ def test_flash_attn_reads_the_rows_that_are_listed() -> None:
     assert op.cost(node, {"T": 3, "S": 1000}).size_bytes == 3 * of_token + (30 + 1000) * row
     assert op.cost(node, {"T": 64, "S": 300}).size_bytes == 64 * of_token + (300 + 300) * row  # each once
     assert op.cost(node, {"T": 3, "S": 1000}).flops == 3 * 8 * (10 + 1000) * (24 + 16) * 2
+
+
+def test_index_top_k_multiplies_every_head_with_every_key() -> None:
+    rows = Dim("S", 1000)
+    op = registry.ops.get("index_top_k")
+    given = {"k": input("k", [rows, 24], "f16"), "q": input("q", [T, 8, 24]), "w": input("w", [T, 8])}
+    given |= {name: input(name, [T if name[0] == "q" else rows], "i32") for name in ("q_pos", "q_seq", "k_pos", "k_seq")}
+    node = op.apply(given, op.check_attrs({"top_k": 5}))  # as a pattern that is replaced may order them
+    assert op.cost(node, {"T": 3, "S": 500}).flops == 3 * 8 * 24 * 500 * 2
