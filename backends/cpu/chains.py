@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tensorgraph.backends.cpu.elementwise import Read, common_shape, elementwise_call, kernel_of
@@ -36,7 +36,7 @@ def find_chains(
         condition: only nodes of the same one are joined.
         taken: nodes that are in other groups.
     """
-    search = _Search(nodes, condition)
+    search = Search(nodes, condition)
     for node in nodes:
         kernel = kernel_of(node) if node not in taken else None
         if kernel is not None:
@@ -52,12 +52,21 @@ class _Chain:
     last: int
 
 
-class _Search:
-    """The chains so far; every node that may be in one is in some, alone at first."""
+class Search:
+    """The chains so far; every node that may be in one is in some, alone at first.
 
-    def __init__(self, nodes: Sequence[Node], condition: Mapping[Node, Hashable]) -> None:
+    Args:
+        is_one: whether nodes, in order, may be one chain; that of element-wise nodes where None.
+    """
+
+    def __init__(
+        self,
+        nodes: Sequence[Node],
+        condition: Mapping[Node, Hashable],
+        is_one: Callable[[Sequence[Node]], bool] | None = None,
+    ) -> None:
         self.place = {node: i for i, node in enumerate(nodes)}
-        self.condition = condition
+        self.condition, self.is_one = condition, is_one or self._is_one
         self.chain: dict[Node, _Chain] = {}
         self.reads: dict[Node, tuple[Read, ...]] = {}
 
@@ -82,7 +91,7 @@ class _Search:
 
     def _may_join(self, a: _Chain, b: _Chain) -> bool:
         nodes = sorted((*a.nodes, *b.nodes), key=self.place.__getitem__)
-        return len(nodes) <= MOST_STEPS and self._is_one(nodes) and not self._goes_round(a, b)
+        return self.is_one(nodes) and not self._goes_round(a, b)
 
     def _is_one(self, nodes: Sequence[Node]) -> bool:
         """Whether one call can compute them: one size and condition, and all read of one another is read in row order."""
@@ -96,7 +105,7 @@ class _Search:
                         return False
                 else:
                     outside.add(read)
-        return len(outside) <= MOST_READS and common_shape(nodes, self.reads.__getitem__) is not None
+        return len(nodes) <= MOST_STEPS and len(outside) <= MOST_READS and common_shape(nodes, self.reads.__getitem__) is not None
 
     def _goes_round(self, a: _Chain, b: _Chain) -> bool:
         """Whether b, which reads a, also reads something else that needs a."""

@@ -10,6 +10,7 @@ from tensorgraph.backends.cpu.chains import chain_group, find_chains
 from tensorgraph.backends.cpu.fusion import Scope, conditions, finders, in_order
 from tensorgraph.backends.cpu.group import CpuGroup, PlainGroup, make_group
 from tensorgraph.backends.cpu.kernel import Context, NodeKernel
+from tensorgraph.backends.cpu.row_programs import find_row_programs
 from tensorgraph.backends.cpu.state_calls import state_calls
 from tensorgraph.graph import Graph, Node
 from tensorgraph.memory import Group
@@ -40,6 +41,9 @@ def group_nodes(nodes: Sequence[Node], graph: Graph, context: Context, *, fuse: 
         for group in find(scope):
             found.append(group)
             scope.taken.update(group.nodes)
+    for group in find_row_programs(nodes, graph, conditioned, scope.taken, context, partial(group_nodes, fuse=True)):
+        found.append(group)
+        scope.taken.update(group.nodes)
     for chain in find_chains(nodes, graph, conditioned, scope.taken):
         found.append(chain_group(chain, graph))
         scope.taken.update(chain)

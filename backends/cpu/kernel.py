@@ -63,6 +63,7 @@ class Kernel(Function):
         self.lanes = target.vector_bytes // 4
         self._next_slot = len(HEADER)
         self.messages: list[str] = []
+        self._taken_bytes = 0  # of scratch
 
     def slot(self) -> Value:
         """The next entry of `args`: an address."""
@@ -76,7 +77,16 @@ class Kernel(Function):
         """Memory of this thread's own, as many bytes as the kernel's call asks for; it keeps what is in it between chunks of a
         step. Its address is a multiple of 64."""
         stride = self.load(self._header(HEADER.index("scratch stride")), I64)
-        return self._header(HEADER.index("scratch")) + self.thread * stride
+        return self._header(HEADER.index("scratch")) + (self.thread * stride + self._taken_bytes)
+
+    @contextmanager
+    def alone(self, taken_bytes: int) -> Iterator[None]:
+        """What is written in the block does all of its work itself, with scratch behind so many bytes."""
+        before = self.chunk, self.chunks
+        self.chunk, self.chunks, self._taken_bytes = self.i64(0), self.i64(1), taken_bytes
+        yield
+        self.chunk, self.chunks = before
+        self._taken_bytes = 0
 
     def refuse(self, condition: Value, message: str, *values: Int) -> None:
         """Where the condition holds, the run ends with an InputError of this message, `{0}`, `{1}`, `{2}` being the values; what
@@ -226,6 +236,7 @@ class NodeKernel:
         calls: the calls it takes.
         supports: for which nodes.
         reads: the layouts, beside dense, in which it can read a constant or a stream that stands in a slot.
+        by_row: for which nodes row i is made of rows i alone, where `Op.row_inputs` does not say so.
         plain: whether calls read the node's inputs and need no buffers, so that they are made only when they are wanted.
         forms: that `CompileOptions.lowerings` may name.
     """
@@ -235,6 +246,7 @@ class NodeKernel:
     reads: Reads = dense_only
     plain: bool = False
     forms: tuple[str, ...] = ()
+    by_row: Callable[[Node], bool] = lambda node: False
 
 
 def cpu_kernel(
@@ -245,6 +257,7 @@ def cpu_kernel(
     scratch: Callable[[Node], int] = lambda node: 0,
     supports: Callable[[Node], bool] = lambda node: True,
     known: bool = False,
+    by_row: Callable[[Node], bool] = lambda node: False,
 ) -> Callable[[Emit], Emit]:
     """Declares an op's kernel: `emit(k, *inputs, y, **attrs)` with operands as the op's signature orders them (None where
     absent); of an op without a signature `emit(k, slots, y, **attrs)` with a mapping. The attribute `shape` is left out: it is
@@ -256,6 +269,7 @@ def cpu_kernel(
         scratch: bytes that each thread needs, at the largest extents.
         supports: which nodes it can compute.
         known: extents and strides are written into the code; else only the stride of the last axis where it is 0 or 1.
+        by_row: as of a `NodeKernel`.
     """
 
     def declare(emit: Emit) -> Emit:
@@ -278,7 +292,7 @@ def cpu_kernel(
                 )
             ]
 
-        op.kernels["cpu"] = NodeKernel(calls, supports, plain=True)
+        op.kernels["cpu"] = NodeKernel(calls, supports, plain=True, by_row=by_row)
         return emit
 
     return declare

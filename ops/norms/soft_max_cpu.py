@@ -11,7 +11,7 @@ from tensorgraph.backends.cpu.operands import Operand, Row
 from tensorgraph.ops.norms.soft_max import soft_max
 
 
-@cpu_kernel(soft_max)
+@cpu_kernel(soft_max, by_row=lambda node: len(node.inputs) == 1)
 def emit_soft_max(
     k: Kernel, x: Operand, mask: Operand | None, sinks: Operand | None, y: Operand, *, scale: float, max_bias: float
 ) -> None:

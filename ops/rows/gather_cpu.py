@@ -14,6 +14,11 @@ from tensorgraph.ops.rows.index_cpu import checked
 from tensorgraph.ops.shape.cont_cpu import copy_call
 
 
+def _along(node: Node) -> bool:
+    """Whether elements stay in their rows."""
+    return int(node.attrs["axis"]) % node.ndim > 0
+
+
 def _place(k: Kernel, x: Operand, index: Sequence[Value], axis: int, number: Value, i: Value) -> Value:
     """The address of x's element `number` along an axis, at index and i along the others."""
     at = [*index, i]
@@ -21,7 +26,7 @@ def _place(k: Kernel, x: Operand, index: Sequence[Value], axis: int, number: Val
     return x.at(at)
 
 
-@cpu_kernel(gather)
+@cpu_kernel(gather, by_row=_along)
 def emit_gather(k: Kernel, x: Operand, ids: Operand, y: Operand, *, axis: int) -> None:
     item = stored_type(y.dtype)
     with k.rows(y.shape[:-1]) as index:
@@ -54,4 +59,4 @@ def _scatter_calls(node: Node, context: Context) -> Sequence[Call]:
     return [copy_call(node, x, unless_same=True), write]
 
 
-scatter.kernels["cpu"] = NodeKernel(_scatter_calls)
+scatter.kernels["cpu"] = NodeKernel(_scatter_calls, by_row=_along)

@@ -193,7 +193,9 @@ def test_a_peer_repeats_state_where_ours_is_random(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("fixed_roofs")
-@pytest.mark.parametrize(("mode", "said"), [("other state", "positions of tokens do not stand in it"), ("full", "does not take a state")])
+@pytest.mark.parametrize(
+    ("mode", "said"), [("other state", "positions of tokens do not stand in it"), ("full", "does not take a state")]
+)
 def test_a_peer_whose_state_cannot_be_repeated(mode: str, said: str, tmp_path: Path) -> None:
     options = ("-p", 2, "-n", 0, "-d", 300, "-r", 1, "--fill", "random", "--peer", FakePeer(tmp_path, mode).python)
     result = tg("bench", gguf("deepseek_v3"), *REFERENCE, *options)

@@ -89,8 +89,7 @@ class Ours:
     def token_bytes(self, case: Case) -> int:
         """Bytes that a step of one token reads at least, in the middle of a case: weights, and rows of state.
 
-        Of a table its row and of experts those that are chosen; of a stream all rows that the step sees, once, or as many as it has
-        listed.
+        Of a table its row and of experts those that are chosen; of a stream all rows that the step sees, once, or those listed.
         """
         plan = self._session.plan
         middle = Extents(context=case.depth + (case.tokens + 1) // 2)

@@ -134,10 +134,10 @@ class Llama:
                 raise RuntimeError(self._with_errors("llama.cpp does not take a state"))
             api.llama_memory_seq_cp(memory, 1, 0, -1, -1)
             api.llama_memory_seq_rm(memory, 1, -1, -1)
-        held = api.llama_memory_seq_pos_max(memory, 0) + 1
-        if held != len(self.prefix) // n * n:
-            raise RuntimeError(f"llama.cpp holds {held} tokens after their state was repeated; wanted {len(self.prefix) // n * n}")
-        return held
+        held, wanted = api.llama_memory_seq_pos_max(memory, 0) + 1, len(self.prefix) // n * n
+        if held != wanted:
+            raise RuntimeError(f"llama.cpp holds {held} tokens after their state was repeated; wanted {wanted}")
+        return wanted
 
     def warm_up(self, kind: str, ids: list[int]) -> dict[str, float]:
         """A round in every context, in seconds; later rounds of the kind run where it took least."""
