@@ -13,9 +13,10 @@ from tensorgraph import registry
 from tensorgraph.compiler import CompileOptions
 from tensorgraph.extents import Extents
 from tensorgraph.graph import STRUCTURAL
-from tensorgraph.models.architecture import WeightFile
+from tensorgraph.models.architecture import Model, WeightFile
 from tensorgraph.models.text.model import TextModel, TextSession, load
 from tensorgraph.op import node_bytes
+from tensorgraph.plan import Plan
 from tensorgraph.session import SessionSnapshot
 from tensorgraph.state import StateSpec
 from tensorgraph.tools.bench.cases import Case, Kind
@@ -91,28 +92,32 @@ class Ours:
 
         Of a table its row and of experts those that are chosen; of a stream all rows that the step sees, once, or those listed.
         """
-        plan = self._session.plan
-        middle = Extents(context=case.depth + (case.tokens + 1) // 2)
-        dims = step_dims(self._session.model.model, middle, 1)
-        weights = 0
-        streams: dict[str | None, int] = {}
-        for node in plan.active(plan.choose(dims)):
-            if node.op in STRUCTURAL:
-                continue
-            touched = registry.ops.get(node.op).cost(node, dims).size_bytes
-            passing = sum(node_bytes(i, dims) for i in (node, *node.inputs) if i.base.op != "constant")
-            held = {i.base for i in node.inputs if i.base.op in ("read", "append")}
-            for stream in held:
-                read = node_bytes(stream, dims) - max(0, passing - touched) // len(held)
-                streams[stream.name] = max(streams.get(stream.name, 0), read)
-            if any(i.base.op == "constant" for i in node.inputs):
-                weights += max(0, touched - passing)
+        weights, streams = read_bytes(self._session.plan, self._session.model.model, case.depth + (case.tokens + 1) // 2, 1)
         return weights + sum(streams.values())
 
     def close(self) -> None:
         """Give the pages back."""
         self._prefix.release()
         self._session.close()
+
+
+def read_bytes(plan: Plan, model: Model, context: int, tokens: int) -> tuple[int, dict[str, int]]:
+    """Bytes that the last step of a context reads at least, of so many tokens: of weights, and of each stream."""
+    dims = step_dims(model, Extents(context=context), tokens)
+    weights = 0
+    streams: dict[str, int] = {}
+    for node in plan.active(plan.choose(dims)):
+        if node.op in STRUCTURAL:
+            continue
+        touched = registry.ops.get(node.op).cost(node, dims).size_bytes
+        passing = sum(node_bytes(i, dims) for i in (node, *node.inputs) if i.base.op != "constant")
+        held = {i.base for i in node.inputs if i.base.op in ("read", "append")}
+        for stream in held:
+            name, unread = str(stream.attrs["stream"]), max(0, passing - touched) // len(held)
+            streams[name] = max(streams.get(name, 0), node_bytes(stream, dims) - unread)
+        if any(i.base.op == "constant" for i in node.inputs):
+            weights += max(0, touched - passing)
+    return weights, streams
 
 
 def fill_randomly(session: TextSession, ids: Sequence[int]) -> None:

@@ -1,0 +1,68 @@
+"""Pages of memory that a step touches, beside those in which what it reads lies."""
+
+from __future__ import annotations
+
+import mmap
+import sys
+
+import numpy as np
+import pytest
+
+from tensorgraph.models.text.model import load
+from tensorgraph.tools.bench import touched
+from tensorgraph.tools.bench.ours import fill_randomly, read_bytes
+from tensorgraph.tools.bench.touched import PAGE, Memory, forget, measure, pages_of, referenced
+from tests.tools.commands import gguf
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux says which pages were touched")
+
+
+def test_pages_that_are_touched_are_counted() -> None:
+    memory = mmap.mmap(-1, 64 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    array = np.frombuffer(memory, np.uint8)
+    array[:] = 1
+    part = Memory.of(array)
+    part.stand_apart(mmap.MADV_NOHUGEPAGE)
+    forget()
+    assert referenced({"all": [part]}) == {"all": 0}
+    assert array[[3 * PAGE, 3 * PAGE + 9, 7 * PAGE - 1, 40 * PAGE]].sum() == 4
+    assert referenced({"all": [part], "none": []}) == {"all": 3 * PAGE, "none": 0}
+
+
+def test_a_step_touches_what_it_counts() -> None:
+    """A tiny V3.2 after 900 tokens: every key of the indexer, and the latents that are listed, a few pages more at their ends."""
+    with load(gguf("deepseek_v32"), threads=1) as model, model.session(context=1000) as session:
+        fill_randomly(session, [1] * 900)
+        found = measure(session)
+        config, n_layers = model.model.config, len([name for name in session._store.specs if name.endswith("latent")])
+        row_bytes = 2 * (config.kv_lora_rank + config.qk_rope_head_dim)
+        assert found["latent"]["counted"] == n_layers * config.index_topk * row_bytes
+        assert found["index_k"]["counted"] == n_layers * 901 * config.index_head_dim * 2
+        for sizes in (found["latent"], found["index_k"]):
+            assert sizes["counted"] <= sizes["in_pages"] + PAGE and sizes["in_pages"] <= sizes["touched"] + 2 * n_layers * PAGE
+            assert sizes["touched"] <= sizes["in_pages"] + 12 * n_layers * PAGE
+        assert found["latent"]["touched"] < session.state_bytes  # not all of it
+
+
+def test_pages_of_rows() -> None:
+    with load(gguf("deepseek_v32"), threads=1) as model, model.session(context=1000) as session:
+        fill_randomly(session, [1] * 900)
+        stream = next(name for name in session._store.specs if name.endswith("latent"))
+        rows = session._store.pages(stream)
+        ids = np.array([0, 5, 5, 899, -1])
+        row_bytes = rows.nbytes // (len(rows) * 16)
+        bytes_of = {rows.ctypes.data + i * row_bytes + b for i in (0, 5, 899) for b in range(row_bytes)}
+        assert pages_of(session, stream, ids) == PAGE * len({b // PAGE for b in bytes_of})
+        weights, streams = read_bytes(session.plan, model.model, 900, 1)
+        assert weights > 0 and set(streams) == set(session._store.specs)
+
+
+def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["touched", str(gguf("deepseek_v32")), "-d", "40", "-d", "300"])
+    with pytest.raises(SystemExit) as end:
+        touched.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert end.value.code == 0
+    assert [line.split()[:2] for line in lines if line.startswith(("40 ", "300 "))] == [
+        [n, what] for n in ("40", "300") for what in ("weights", "latent", "index_k")
+    ]
