@@ -1,6 +1,6 @@
 """What a step of one token reads, as its plan counts it and as the system saw it: `python -m tensorgraph.tools.bench.touched MODEL`.
 
-Linux marks the pages of memory that a process touches, 4 KiB each. So what lies apart, as rows that are listed do, is touched in
+Linux marks the pages of memory that a process touches, 4 KiB each. What lies apart, as rows that are listed do, is touched in
 whole pages; how many these should be follows from the rows.
 """
 
