@@ -12,10 +12,11 @@ from tensorgraph.errors import UnknownNameError
 from tensorgraph.tools import options
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from tensorgraph.models.text.model import TextModel
 
+SAMPLE_S = 0.02
 TOKENS = (1, 4, 16, 64, 256)
 ROWS = (1.1, 1.5, 2, 4, 16, 64)
 """Rows there are, as multiples of those that are listed."""
@@ -71,17 +72,23 @@ def measure_grid(heads: int, listed: int, shared: float, rounds: int, threads: A
         trial = Trial(heads, tokens, rows + tokens, listed, shared)
         runs = {form or "chosen": trial.prepare(device, (form,) if form else ()) for form in (*FORMS, "")}
         took: dict[str, list[float]] = {name: [] for name in runs}
-        for turn in range(rounds + 1):  # the first one compiles
-            for name, run in runs.items():
-                run()  # the caches are what the form before left
-                began = time.perf_counter()
-                run()
-                if turn:
-                    took[name].append((time.perf_counter() - began) * 1e3)
+        for turn in range(rounds):
+            for name in list(runs)[:: 1 if turn % 2 else -1]:
+                took[name].append(seconds_of(runs[name]) * 1e3)
         medians = {name: median(times) for name, times in took.items()}
         best = min(FORMS, key=lambda form: medians[form])
         found.append({"tokens": tokens, "rows": rows, "ms": medians, "best": best, "ratio": medians["chosen"] / medians[best]})
     return found
+
+
+def seconds_of(run: Callable[[], None]) -> float:
+    """Of one run, the caches being what it leaves itself: a mean of as many as take `SAMPLE_S`."""
+    run()
+    began, n = time.perf_counter(), 0
+    while not n or time.perf_counter() - began < SAMPLE_S:
+        run()
+        n += 1
+    return (time.perf_counter() - began) / n
 
 
 def as_text(report: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What a step of one token reads, as its plan counts it and as the system saw it: `python -m tensorgraph.tools.bench.touched MODEL`.
+"""What a step of one token reads, as its plan counts it and as the system saw it: `python -m tensorgraph.tools.bench.touched`.
 
 Linux marks the pages of memory that a process touches, 4 KiB each. What lies apart, as rows that are listed do, is touched in
 whole pages; how many these should be follows from the rows.
