@@ -151,7 +151,7 @@ def layer(name: str) -> str:
 
 
 def as_text(model: str, found: Sequence[Mapping[str, Any]]) -> str:
-    rows = [("tokens before", "what", "counted MB", "its pages MB", "touched MB", "touched / its pages")]
+    rows: list[Sequence[str]] = [("tokens before", "what", "counted MB", "its pages MB", "touched MB", "touched / its pages")]
     for one in found:
         for name, sizes in _sizes(one):
             counted, pages, seen = (sizes[key] for key in ("counted", "in_pages", "touched"))
