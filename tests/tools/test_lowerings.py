@@ -71,7 +71,7 @@ def test_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(one["tokens"], one["rows"]) for one in found] == [(1, 30), (1, 80), (6, 30), (6, 80)]
     for one in found:
         assert set(one["ms"]) == {*FORMS, "chosen"} and one["best"] == min(FORMS, key=one["ms"].__getitem__)
-        assert one["ratio"] == one["ms"]["chosen"] / one["ms"][one["best"]]
+        assert one["ratio"] == one["ms"]["chosen"] / one["ms"][one["best"]]  # of one round
     table = ok("lowerings", "--grid", "--heads", 5, "--listed", 20, "-r", 1)
     assert "5 heads, 20 rows listed, 0% of them by all tokens" in table and len(table.splitlines()) == 8
 
