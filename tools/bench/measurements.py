@@ -20,6 +20,7 @@ from tensorgraph.tools.bench.cases import Case
 from tensorgraph.tools.bench.command import Pair, Settings, measure_all, thread_counts
 from tensorgraph.tools.bench.report import Run
 from tensorgraph.tools.cli import Commands
+from tensorgraph.tools.options import Filling
 
 OUT = "OUT.gguf"
 
@@ -57,6 +58,7 @@ class Measurement:
         pairs: models, and what the peer is given.
         threads: as `bench --threads` takes them.
         busy: other processes that keep a core busy meanwhile.
+        fill: what state the tokens have that are there before, as `bench --fill` takes it.
     """
 
     target: str
@@ -67,6 +69,7 @@ class Measurement:
     threads: Sequence[str] = ("1", "2")
     rounds: int = 7
     busy: int = 0
+    fill: Filling | None = None
 
 
 def _sets(**fields: object) -> tuple[str, ...]:
@@ -89,6 +92,16 @@ def _head(vocab_size: int, width: int, dtype: str) -> Made:
     sizes = _sets(vocab_size=vocab_size, hidden_size=width)
     words = ("synth", "qwen3-0.6b", OUT, "--layers", "1", "--type", dtype, *sizes, *NARROW)
     return Made(f"head-{vocab_size}x{width}-{dtype}", words)
+
+
+_SMALL = {"hidden_size": 1024, "num_attention_heads": 16, "moe_intermediate_size": 512, "intermediate_size": 2048, "q_lora_rank": 512}
+
+
+def _latent(name: str, **more: object) -> Made:
+    """Eight layers of a mixture, 1,024 wide, of 16 heads over latents."""
+    types = ("--type", "q8_0", "--type", "*exps*=q4_0", "--vocab", "none")
+    words = ("synth", name, OUT, "--layers", "3-10", "--experts", "32", *types, *_sets(**_SMALL, vocab_size=32000, **more))
+    return Made(f"{name}-small", words)
 
 
 def _same(*sources: Source) -> tuple[tuple[Source, Source], ...]:
@@ -121,6 +134,26 @@ MEASUREMENTS = {
         _same(_head(262144, 640, "q8_0"), _head(128256, 2048, "q6_k")),
         (Case("tg", 32),),
     ),
+    "sparse": Measurement(
+        "bench-sparse",
+        "DeepSeek V3.2's sparse attention beside llama.cpp",
+        "Eight layers of V3.2's kind with random weights: 1,024 wide, 16 heads over latents of 512 + 64, an indexer of 16 heads of 128 "
+        "that selects 512 rows, 32 experts in Q4_0 and all else in Q8_0. What comes before rounds has random state here, and there "
+        "the state of 128 tokens, repeated.",
+        _same(_latent("deepseek-v3.2", index_n_heads=16, index_topk=512)),
+        (Case("pp", 512), Case("tg", 16), Case("tg", 16, 32768), Case("pp", 512, 32768)),
+        rounds=3,
+        fill="random",
+    ),
+    "latent": Measurement(
+        "bench-latent",
+        "DeepSeek V3's latent attention beside llama.cpp",
+        "The same as for V3.2 (`sparse.md`) without the indexer: each token attends to all rows.",
+        _same(_latent("deepseek-v3")),
+        (Case("pp", 512), Case("tg", 16), Case("tg", 16, 8192)),
+        rounds=5,
+        fill="random",
+    ),
     "busy": Measurement(
         "bench-busy",
         "Beside a busy process",
@@ -146,7 +179,7 @@ def measure(
     if name not in MEASUREMENTS:
         raise InputError(f"[measurements] wanted {', '.join(MEASUREMENTS)}; got {name}")
     wanted = MEASUREMENTS[name]
-    settings = Settings(list(wanted.cases), rounds or wanted.rounds, python=peer, busy=wanted.busy)
+    settings = Settings(list(wanted.cases), rounds or wanted.rounds, python=peer, busy=wanted.busy, fill=wanted.fill)
     made = {source: source if isinstance(source, str) else source.make(cache) for pair in wanted.pairs for source in pair}
     pairs = [Pair(made[ours], made[theirs]) for ours, theirs in wanted.pairs]
     runs, about = measure_all(settings, [(pair, count) for pair in pairs for count in thread_counts(wanted.threads)], say)
