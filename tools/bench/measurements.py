@@ -94,13 +94,16 @@ def _head(vocab_size: int, width: int, dtype: str) -> Made:
     return Made(f"head-{vocab_size}x{width}-{dtype}", words)
 
 
-_SMALL = {"hidden_size": 1024, "num_attention_heads": 16, "moe_intermediate_size": 512, "intermediate_size": 2048, "q_lora_rank": 512}
+_SMALL = {
+    **{"hidden_size": 1024, "num_attention_heads": 16, "q_lora_rank": 512},
+    **{"intermediate_size": 2048, "moe_intermediate_size": 512, "vocab_size": 32000},
+}
 
 
 def _latent(name: str, **more: object) -> Made:
     """Eight layers of a mixture, 1,024 wide, of 16 heads over latents."""
     types = ("--type", "q8_0", "--type", "*exps*=q4_0", "--vocab", "none")
-    words = ("synth", name, OUT, "--layers", "3-10", "--experts", "32", *types, *_sets(**_SMALL, vocab_size=32000, **more))
+    words = ("synth", name, OUT, "--layers", "3-10", "--experts", "32", *types, *_sets(**_SMALL, **more))
     return Made(f"{name}-small", words)
 
 
@@ -137,8 +140,8 @@ MEASUREMENTS = {
     "sparse": Measurement(
         "bench-sparse",
         "DeepSeek V3.2's sparse attention beside llama.cpp",
-        "Eight layers of V3.2's kind with random weights: 1,024 wide, 16 heads over latents of 512 + 64, an indexer of 16 heads of 128 "
-        "that selects 512 rows, 32 experts in Q4_0 and all else in Q8_0. What comes before rounds has random state here, and "
+        "Eight layers of V3.2's kind with random weights: 1,024 wide, 16 heads over latents of 512 + 64, an indexer of 16 heads of "
+        "128 that selects 512 rows, 32 experts in Q4_0 and all else in Q8_0. What comes before rounds has random state here, and "
         "there the state of 128 tokens, repeated.",
         _same(_latent("deepseek-v3.2", index_n_heads=16, index_topk=512)),
         (Case("pp", 512), Case("tg", 16), Case("tg", 16, 32768), Case("pp", 512, 32768)),
