@@ -141,8 +141,8 @@ MEASUREMENTS = {
         "bench-sparse",
         "DeepSeek V3.2's sparse attention beside llama.cpp",
         "Eight layers of V3.2's kind with random weights: 1,024 wide, 16 heads over latents of 512 + 64, an indexer of 16 heads "
-        "of 128 that selects 512 rows, 32 experts in Q4_0 and all else in Q8_0. What comes before rounds has random state here, and "
-        "there the state of 128 tokens, repeated.",
+        "of 128 that selects 512 rows, 32 experts in Q4_0 and all else in Q8_0. What comes before rounds has random state here, "
+        "and there the state of 128 tokens, repeated.",
         _same(_latent("deepseek-v3.2", index_n_heads=16, index_topk=512)),
         (Case("pp", 512), Case("tg", 16), Case("tg", 16, 32768), Case("pp", 512, 32768)),
         rounds=3,
