@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol, runtime_checkable
 
 import typer
@@ -176,6 +176,7 @@ def measure(
     """Profile cases, each after a round that does not count; with the roofs of so many threads, measured between."""
     from tensorgraph.tools.bench.command import random_ids
     from tensorgraph.tools.bench.ours import fill_randomly
+    from tensorgraph.tools.bench.roofs import fma_after_reading
     from tensorgraph.tools.bench.roofs import measure as measure_roofs
 
     roofs: list[Roofs] = []
@@ -203,7 +204,10 @@ def measure(
             found.append(feed(session, prefix, Steps(case), fed))
         look()
         prefix.release()
-    return found, _middle(roofs)
+    middle = _middle(roofs)
+    if middle is not None and roofs_threads is not None:
+        middle = replace(middle, late_fma_gflops=fma_after_reading(roofs_threads))
+    return found, middle
 
 
 def feed(session: TextSession, prefix: SessionSnapshot, steps: Steps, fed: Sequence[Sequence[int]]) -> Steps:
@@ -317,7 +321,8 @@ def as_text(
     lines = [said + f", rows {about['kv_type']}" + (", exact" if about["exact"] else "")]
     if roofs is not None:
         dot = f", {roofs.dot_gops:.0f} int8 GOP/s" if roofs.dot_gops is not None else ""
-        lines.append(f"roofs: {roofs.stream_gbs:.1f} GB/s read, {roofs.fma_gflops:.0f} f32 GFLOP/s{dot}")
+        late = f" ({roofs.late_fma_gflops:.0f} just after reading)" if roofs.late_fma_gflops is not None else ""
+        lines.append(f"roofs: {roofs.stream_gbs:.1f} GB/s read, {roofs.fma_gflops:.0f} f32 GFLOP/s{late}{dot}")
     return "\n\n".join(["\n".join(lines), *(_case_text(steps, groups, about["by"], roofs, top) for steps, groups in tables)])
 
 

@@ -77,7 +77,7 @@ def works(calls: Sequence[Call], dims: Dims, *, exact: bool) -> list[Work]:
 def charged(calls: Sequence[Call]) -> list[tuple[Node, ...]]:
     """Of each call the nodes that are its own, though several calls may compute a node together.
 
-    A node belongs to the call that reads most of what it reads; of equal ones to the first that writes it, or that has it.
+    A node belongs to the call that reads most of the floats that it reads; of equal ones to the first that writes it, or has it.
     """
     found: list[list[Node]] = [[] for _ in calls]
     listed: dict[Node, list[int]] = {}
@@ -86,7 +86,8 @@ def charged(calls: Sequence[Call]) -> list[tuple[Node, ...]]:
             listed.setdefault(node, []).append(i)
     bases = [_bases(call) for call in calls]
     for node, places in listed.items():
-        read = [sum(node_bytes(i) for i in node.inputs if i.base in bases[place]) for place in places]
+        floats = [i for i in node.inputs if i.dtype.is_float]
+        read = [sum(node_bytes(i) for i in floats if i.base in bases[place]) for place in places]
         best = max(zip(places, read, strict=True), key=lambda one: (one[1], node in bases[one[0]], -one[0]))
         found[best[0]].append(node)
     return [tuple(nodes) for nodes in found]

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -191,7 +191,12 @@ class CpuDevice(Device):
         from tensorgraph.backends.cpu.kept_plans import KeptPlans
 
         disk = self.code.jit.cache
-        return KeptPlans(disk, partial(all_kept, self.target)) if disk is not None else PlanCache()
+        return KeptPlans(disk, self._measured) if disk is not None else PlanCache()
+
+    def _measured(self, graph: Graph) -> str:
+        """What was measured of this machine, where the plan of a graph depends on it."""
+        kernels = {node: registry.ops.get(node.op).kernel("cpu") for node in graph if node.op not in STRUCTURAL}
+        return all_kept(self.target) if any(kernel and kernel.measures(node) for node, kernel in kernels.items()) else ""
 
     def keep_packed(self, path: Path, content: mmap.mmap, head_bytes: int, folder: Path | None) -> Callable[[], None]:
         """Take packed constants from disk that an earlier start left there of a mapped model file; what is given keeps those of

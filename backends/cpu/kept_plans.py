@@ -35,10 +35,10 @@ class KeptPlans(PlanCache):
     """Plans by topology, those that were compiled for one device alone on disk, too.
 
     Args:
-        measured: what plans were chosen by beside their graphs, as a text.
+        measured: what the plan of a graph depends on beside it, as a text.
     """
 
-    def __init__(self, disk: CodeCache, measured: Callable[[], str] = lambda: "") -> None:
+    def __init__(self, disk: CodeCache, measured: Callable[[Graph], str] = lambda graph: "") -> None:
         super().__init__()
         self.disk, self.measured = disk, measured
 
@@ -48,7 +48,7 @@ class KeptPlans(PlanCache):
             return super().make(key, graph, devices, options)
 
         def place() -> str:
-            return hashlib.sha256(f"plan|{source}|{key}|{self.measured()}".encode()).hexdigest()
+            return hashlib.sha256(f"plan|{source}|{key}|{self.measured(graph)}".encode()).hexdigest()
 
         kept = read_plan(self.disk.get(place()))
         if kept is not None:

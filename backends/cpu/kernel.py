@@ -82,11 +82,14 @@ class Kernel(Function):
     @contextmanager
     def alone(self, taken_bytes: int) -> Iterator[None]:
         """What is written in the block does all of its work itself, with scratch behind so many bytes."""
-        before = self.chunk, self.chunks
-        self.chunk, self.chunks, self._taken_bytes = self.i64(0), self.i64(1), taken_bytes
-        yield
-        self.chunk, self.chunks = before
-        self._taken_bytes = 0
+        before = self.chunk, self.chunks, self.first
+        self.chunk, self.chunks, self.first = self.i64(0), self.i64(1), self.const(1, I1)
+        self._taken_bytes = taken_bytes
+        try:
+            yield
+        finally:
+            self.chunk, self.chunks, self.first = before
+            self._taken_bytes = 0
 
     def refuse(self, condition: Value, message: str, *values: Int) -> None:
         """Where the condition holds, the run ends with an InputError of this message, `{0}`, `{1}`, `{2}` being the values; what
@@ -236,7 +239,8 @@ class NodeKernel:
         calls: the calls it takes.
         supports: for which nodes.
         reads: the layouts, beside dense, in which it can read a constant or a stream that stands in a slot.
-        by_row: for which nodes row i is made of rows i alone, where `Op.row_inputs` does not say so.
+        by_row: for which nodes of two axes and more row i is made of rows i alone, where `Op.row_inputs` does not say so.
+        measures: for which nodes calls depend on what was measured of the machine (`measured`).
         plain: whether calls read the node's inputs and need no buffers, so that they are made only when they are wanted.
         forms: that `CompileOptions.lowerings` may name.
     """
@@ -247,6 +251,7 @@ class NodeKernel:
     plain: bool = False
     forms: tuple[str, ...] = ()
     by_row: Callable[[Node], bool] = lambda node: False
+    measures: Callable[[Node], bool] = lambda node: False
 
 
 def cpu_kernel(

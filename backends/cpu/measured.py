@@ -13,14 +13,15 @@ from tensorgraph.backends.cpu.code_cache import default_folder
 from tensorgraph.backends.cpu.target import Target
 
 
-def kept(name: str, target: Target, fields: Sequence[str]) -> Mapping[str, int] | None:
-    """The numbers of a target that were kept under a name; None where there are none, or not these."""
+def kept(name: str, target: Target, fields: Sequence[str], most: int) -> Mapping[str, int] | None:
+    """The numbers of a target, from 0 to `most`, that were kept under a name; None where there are none, or not such."""
     place = _place(name, target)
     try:
-        found = json.loads(place.read_text()) if place is not None else {}
-        return {field: int(found[field]) for field in fields}
-    except (OSError, ValueError, KeyError, TypeError):
+        found = json.loads(place.read_bytes()) if place is not None else {}
+        numbers = {field: int(found[field]) for field in fields}
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
+    return numbers if all(0 <= n <= most for n in numbers.values()) else None
 
 
 def keep(name: str, target: Target, values: Mapping[str, int]) -> None:
@@ -42,7 +43,7 @@ def all_kept(target: Target) -> str:
     found = []
     for path in sorted(place.parent.glob(place.name)):
         with suppress(OSError):
-            found.append(f"{path.name}:{path.read_text()}")
+            found.append(f"{path.name}:{path.read_bytes().hex()}")
     return "|".join(found)
 
 

@@ -79,9 +79,12 @@ def _is_by_row(node: Node) -> bool:
         return False
     slots = dict(zip(node.slots, node.inputs, strict=True))
     rows = {slot for slot, value in slots.items() if not _is_free(value)}
-    if any(slot not in rows and kernel.reads(node, slot) for slot in slots):  # weights, which are held as products read them
-        return False
-    known = kernel_of(node) is not None or (bool(op.row_inputs) and rows <= set(op.row_inputs)) or kernel.by_row(node)
+    if any(slot not in rows and (kernel.reads(node, slot) or _elements(x) > MOST_ELEMENTS) for slot, x in slots.items()):
+        return False  # weights, which are held as products read them, or are too large to be read for every row
+    # of one axis alone, elements are what others have as rows, and what goes along the last axis goes from one to the next
+    known = kernel_of(node) is not None or (
+        node.ndim > 1 and ((bool(op.row_inputs) and rows <= set(op.row_inputs)) or kernel.by_row(node))
+    )
     return known and all(_rows_of(i, node.shape[0]) for i in node.inputs)
 
 
@@ -92,7 +95,7 @@ def _has_rows(node: Node) -> bool:
 
 
 def _is_free(value: Node) -> bool:
-    """Whether a value is the same in every step: it has no rows."""
+    """Whether a value has no rows: it is the same in every step."""
     return value.base.op == "constant" and not any(isinstance(e, Symbol) for e in (*value.shape, value.index_map.offset))
 
 
@@ -111,6 +114,11 @@ def _rows_of(value: Node, n_rows: Any) -> bool:
     sizes, strides, (row, offset) = numbers[:axes], numbers[axes : 2 * axes], numbers[2 * axes :]
     last = offset + sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True))
     return row == _row_size(base) and 0 <= offset <= last < row and min(strides, default=0) >= 0
+
+
+def _elements(value: Node) -> int:
+    """Of a value without rows."""
+    return prod(n for n in value.shape if isinstance(n, int))
 
 
 def _row_size(node: Node) -> int:

@@ -171,14 +171,19 @@ def flops(node: Node) -> Extent:
 @flash_attn.bytes_moved
 def bytes_moved(node: Node, dims: Bindings) -> int:
     """Of rows that are listed as many as are, each once."""
-    total = sum(node_bytes(x, dims) for x in (node, *node.inputs))
+    return sum(node_bytes(x, dims) for x in (node, *node.inputs)) - sum(unread(node, dims).values())
+
+
+def unread(node: Node, dims: Bindings) -> dict[Node, int]:
+    """Of the keys and values of segments with lists, the bytes of the rows that are in no list, where all lists differ."""
+    found = {}
     for i in range(len(node.attrs["segments"])):
         ids = node.at(f"ids{i}")
         for rows in (node.at(f"k{i}"), node.at(f"v{i}")):
             if ids is not None and rows is not None:
                 n_rows = evaluate(rows.shape[0], dims)
-                total -= node_bytes(rows, dims) // max(n_rows, 1) * max(0, n_rows - evaluate(ids.size, dims))
-    return total
+                found[rows] = node_bytes(rows, dims) // max(n_rows, 1) * max(0, n_rows - evaluate(ids.size, dims))
+    return found
 
 
 @flash_attn.law

@@ -116,4 +116,8 @@ def calls(node: Node, context: Context) -> Sequence[Call]:
     return made
 
 
-flash_attn.kernels["cpu"] = NodeKernel(calls, reads=reads, forms=FORMS)
+def has_lists(node: Node) -> bool:
+    return any(slot.startswith("ids") for slot in node.slots)
+
+
+flash_attn.kernels["cpu"] = NodeKernel(calls, reads=reads, forms=FORMS, measures=has_lists)

@@ -27,7 +27,7 @@ def listing_call(node: Node, number: int) -> Call:
     assert ids is not None and keys is not None
     attrs = {"rule": node.attrs["segments"][number], "by_pos": node.at(f"pos{number}") is not None}
     refs: dict[str, Ref | None] = {name: None if (x := node.at(name)) is None else Ref(x) for name in ("pos", "seq")}
-    listed = Ref(Buffer(maximum(ids.shape[0]) * stride * 4, f"listed{number}"))
+    listed = Ref(Buffer((maximum(ids.shape[0]) * stride + 1) * 4, f"listed{number}"))  # one behind an empty list is read
     return Call(
         emit_lists,
         {**refs, "ids": Ref(ids), "keys": Ref(keys, "rows"), "listed": listed},

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -25,8 +23,8 @@ from tensorgraph.state_store import StateStore
 
 FEW_HEADS, MANY_HEADS = 12, 48
 """Whole groups of queries on every target, one tile of one token."""
-ROUNDS = 7
-MOST = 10000
+ROUNDS = 11
+MOST = 3000
 NAME = "row-costs"
 USUAL = RowCosts(700, 400)
 
@@ -100,14 +98,16 @@ def measure(backend: Any) -> RowCosts:
     for name, (form, trial) in TRIALS.items():
         for heads in (FEW_HEADS, MANY_HEADS):
             runs[name, heads] = replace(trial, heads=heads).prepare(backend, (form,))
-    took = dict.fromkeys(runs, math.inf)
+    found: dict[str, list[int]] = {name: [] for name in TRIALS}
     for turn in range(ROUNDS + 1):
+        took = {}
         for key, run in runs.items():
             began = time.perf_counter()
             run()
-            if turn:
-                took[key] = min(took[key], time.perf_counter() - began)
-    return RowCosts(*(cost(took[name, FEW_HEADS], took[name, MANY_HEADS]) for name in RowCosts._fields))
+            took[key] = time.perf_counter() - began
+        for name in TRIALS if turn else ():
+            found[name].append(cost(took[name, FEW_HEADS], took[name, MANY_HEADS]))
+    return RowCosts(**{name: int(np.median(costs)) for name, costs in found.items()})
 
 
 def cost(few_s: float, many_s: float) -> int:
@@ -116,14 +116,16 @@ def cost(few_s: float, many_s: float) -> int:
     return max(0, min(round(SCALE * (few_s / query_s - FEW_HEADS)), MOST))
 
 
-@cache
+_KNOWN: dict[Target, RowCosts] = {}
+
+
 def row_costs(target: Target) -> RowCosts:
     """The costs of a target on this machine: as they were measured before, or measured now and kept in the cache folder. Of one
     that does not run here, those of no machine in particular."""
-    if not runs_here(target):
-        return USUAL
-    found = kept(NAME, target, RowCosts._fields)
-    return RowCosts(**found) if found is not None else measure_again(target)
+    if target not in _KNOWN:
+        found = kept(NAME, target, RowCosts._fields, MOST) if runs_here(target) else USUAL._asdict()
+        _KNOWN[target] = RowCosts(**found) if found is not None else measure_again(target)
+    return _KNOWN[target]
 
 
 def measure_again(target: Target) -> RowCosts:
@@ -131,8 +133,7 @@ def measure_again(target: Target) -> RowCosts:
 
     Raises: UnsupportedError: the target does not run here.
     """
-    found = measure(device_of(target))
-    row_costs.cache_clear()
+    found = _KNOWN[target] = measure(device_of(target))
     keep(NAME, target, found._asdict())
     return found
 

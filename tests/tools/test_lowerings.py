@@ -22,18 +22,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder of the test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(row_costs, "ROUNDS", 1)
-    row_costs.row_costs.cache_clear()
-    yield tmp_path
-    row_costs.row_costs.cache_clear()
+    monkeypatch.setattr(row_costs, "_KNOWN", {})
+    return tmp_path
 
 
 def test_costs_are_measured_once_and_kept() -> None:
-    assert kept(row_costs.NAME, host(), RowCosts._fields) is None
+    assert kept(row_costs.NAME, host(), RowCosts._fields, row_costs.MOST) is None
     found = as_json("lowerings")
     assert found["scale"] == SCALE and set(found["costs"]) == set(RowCosts._fields)
-    assert kept(row_costs.NAME, host(), RowCosts._fields) == found["costs"]
+    assert kept(row_costs.NAME, host(), RowCosts._fields, row_costs.MOST) == found["costs"]
     keep(row_costs.NAME, host(), {"listed": 123, "next": 45})
-    row_costs.row_costs.cache_clear()
+    row_costs._KNOWN.clear()
     assert "as 1.2 queries do with it where it is listed, 0.5 where it lies behind the last" in ok("lowerings")
     assert as_json("lowerings", "--measure")["costs"] != {"listed": 123, "next": 45}
     assert row_costs.row_costs(host())._asdict() != {"listed": 123, "next": 45}
@@ -43,9 +42,11 @@ def test_what_is_kept_may_be_anything(folder: Path) -> None:
     keep(row_costs.NAME, host(), {"listed": 7, "next": 8})
     (place,) = (folder / "tensorgraph" / "measured").iterdir()
     before = all_kept(host())
-    for content in ("", "[1]", '{"listed": 1}', '{"listed": "x", "next": 2}', "\0"):
-        place.write_text(content)
-        assert kept(row_costs.NAME, host(), RowCosts._fields) is None
+    wrong = ["", "[1]", '{"listed": 1}', '{"listed": "x", "next": 2}', "\0", '{"listed": Infinity, "next": 2}', "[" * 100000]
+    wrong += ['{"listed": -1, "next": 2}', '{"listed": 1e9, "next": 2}']
+    for content in (*(text.encode() for text in wrong), b"\xff\xfe\x00\x80"):
+        place.write_bytes(content)
+        assert kept(row_costs.NAME, host(), RowCosts._fields, row_costs.MOST) is None
         assert all_kept(host()) != before
     assert all_kept(TARGETS["baseline"]) == ""
 
@@ -53,6 +54,11 @@ def test_what_is_kept_may_be_anything(folder: Path) -> None:
 def test_a_target_that_does_not_run_here_is_not_measured() -> None:
     (other,) = [target for target in TARGETS.values() if target.family != host().family][:1]
     assert row_costs.row_costs(other) == row_costs.USUAL
+
+
+def test_without_a_folder_costs_hold_for_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    assert row_costs.measure_again(host()) == row_costs.row_costs(host())
 
 
 def test_times_on_which_costs_are_based() -> None:

@@ -262,13 +262,15 @@ def test_what_a_kernel_refuses_is_refused_while_profiled() -> None:
 
 def test_text_has_a_table_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tensorgraph.tools.bench.roofs.measure", lambda threads, seconds: Roofs(10.0 * threads, 100.0, None))
+    monkeypatch.setattr("tensorgraph.tools.bench.roofs.fma_after_reading", lambda threads: 50.0 * threads)
     lines = ok("profile", gguf("llama"), *QUICK[1:-2], "-t", 2, "--top", 1).splitlines()
-    assert lines[0].endswith("(llama f32), cpu, 2 threads, rows f16") and lines[1] == "roofs: 20.0 GB/s read, 100 f32 GFLOP/s"
+    assert lines[0].endswith("(llama f32), cpu, 2 threads, rows f16") and lines[1].startswith("roofs: 20.0 GB/s read, 100 f32")
+    assert lines[1].endswith("GFLOP/s (100 just after reading)")
     heads = [line for line in lines if " steps of " in line]
     assert heads[0].startswith("pp6 @ d5: 2 steps of ") and heads[1].startswith("tg3 @ d5: 3 steps of ")
     assert sum(line.startswith("all ") for line in lines) == 2 == sum(" others " in line for line in lines)
     found = as_json("profile", gguf("llama"), *QUICK[1:], "--top", 2)
-    assert found["roofs"] == {"stream_gbs": 10.0, "fma_gflops": 100.0, "dot_gops": None}
+    assert found["roofs"] == {"stream_gbs": 10.0, "fma_gflops": 100.0, "dot_gops": None, "late_fma_gflops": 50.0}
     assert [len(c["groups"]) for c in found["cases"]] == [2, 2]
     assert all(g["roof"] in ("read", "f32") and g["roof_fraction"] > 0 for c in found["cases"] for g in c["groups"])
 

@@ -22,11 +22,12 @@ def test_pages_that_are_touched_are_counted() -> None:
     array = np.frombuffer(memory, np.uint8)
     array[:] = 1
     part = Memory.of(array)
-    part.stand_apart(mmap.MADV_NOHUGEPAGE)
+    part.stand_apart(True)
     forget()
-    assert referenced({"all": [part]}) == {"all": 0}
+    assert referenced([part]) == 0
     assert array[[3 * PAGE, 3 * PAGE + 9, 7 * PAGE - 1, 40 * PAGE]].sum() == 4
-    assert referenced({"all": [part], "none": []}) == {"all": 3 * PAGE, "none": 0}
+    assert referenced([part]) == 3 * PAGE and referenced([]) == 0
+    part.stand_apart(False)
 
 
 def test_a_step_touches_what_it_counts() -> None:
@@ -66,3 +67,15 @@ def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     assert [line.split()[:2] for line in lines if line.startswith(("40 ", "300 "))] == [
         [n, what] for n in ("40", "300") for what in ("weights", "latent", "index_k")
     ]
+
+
+def test_bytes_of_attention_to_several_streams() -> None:
+    """V4's layers see a window, and compressed rows beside it: those of one kind are listed, those of the other all seen."""
+    with load(gguf("deepseek_v4"), threads=1) as model, model.session(context=1000) as session:
+        _, streams = read_bytes(session.plan, model.model, 900, 1)
+        config = model.model.config
+        for i, ratio in enumerate(config.compress_ratios[: config.num_hidden_layers]):
+            assert streams[f"blk.{i}.window"] == config.sliding_window * config.head_dim * 2
+            if ratio:
+                n_rows = min(config.index_topk, 900 // ratio) if f"blk.{i}.index_rows" in streams else 900 // ratio
+                assert streams[f"blk.{i}.rows"] == n_rows * config.head_dim * 2

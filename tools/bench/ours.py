@@ -16,6 +16,7 @@ from tensorgraph.graph import STRUCTURAL
 from tensorgraph.models.architecture import Model, WeightFile
 from tensorgraph.models.text.model import TextModel, TextSession, load
 from tensorgraph.op import node_bytes
+from tensorgraph.ops.attention.flash_attn import unread
 from tensorgraph.plan import Plan
 from tensorgraph.session import SessionSnapshot
 from tensorgraph.state import StateSpec
@@ -111,12 +112,12 @@ def read_bytes(plan: Plan, model: Model, context: int, tokens: int) -> tuple[int
             continue
         touched = registry.ops.get(node.op).cost(node, dims).size_bytes
         passing = sum(node_bytes(i, dims) for i in (node, *node.inputs) if i.base.op != "constant")
-        held = {i.base for i in node.inputs if i.base.op in ("read", "append")}
-        for stream in held:
-            name, unread = str(stream.attrs["stream"]), max(0, passing - touched) // len(held)
-            streams[name] = max(streams.get(name, 0), node_bytes(stream, dims) - unread)
+        left = {rows.base: n for rows, n in (unread(node, dims) if node.op == "flash_attn" else {}).items()}
+        for stream in {i.base for i in node.inputs if i.base.op in ("read", "append")}:
+            name = str(stream.attrs["stream"])
+            streams[name] = max(streams.get(name, 0), node_bytes(stream, dims) - left.get(stream, 0))
         if any(i.base.op == "constant" for i in node.inputs):
-            weights += max(0, touched - passing)
+            weights += max(0, touched + sum(left.values()) - passing)
     return weights, streams
 
 

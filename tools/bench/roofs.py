@@ -26,6 +26,7 @@ CHAINS = 10
 """Independent sums: enough to hide an operation's latency, few enough for 16 registers."""
 TURNS = 100_000
 BLOCK_WORDS = 1 << 21
+READ_S, LATE_S, LATE_TURNS, LATE_ROUNDS = 0.03, 0.001, 1000, 11
 LEAST_BYTES, MOST_BYTES = 1 << 28, 1 << 31
 
 
@@ -34,12 +35,15 @@ class Roofs:
     """Rates with one number of threads.
 
     Units: `stream_gbs` 1e9 bytes read a second, of data much larger than the caches; `fma_gflops` 1e9 f32 operations a second,
-    two a multiply-add; `dot_gops` the same of int8 products summed in int32, None where the target has no instruction for it.
+    two a multiply-add; `dot_gops` the same of int8 products summed in int32, None where the target has no instruction for it;
+    `late_fma_gflops` f32 operations in the first `LATE_S` after memory was read for a while, when cores may run slower; None
+    where it was not measured.
     """
 
     stream_gbs: float
     fma_gflops: float
     dot_gops: float | None
+    late_fma_gflops: float | None = None
 
 
 def measure(threads: int, seconds: float) -> Roofs:
@@ -72,6 +76,31 @@ def measure(threads: int, seconds: float) -> Roofs:
         rate([compute(kernels.fma, kernels.fma_operations)] * threads, each) / 1e9,
         rate([compute(dot, kernels.dot_operations)] * threads, each) / 1e9 if dot is not None else None,
     )
+
+
+def fma_after_reading(threads: int) -> float:
+    """1e9 f32 operations a second of so many threads, in the first `LATE_S` after each has read memory for `READ_S`; medians."""
+    kernels, slices, start = _kernels(), np.array_split(_data(), threads), Barrier(threads)
+
+    def one(part: np.ndarray[Any, Any]) -> float:
+        n_bytes = min(part.nbytes, BLOCK_WORDS * 8) // kernels.step_bytes * kernels.step_bytes
+        blocks = [part[at : at + BLOCK_WORDS] for at in range(0, len(part) - n_bytes // 8 + 1, BLOCK_WORDS)]
+        found = []
+        for _ in range(LATE_ROUNDS):
+            start.wait()
+            began, i = time.perf_counter(), 0
+            while time.perf_counter() - began < READ_S or not i:
+                kernels.stream(blocks[i % len(blocks)].ctypes.data, n_bytes)
+                i += 1
+            began, done = time.perf_counter(), 0
+            while time.perf_counter() - began < LATE_S or not done:
+                kernels.fma(LATE_TURNS)
+                done += 1
+            found.append(done * kernels.fma_operations * LATE_TURNS / (time.perf_counter() - began) / 1e9)
+        return float(np.median(found))
+
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(pool.map(one, slices))
 
 
 def rate(works: Sequence[Callable[[], int]], seconds: float) -> float:

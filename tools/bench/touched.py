@@ -9,9 +9,11 @@ from __future__ import annotations
 import ctypes
 import json
 import mmap
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +23,7 @@ import typer
 
 from tensorgraph.errors import InputError, UnsupportedError
 from tensorgraph.models.text.model import TextSession, load
+from tensorgraph.session import SessionSnapshot
 from tensorgraph.tools import options
 from tensorgraph.tools.bench import machine
 from tensorgraph.tools.bench.ours import fill_randomly, read_bytes
@@ -43,26 +46,24 @@ class Memory:
     def of(array: np.ndarray[Any, Any]) -> Memory:
         return Memory(array.ctypes.data // PAGE * PAGE, -(-(array.ctypes.data + array.nbytes) // PAGE) * PAGE)
 
-    def stand_apart(self, advice: int) -> None:
-        """Have the system count its pages apart from those beside them, which were given other advice."""
+    def stand_apart(self, apart: bool) -> None:
+        """Have the system count its pages apart from those beside them, or no longer: by advice that changes nothing here."""
         libc = ctypes.CDLL(None, use_errno=True)
+        advice = mmap.MADV_DONTDUMP if apart else mmap.MADV_DODUMP
         if libc.madvise(ctypes.c_void_p(self.start), ctypes.c_size_t(self.stop - self.start), advice):
-            raise UnsupportedError(f"[touched] madvise: {ctypes.get_errno()}")
+            raise UnsupportedError(f"[touched] madvise: {os.strerror(ctypes.get_errno())}")
 
 
-def referenced(parts: Mapping[str, Sequence[Memory]]) -> dict[str, int]:
-    """Bytes of pages that were touched since `forget`, of what lies within each of some parts."""
-    found = dict.fromkeys(parts, 0)
-    start = stop = 0
+def referenced(memories: Sequence[Memory]) -> int:
+    """Bytes of pages that were touched since `forget`, of parts that stand apart or are all of some mapping."""
+    total = start = stop = 0
     for line in SMAPS.read_text().splitlines():
         match = _RANGE.match(line)
         if match is not None:
             start, stop = (int(text, 16) for text in match.groups())
-        elif line.startswith("Referenced:"):
-            for name, memories in parts.items():
-                if any(memory.start < stop and start < memory.stop for memory in memories):
-                    found[name] += int(line.split()[1]) * 1024
-    return found
+        elif line.startswith("Referenced:") and any(memory.start < stop and start < memory.stop for memory in memories):
+            total += int(line.split()[1]) * 1024
+    return total
 
 
 def forget() -> None:
@@ -94,44 +95,63 @@ def touched(
 def measure(session: TextSession) -> dict[str, dict[str, float]]:
     """Of the weights and of each kind of rows: bytes that are counted, those of pages in which these lie, and those touched."""
     before = session.snapshot()
-    ids = tapped_ids(session)
-    session.restore(before)
-    session.eval([1])  # code is compiled, memory is there
-    session.restore(before)
-    parts = parts_of(session)
-    forget()
-    session.eval([1])
-    seen = referenced(parts)
+    ids = listed_rows(session)
+    kinds = list(dict.fromkeys(map(kind, session._store.specs)))
+    seen = {name: touched_by(session, before, name) for name in ("weights", *kinds)}
     before.release()
     weights, streams = read_bytes(session.plan, session.model.model, session.length, 1)
     counted: dict[str, float] = {"weights": weights}
     in_pages: dict[str, float] = {"weights": weights}
     for stream, size in streams.items():
         counted[kind(stream)] = counted.get(kind(stream), 0) + size
-        listed = ids.get(layer(stream)) if "index" not in stream else None
+        listed = ids.get(stream)
         in_pages[kind(stream)] = in_pages.get(kind(stream), 0) + (size if listed is None else pages_of(session, stream, listed))
-    names = [name for name in seen if name in counted]
-    return {name: {"counted": counted[name], "in_pages": in_pages[name], "touched": seen[name]} for name in names}
+    return {name: {"counted": counted[name], "in_pages": in_pages[name], "touched": size} for name, size in seen.items()}
 
 
-def parts_of(session: TextSession) -> dict[str, list[Memory]]:
-    """Where weights lie, and the rows of each kind, each with advice of its own."""
-    advice = iter((mmap.MADV_DONTDUMP, mmap.MADV_NOHUGEPAGE, mmap.MADV_DONTFORK, mmap.MADV_RANDOM, mmap.MADV_SEQUENTIAL))
-    parts: dict[str, list[Memory]] = {"weights": [Memory.of(held.data) for held in session.engine._uploaded.values()]}
-    for stream in session._store.specs:
-        parts.setdefault(kind(stream), []).append(Memory.of(session._store.pages(stream)))
-    for name, memories in parts.items():
-        wanted = next(advice, None) if name != "weights" else None
-        for memory in memories if wanted is not None else ():
-            memory.stand_apart(wanted)  # type: ignore[arg-type]
-    return parts
+def touched_by(session: TextSession, before: SessionSnapshot, name: str) -> int:
+    """Bytes of pages that a step touches of what `name` says: the weights, or the rows of a kind."""
+    moved, seen = -1, 0
+    while moved != session._store.moved:  # code is compiled, and memory there, after a step or two
+        session.restore(before)
+        session.eval([1])
+        moved = session._store.moved
+        session.restore(before)
+        with memory_of(session, name) as memories:
+            forget()
+            session.eval([1])
+            seen = referenced(memories)
+    return seen
 
 
-def tapped_ids(session: TextSession) -> dict[str, np.ndarray[Any, Any]]:
-    """The rows that a step of one token lists, by layer."""
-    names = [node.name for node in session.plan.graph if node.name.endswith("index_ids")]
-    values = session.eval([1], outputs=names) if names else {}
-    return {layer(name): np.asarray(ids).reshape(-1) for name, ids in values.items()}
+@contextmanager
+def memory_of(session: TextSession, name: str) -> Iterator[list[Memory]]:
+    """Where the weights lie, or rows of a kind, which stand apart as long as the block lasts."""
+    if name == "weights":  # these have mappings of their own
+        yield [Memory.of(held.data) for held in session.engine._uploaded.values()]
+        return
+    memories = [Memory.of(session._store.pages(stream)) for stream in session._store.specs if kind(stream) == name]
+    try:
+        for memory in memories:
+            memory.stand_apart(True)
+        yield memories
+    finally:
+        for memory in memories:
+            memory.stand_apart(False)
+
+
+def listed_rows(session: TextSession) -> dict[str, np.ndarray[Any, Any]]:
+    """The rows that a step of one token lists, by stream."""
+    names: dict[str, str] = {}
+    for node in session.plan.graph:
+        for slot, ids in zip(node.slots, node.inputs, strict=True) if node.op == "flash_attn" else ():
+            if slot.startswith("ids") and ids.name:
+                rows = (node.at(f"k{slot[3:]}"), node.at(f"v{slot[3:]}"))
+                names |= {
+                    str(x.base.attrs["stream"]): ids.name for x in rows if x is not None and x.base.op in ("append", "read")
+                }
+    values = session.eval([1], outputs=list(dict.fromkeys(names.values()))) if names else {}
+    return {stream: np.asarray(values[name]).reshape(-1) for stream, name in names.items()}
 
 
 def pages_of(session: TextSession, stream: str, ids: np.ndarray[Any, Any]) -> int:
@@ -144,10 +164,6 @@ def pages_of(session: TextSession, stream: str, ids: np.ndarray[Any, Any]) -> in
 
 def kind(stream: str) -> str:
     return stream.rpartition(".")[2]
-
-
-def layer(name: str) -> str:
-    return name.rpartition(".")[0]
 
 
 def as_text(model: str, found: Sequence[Mapping[str, Any]]) -> str:

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensorgraph.compiler import CompileOptions, compile
-from tensorgraph.ops.attention.candidates_cpu import FORMS
+from tensorgraph.ops.attention import row_tiles_cpu
+from tensorgraph.ops.attention.candidates_cpu import FORMS, RowCosts
 from tensorgraph.plan import Executable
 from tests.backends.cpu.attention_streams import Attention, History, Stream, executable
 
@@ -37,6 +38,35 @@ SHAPES = [
 @cache
 def formed(attention: Attention, backend: str, form: str) -> Executable:
     return compile(attention.graph(), backend, CompileOptions(fuse=False, lowerings=(form,))).bind()
+
+
+@pytest.mark.parametrize("heads", [4, 17])
+def test_what_costs_least_is_taken(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bits tell forms apart. Where copies cost all, lists that are alike go together, and few rows are gone through whole; where
+    rows that are listed cost nothing to copy, queries count alone, and lists that are not alike stay apart."""
+    shape = Attention((replace(LATENT, n_ids=101),), d_k=72, d_v=64, heads=heads, kv_heads=1, dtype="f32")
+    history = History(shape, "cpu", np.random.default_rng(heads))
+    for _ in range(3):
+        history.step({history.seqs[0]: 50})
+    with history.store.begin([(history.seqs[0], 40)]) as step:
+        given, dims = shape.inputs(step, history.rng)
+        own = np.arange(40)[:, None]  # below what all list, so that blocks of rows begin elsewhere
+        alike = np.concatenate([own, np.broadcast_to(np.arange(50, 150), (40, 100))], 1).astype(np.int32)
+        apart = np.array([history.rng.permutation(150)[:101] for _ in range(40)], np.int32)
+        apart[:, 40:] = -1
+        y: dict[str, dict[str, bytes]] = {}
+        for name, ids in (("alike", alike), ("apart", apart)):
+            inputs = {**given, "ids.latent": ids}
+            y[name] = {form: formed(shape, "cpu", form).run(inputs, state=step, dims=dims)["y"].tobytes() for form in FORMS}
+            for costs in (RowCosts(3000, 3000), RowCosts(9000, 0), RowCosts(0, 0)):
+                monkeypatch.setattr(row_tiles_cpu, "row_costs", lambda target, costs=costs: costs)
+                chosen = compile(shape.graph(), "cpu", CompileOptions(fuse=False)).bind()
+                y[name][str(tuple(costs))] = chosen.run(inputs, state=step, dims=dims)["y"].tobytes()
+    assert len({y["alike"][form] for form in FORMS}) == 3
+    assert y["alike"]["(3000, 3000)"] == y["alike"]["union"]
+    assert y["alike"]["(9000, 0)"] == y["alike"]["masked"]
+    assert y["apart"]["(0, 0)"] == y["apart"]["gather"] != y["apart"]["union"]
+    assert y["apart"]["(9000, 0)"] == y["apart"]["masked"]
 
 
 def nmse(x: np.ndarray, wanted: np.ndarray) -> float:

@@ -20,7 +20,9 @@ from tensorgraph.errors import InputError
 from tensorgraph.graph import Graph, Node, choose, constant, input
 from tensorgraph.models.experts import route, weigh
 from tensorgraph.ops import (
+    argsort,
     concat,
+    cumsum,
     fill,
     fwht,
     gather,
@@ -62,7 +64,8 @@ def programs(graph: Graph) -> list[list[str]]:
 def run(graph: Graph, arrays: Mapping[str, Array], backend: Any, *, fuse: bool = True) -> dict[str, Array]:
     plan = compile(graph, backend, CompileOptions(fuse=fuse))
     n_rows = len(next(iter(arrays.values())))
-    return plan.bind().run({name: x for name, x in arrays.items() if name in plan.graph.inputs}, dims={"T": n_rows})
+    given = {name: x for name, x in arrays.items() if name in plan.graph.inputs}
+    return plan.bind(arrays.__getitem__).run(given, dims={"T": n_rows})
 
 
 def assert_same(graph: Graph, arrays: Mapping[str, Array], backend: str = "cpu") -> dict[str, Array]:
@@ -115,8 +118,9 @@ def test_a_router_is_one_program(
 
 def grown(draw: Any) -> tuple[Graph, dict[str, Array]]:
     """A random graph of rows: vectors and small matrices, views of them, and outputs among what was computed."""
-    x, z = input("x", (T, 24)), input("z", (T, 3, 8))
+    x, z, w = input("x", (T, 24)), input("z", (T, 3, 8)), constant("w", shape=(40, 24))
     values: list[Node] = [x, z, fill(shape=(T, 24), value=0.5), x[:, 4:16], x.reshape(T, 4, 6).permute(0, 2, 1)]
+    values += [x[:, 3], sum_rows(x).reshape(T), w[7].broadcast(T, 24), mul_mat(w[:9], x)]
     computed: list[Node] = []
     for _ in range(draw(st.integers(2, 14))):
         a = draw(st.sampled_from(values))
@@ -131,11 +135,14 @@ def grown(draw: Any) -> tuple[Graph, dict[str, Array]]:
                     lambda a, b: soft_max(a),
                     lambda a, b: l2_norm(a, eps=1e-3),
                     lambda a, b: rms_norm(a, eps=1e-3),
-                    lambda a, b: a / (sum_rows(sigmoid(b)) + 1.0),
-                    lambda a, b: concat(a, b, axis=-1),
-                    lambda a, b: concat(a, b, axis=1),
-                    lambda a, b: gather(a, top_k(b, k=3)),
-                    lambda a, b: scatter(a, top_k(b, k=2), gather(b, top_k(a, k=2))),
+                    lambda a, b: a / (sum_rows(sigmoid(b)) + 1.0) if a.ndim > 1 else sigmoid(b),
+                    lambda a, b: concat(a, b, axis=-1) if a.ndim > 1 else a + 1.0,
+                    lambda a, b: concat(a, b, axis=min(1, a.ndim - 1)) if a.ndim > 1 else a * 3.0,
+                    lambda a, b: gather(a, top_k(b, k=3)) if a.ndim > 1 else cumsum(a),
+                    lambda a, b: scatter(a, top_k(b, k=2), gather(b, top_k(a, k=2))) if a.ndim > 1 else soft_max(a),
+                    lambda a, b: cumsum(a),
+                    lambda a, b: gather(b, argsort(a)),
+                    lambda a, b: (a + b).cast("f16").cast("f32"),
                 ]
             )
         )(a, b)
@@ -144,13 +151,13 @@ def grown(draw: Any) -> tuple[Graph, dict[str, Array]]:
         values.append(made)
         if len(wide) == 2:
             values += [made.permute(0, 2, 1), made[:, 1:], made.reshape(T, -1)]
-        elif isinstance(wide[0], int) and wide[0] % 2 == 0:
+        elif wide and isinstance(wide[0], int) and wide[0] % 2 == 0:
             values += [made.reshape(T, 2, -1), made[:, : wide[0] // 2]]
-        values = [v for v in values if all(isinstance(n, int) and n <= 100 for n in v.shape[1:])]
+        values = [v for v in values if v.shape[:1] == (T,) and all(isinstance(n, int) and n <= 100 for n in v.shape[1:])]
     chosen = draw(st.lists(st.sampled_from(computed), min_size=1, max_size=3, unique_by=id))
     n = draw(st.sampled_from([0, 1, 2, 33, 300]))
     graph = Graph({f"y{i}": node for i, node in enumerate(dict.fromkeys((*chosen, computed[-1])))})
-    return graph, {"x": numbers(n, 24), "z": numbers(n, 3, 8, seed=2)}
+    return graph, {"x": numbers(n, 24), "z": numbers(n, 3, 8, seed=2), "w": numbers(40, 24, seed=3)}
 
 
 @settings(deadline=None, max_examples=40)
@@ -191,11 +198,27 @@ def test_forms_of_a_choice_stay_apart() -> None:
     assert len(programs(graph)) == 2
 
 
+@pytest.mark.parametrize("op", [soft_max, cumsum, argsort, lambda x: l2_norm(x, eps=1e-6), lambda x: rms_norm(x, eps=1e-6)])
+def test_along_the_only_axis_rows_mix(op: Any) -> None:
+    x = input("x", (T, 16))
+    graph = Graph(y=op(x[:, 3]) * 2.0 if op is not argsort else op(x[:, 3]), z=op(sum_rows(x).reshape(T)))
+    assert programs(graph) == []
+    assert_same(graph, {"x": numbers(9, 16)})
+
+
+def test_weights_are_left_to_products() -> None:
+    """A view of a constant is read as it lies; as one of many rows it would be read for each token."""
+    x, w = input("x", (T, 64)), constant("w", shape=(200, 64))
+    graph = Graph(y=soft_max(l2_norm(mul_mat(w[:100], x), eps=1e-6)))
+    assert programs(graph) == [["l2_norm", "soft_max"]]
+    assert_same(graph, {"x": numbers(9, 64), "w": numbers(200, 64)})
+
+
 def test_rows_that_mix_are_not_joined() -> None:
     """Along the first axis elements of other rows are taken."""
     x, ids = input("x", (T, 16)), input("ids", (T, 16), "i32")
-    graph = Graph(y=sum_rows(gather(soft_max(x), ids, axis=0)))
-    assert all("gather" not in ops for ops in programs(graph))
+    graph = Graph(y=sum_rows(l2_norm(gather(soft_max(x), ids, axis=0), eps=1e-6)))
+    assert programs(graph) == [["l2_norm", "sum_rows"]]
     assert_same(graph, {"x": numbers(9, 16), "ids": np.random.default_rng(1).integers(0, 9, (9, 16)).astype(np.int32)})
 
 
