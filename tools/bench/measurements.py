@@ -107,6 +107,9 @@ def _latent(name: str, **more: object) -> Made:
     return Made(f"{name}-small", words)
 
 
+SPARSE = _latent("deepseek-v3.2", index_n_heads=16, index_topk=512)
+
+
 def _same(*sources: Source) -> tuple[tuple[Source, Source], ...]:
     return tuple((source, source) for source in sources)
 
@@ -143,9 +146,18 @@ MEASUREMENTS = {
         "Eight layers of V3.2's kind with random weights: 1,024 wide, 16 heads over latents of 512 + 64, an indexer of 16 heads "
         "of 128 that selects 512 rows, 32 experts in Q4_0 and all else in Q8_0. What comes before rounds has random state here, "
         "and there the state of 128 tokens, repeated.",
-        _same(_latent("deepseek-v3.2", index_n_heads=16, index_topk=512)),
-        (Case("pp", 512), Case("tg", 16), Case("tg", 16, 32768), Case("pp", 512, 32768)),
-        rounds=3,
+        _same(SPARSE),
+        (Case("pp", 512), Case("tg", 16), Case("tg", 16, 32768)),
+        rounds=5,
+        fill="random",
+    ),
+    "sparse-prompt": Measurement(
+        "bench-sparse-prompt",
+        "A prompt behind 32,768 tokens beside llama.cpp",
+        "The model of `sparse.md`. A round of llama.cpp takes one and a half minutes on 2 threads, so there is one.",
+        _same(SPARSE),
+        (Case("pp", 512, 32768),),
+        rounds=1,
         fill="random",
     ),
     "latent": Measurement(
