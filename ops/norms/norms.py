@@ -32,7 +32,7 @@ norm = Op(
     inplace={"y": "x"},
     source="arXiv:1607.06450",
 )
-"""`(x - mean(x)) / sqrt(var(x) + eps) * weight + bias`, with the biased variance."""
+"""`(x - mean(x)) / sqrt(var(x) + eps) * weight + bias`, with the biased variance; equal elements with eps = 0 give NaN."""
 
 
 l2_norm = Op(
@@ -60,7 +60,8 @@ def rms(x: Array, weight: Array | None, *, eps: float) -> Array:
 @norm.reference
 def standard(x: Array, weight: Array | None, bias: Array | None, *, eps: float) -> Array:
     x = np.ascontiguousarray(x)
-    centred = x - _mean(x)
+    alike = (x == x[..., :1]).all(-1, keepdims=True)  # no variance, however the mean is rounded
+    centred = x - np.where(alike, x[..., :1], _mean(x))
     y: Array = centred / np.sqrt(_mean(centred * centred) + eps)
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
