@@ -97,8 +97,16 @@ class Scorer:
 
     def begin(self, t: Value) -> tuple[Value, Value]:
         """Pack a token's queries; its position and sequence."""
+        self.pack(t)
+        return self.token(t)
+
+    def pack(self, t: Value) -> None:
+        """Write a token's queries as they meet rows."""
+        _pack(self.k, self.tiling, self.operands["q"], self.operands["w"], t, self.queries, self.weights)
+
+    def token(self, t: Value) -> tuple[Value, Value]:
+        """Its position and sequence."""
         k = self.k
-        _pack(k, self.tiling, self.operands["q"], self.operands["w"], t, self.queries, self.weights)
         pos, seq = (k.convert(self.operands[name].load([t]), I64) for name in ("q_pos", "q_seq"))
         return pos, seq
 

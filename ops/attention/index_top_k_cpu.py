@@ -23,6 +23,8 @@ from tensorgraph.ops.select.top_k_cpu import select_best
 
 _SCORES_BYTES = 1 << 24  # as many of scores are written down, at most
 _FEW = 64  # tokens
+OF_ONE = 256
+"""Rows that are scored at once where there is one token, so that threads end together."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,11 @@ class Forms:
         attrs = {"best": best, "every": self.node.attrs["every"]}
         return Call(emit_at_once, operands, attrs, self.node.shape[0], scratch_bytes=scratch, guard=guard, nodes=(self.node,))
 
-    def divided(self, guard: Guard = ALWAYS) -> list[Call]:
+    def divided(self, most: int, guard: Guard = ALWAYS) -> list[Call]:
+        """Of up to `most` tokens."""
         node, inputs, best = self.node, self._inputs, self.node.attrs["top_k"]
-        scores = Ref(Buffer(4 * self.few * maximum(self._rows), "scores"))
-        attrs, tiles = {"every": node.attrs["every"]}, node.shape[0] * ((self._rows + (TILE - 1)) // TILE)
+        scores, each = Ref(Buffer(4 * most * maximum(self._rows), "scores")), OF_ONE if most == 1 else TILE
+        attrs, tiles = {"every": node.attrs["every"], "each": each}, node.shape[0] * ((self._rows + (each - 1)) // each)
         chosen = {"scores": scores, "rows": Ref(self._rows), "y": Ref(node)}
         grain = max(1, CHUNK // (4 * maximum(self._rows) + 1))
         sort = least_bytes(best, I32)
@@ -81,13 +84,20 @@ class Forms:
 
 
 def _calls(node: Node, context: Context) -> Sequence[Call]:
-    forms, n_tokens = Forms(node, context), node.shape[0]
-    if maximum(n_tokens) <= forms.few:
-        return forms.divided()
-    below, above = n_tokens <= forms.few, n_tokens >= forms.few + 1
-    if isinstance(below, bool) or isinstance(above, bool):  # a number of tokens that is known
-        return [forms.at_once()]
-    return [*forms.divided(below), forms.at_once(above)]
+    forms, n = Forms(node, context), node.shape[0]
+    made: list[Call] = []
+    one, some, many = n <= 1, (n >= 2) & (n <= forms.few), n >= max(2, forms.few + 1)
+    if one is not False:
+        made += forms.divided(1, _guard(one))
+    if some is not False:
+        made += forms.divided(forms.few, _guard(some))
+    if many is not False:
+        made.append(forms.at_once(_guard(many)))
+    return made
+
+
+def _guard(given: Guard | bool) -> Guard:
+    return given if isinstance(given, Guard) else ALWAYS
 
 
 def emit_at_once(k: Kernel, operands: Slots, *, best: int, every: int) -> None:
@@ -113,13 +123,19 @@ def emit_at_once(k: Kernel, operands: Slots, *, best: int, every: int) -> None:
         least.write(loop.results, y.row(index).store)
 
 
-def emit_scores(k: Kernel, operands: Slots, *, every: int) -> None:
-    """The scores of a tile of rows for a token, -inf where it does not see them, to `scores` [T, S]."""
+def emit_scores(k: Kernel, operands: Slots, *, every: int, each: int) -> None:
+    """The scores of `each` rows (a tile of them at most) for a token, -inf where it does not see them, to `scores` [T, S].
+
+    Where there are fewer than a tile's, there is one token alone, whose queries a thread packs once in a step.
+    """
     scorer = Scorer.of(k, operands, every, k.scratch())
     n_rows = k.i64(operands["k"].shape[0])
-    with k.rows([operands["q"].shape[0], (n_rows + (TILE - 1)) // TILE]) as (t, i):
-        token, first = scorer.begin(t), i * TILE
-        n, to = k.min(n_rows - first, TILE), operands["scores"].address + t * n_rows * 4
+    if each < TILE:
+        with k.when(k.first & k.i64(operands["q"].shape[0]).gt(0)):
+            scorer.pack(k.i64(0))
+    with k.rows([operands["q"].shape[0], (n_rows + (each - 1)) // each]) as (t, i):
+        token, first = scorer.begin(t) if each == TILE else scorer.token(t), i * each
+        n, to = k.min(n_rows - first, each), operands["scores"].address + t * n_rows * 4
 
         def clear(i: Value, mask: Value | None, _: list[Value]) -> None:
             k.store(k.const(-math.inf, F32.x(k.lanes)), to + (first + i) * 4, mask=mask)

@@ -26,7 +26,7 @@ CHAINS = 10
 """Independent sums: enough to hide an operation's latency, few enough for 16 registers."""
 TURNS = 100_000
 BLOCK_WORDS = 1 << 21
-READ_S, LATE_S, LATE_TURNS, LATE_ROUNDS = 0.03, 0.001, 1000, 11
+READ_S, LATE_S, LATE_TURNS, LATE_ROUNDS = 0.03, 0.001, 20_000, 11
 LEAST_BYTES, MOST_BYTES = 1 << 28, 1 << 31
 
 
