@@ -71,7 +71,7 @@ def measure_grid(heads: int, listed: int, shared: float, rounds: int, threads: A
     sizes = [(n, int(listed * times)) for n in TOKENS for times in ROWS]
     for tokens, rows in options.shown(sizes, len(sizes), "measuring"):
         trial = Trial(heads, tokens, rows + tokens, listed, shared)
-        runs = {form or "chosen": trial.prepare(device, (form,) if form else ()) for form in (*FORMS, "")}
+        runs = dict(zip((*FORMS, "chosen"), trial.prepare(device, (*FORMS, None)), strict=True))
         took: dict[str, list[float]] = {name: [] for name in runs}
         for turn in range(rounds):
             for name in list(runs)[:: 1 if turn % 2 else -1]:

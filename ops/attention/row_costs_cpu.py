@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from tensorgraph.extents import Extents, StepInputs
 from tensorgraph.graph import Graph, append, input
 from tensorgraph.ops.attention.candidates_cpu import SCALE, RowCosts
 from tensorgraph.ops.attention.flash_attn import Segment, flash_attn
+from tensorgraph.plan import Executable
 from tensorgraph.state import StateSpec
 from tensorgraph.state_store import StateStore
 
@@ -44,8 +46,8 @@ class Trial:
     width: int = 576
     d_v: int = 512
 
-    def prepare(self, backend: Any, forms: tuple[str, ...]) -> Callable[[], None]:
-        """What runs it once, in one of `candidates_cpu.FORMS` or as the costs say."""
+    def prepare(self, backend: Any, forms: Sequence[str | None]) -> list[Callable[[], None]]:
+        """What runs it once in each of some forms (`candidates_cpu.FORMS`; None: as the costs say), all on the same rows."""
         extents, f16 = Extents(self.tokens, self.rows), as_dtype("f16")
         spec = StateSpec((self.width,), f16)
         n_tokens, n_rows = extents.new_tokens, extents.seen_rows(spec.stream_class)
@@ -56,7 +58,8 @@ class Trial:
         segment = Segment(k, pos=pos, seq=seq, ids=input("ids", (n_tokens, self.listed), "i32"))
         q = input("q", (n_tokens, self.heads, self.width))
         graph = Graph(y=flash_attn(q, segment, scale=self.width**-0.5, d_v=self.d_v, pos=own_pos, seq=own_seq))
-        runs = compile(graph, backend, CompileOptions(lowerings=forms)).bind()
+        options = [CompileOptions(lowerings=() if form is None else (form,)) for form in forms]
+        executables = [compile(graph, backend, how).bind() for how in options]
 
         rng = np.random.default_rng(0)
         store = StateStore({"latent": spec}, kv_dtype=f16)
@@ -72,10 +75,10 @@ class Trial:
         given["new"] = rng.standard_normal((self.tokens, self.width), np.float32)
         given["ids"] = self._ids(rng)
 
-        def run() -> None:
-            runs.run(given, state=step, dims=dims)
+        def run(executable: Executable) -> None:
+            executable.run(given, state=step, dims=dims)
 
-        return run
+        return [partial(run, executable) for executable in executables]
 
     def _ids(self, rng: np.random.Generator) -> np.ndarray:
         seen = self.rows - self.tokens
@@ -97,7 +100,7 @@ def measure(backend: Any) -> RowCosts:
     runs = {}
     for name, (form, trial) in TRIALS.items():
         for heads in (FEW_HEADS, MANY_HEADS):
-            runs[name, heads] = replace(trial, heads=heads).prepare(backend, (form,))
+            (runs[name, heads],) = replace(trial, heads=heads).prepare(backend, [form])
     found: dict[str, list[int]] = {name: [] for name in TRIALS}
     for turn in range(ROUNDS + 1):
         took = {}

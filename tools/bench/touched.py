@@ -106,7 +106,9 @@ def measure(session: TextSession) -> dict[str, dict[str, float]]:
         counted[kind(stream)] = counted.get(kind(stream), 0) + size
         listed = ids.get(stream)
         in_pages[kind(stream)] = in_pages.get(kind(stream), 0) + (size if listed is None else pages_of(session, stream, listed))
-    return {name: {"counted": counted[name], "in_pages": in_pages[name], "touched": size} for name, size in seen.items()}
+    return {
+        name: {"counted": counted.get(name, 0), "in_pages": in_pages.get(name, 0), "touched": size} for name, size in seen.items()
+    }
 
 
 def touched_by(session: TextSession, before: SessionSnapshot, name: str) -> int:
