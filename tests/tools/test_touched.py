@@ -58,7 +58,7 @@ def test_pages_of_rows() -> None:
         assert weights > 0 and set(streams) == set(session._store.specs)
 
 
-def test_command_where_all_rows_are_seen_and_where_some_are_listed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_that_see_all_rows_and_some(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["touched", str(gguf("deepseek_v32")), "-d", "10", "-d", "300"])
     with pytest.raises(SystemExit) as end:
         touched.main()
