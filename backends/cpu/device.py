@@ -195,7 +195,8 @@ class CpuDevice(Device):
 
     def _measured(self, graph: Graph) -> str:
         """What was measured of this machine, where the plan of a graph depends on it."""
-        kernels = {node: registry.ops.get(node.op).kernel("cpu") for node in graph if node.op not in STRUCTURAL}
+        readers = [n for n in graph if n.op not in STRUCTURAL and any(i.base.op in ("append", "read") for i in n.inputs)]
+        kernels = {node: registry.ops.get(node.op).kernel("cpu") for node in readers}  # these are asked for layouts at any start
         return all_kept(self.target) if any(kernel and kernel.measures(node) for node, kernel in kernels.items()) else ""
 
     def keep_packed(self, path: Path, content: mmap.mmap, head_bytes: int, folder: Path | None) -> Callable[[], None]:

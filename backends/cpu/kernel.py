@@ -240,7 +240,7 @@ class NodeKernel:
         supports: for which nodes.
         reads: the layouts, beside dense, in which it can read a constant or a stream that stands in a slot.
         by_row: for which nodes of two axes and more row i is made of rows i alone, where `Op.row_inputs` does not say so.
-        measures: for which nodes calls depend on what was measured of the machine (`measured`).
+        measures: for which nodes that read streams calls depend on what was measured of the machine (`measured`).
         plain: whether calls read the node's inputs and need no buffers, so that they are made only when they are wanted.
         forms: that `CompileOptions.lowerings` may name.
     """

@@ -54,8 +54,7 @@ def list_rooms(h: Heads, sizes: ListSizes) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Listed:
-    """The segments of an attention that have lists. `united`: of the tile that is worked on, how many rows each segment's lists
-    hold together."""
+    """The segments of an attention that have lists. `places`: what `list_rooms` makes room for."""
 
     k: Kernel
     h: Heads
