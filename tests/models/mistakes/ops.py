@@ -122,7 +122,13 @@ OPS = (
     Mistake(
         "epsilon outside the root", "ops/norms/norms.py", "np.sqrt(_mean(x * x) + eps)", "(np.sqrt(_mean(x * x)) + eps)", "norms"
     ),
-    Mistake("a norm without its mean", "ops/norms/norms.py", "centred = x - _mean(x)", "centred = x", "norms"),
+    Mistake(
+        "a norm without its mean",
+        "ops/norms/norms.py",
+        "centred = x - np.where(alike, x[..., :1], _mean(x))",
+        "centred = x",
+        "norms",
+    ),
     Mistake(
         "matrices are tiled, not repeated",
         "ops/products/mul_mat.py",
