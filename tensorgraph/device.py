@@ -82,8 +82,8 @@ class Device(ABC):
     def set_threads(self, threads: int | Literal["auto"]) -> None:  # noqa: B027 (a device may have no threads)
         """How many threads compute: a number, or "auto"."""
 
-    def constant_layout(self, constant: Node, users: Sequence[Node]) -> str:
-        """How a constant with these users is to be held."""
+    def constant_layout(self, constant: Node, graph: Graph) -> str:
+        """How a constant is to be held that nodes of a graph read."""
         return "dense"
 
     def stream_layout(self, spec: StateSpec, users: Sequence[tuple[Node, str]]) -> Layout:

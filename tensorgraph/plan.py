@@ -194,7 +194,7 @@ class Executable:
             held = {} if local else self._uploaded
             label = f"fold {part.key}" if part is not None else name  # the same in all plans of a model, unlike fold:N
             for device in devices:
-                layout = self._devices[device].constant_layout(node, plan.graph.users.get(node, ()))
+                layout = self._devices[device].constant_layout(node, plan.graph)
                 key = device, label if layout == "dense" else f"{label} {layout}"
                 if key not in held:
                     array = self._fold(part, weights) if part else plan.literals[name] if local else np.asarray(source(name))

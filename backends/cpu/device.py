@@ -26,7 +26,7 @@ from tensorgraph.backends.cpu.packing import Packing
 from tensorgraph.backends.cpu.program import Program, Recipe, write_kernel
 from tensorgraph.backends.cpu.recipes import Entry, keys_of, read_entry
 from tensorgraph.backends.cpu.target import Target, find_target, host
-from tensorgraph.backends.cpu.weights import LAYOUTS, pack, unpack
+from tensorgraph.backends.cpu.weights import LAYOUTS, pack, same_tiles, tile_readers, unpack
 from tensorgraph.compiler import PlanCache
 from tensorgraph.device import Device, Part, Run, Values, readers
 from tensorgraph.dtypes import DType
@@ -147,8 +147,8 @@ class CpuDevice(Device):
         kernel: NodeKernel | None = registry.ops.get(node.op).kernel("cpu")
         return kernel is not None and all(is_stored(v.dtype) for v in (node, *node.inputs)) and kernel.supports(node)
 
-    def constant_layout(self, constant: Node, users: Sequence[Node]) -> str:
-        able = [self._reads(user, slot) for user in users for slot, value in _slots(user) if value is constant]
+    def constant_layout(self, constant: Node, graph: Graph) -> str:
+        able = [self._reads(user, slot) for user, slot in tile_readers(graph, constant)]
         return next((layout for layout in LAYOUTS if able and all(layout in each for each in able)), "dense")
 
     def stream_layout(self, spec: StateSpec, users: Sequence[tuple[Node, str]]) -> Layout:
@@ -166,8 +166,8 @@ class CpuDevice(Device):
 
         def layout(node: Node) -> str:
             if node not in found:
-                if node.op == "constant":
-                    found[node] = self.constant_layout(node, graph.users[node])
+                if (held := same_tiles(node)) is not None:
+                    found[node] = layout(held) if held is not node else self.constant_layout(node, graph)
                 elif node.op in ("append", "read"):
                     kept = layouts.get(node.attrs["stream"], "rows")
                     users = readers(graph, node)
@@ -315,5 +315,3 @@ def _in_dtype(array: np.ndarray, dtype: DType) -> np.ndarray:
     return decoded
 
 
-def _slots(node: Node) -> list[tuple[str, Node]]:
-    return list(zip(node.slots, node.inputs, strict=True)) if node.op not in STRUCTURAL else [("", i) for i in node.inputs]

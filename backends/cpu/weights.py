@@ -28,7 +28,7 @@ from tensorgraph.backends.cpu.packing import BATCH_BYTES, Step
 from tensorgraph.backends.cpu.program import OperandKey, Recipe
 from tensorgraph.dtypes import DType, as_dtype, f32
 from tensorgraph.errors import InputError
-from tensorgraph.graph import Node
+from tensorgraph.graph import Graph, Node
 
 if TYPE_CHECKING:
     from tensorgraph.backends.cpu.device import CpuDevice
@@ -119,6 +119,29 @@ def tile_bytes(weights: Node) -> int:
     form, width = interleaved(weights.dtype), weights.shape[-1]
     assert isinstance(width, int)
     return width // form.block * form.unit_bytes
+
+
+def same_tiles(value: Node) -> Node | None:
+    """The constant of whose tiles a value is made, in order: itself, or what it is a view of; None where there is none."""
+    base, index_map = value.base, value.index_map
+    if base.op != "constant" or value is base:
+        return base if base.op == "constant" else None
+    whole = index_map.is_dense and index_map.offset == 0 and value.size == base.size
+    both = (value.shape, base.shape)
+    tiled = all(len(shape) > 1 and isinstance(shape[-2], int) and shape[-2] % ROWS == 0 for shape in both)
+    return base if whole and tiled and value.shape[-1] == base.shape[-1] else None
+
+
+def tile_readers(graph: Graph, value: Node) -> list[tuple[Node, str]]:
+    """Who reads a constant, and in which slot, or a value of its tiles; outputs of such read it in no slot."""
+    found = [(value, "")] if value.op == "view" and value in graph.outputs.values() else []
+    for user in graph.users.get(value, ()):
+        if same_tiles(user) is not None:
+            found += tile_readers(graph, user)
+        else:
+            slots = user.slots if len(user.slots) == len(user.inputs) else ("",) * len(user.inputs)
+            found += [(user, slot) for slot, i in zip(slots, user.inputs, strict=True) if i is value]
+    return found
 
 
 def find_panel(weights: Operand, tile: Int, batch: Int = 0) -> Panel:

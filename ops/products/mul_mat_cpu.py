@@ -12,7 +12,7 @@ from tensorgraph.backends.cpu.ir import F32, Int, Value
 from tensorgraph.backends.cpu.kernel import CHUNK, Buffer, Call, Context, Kernel, NodeKernel, Ref
 from tensorgraph.backends.cpu.matvec import kind_of, tile_dot
 from tensorgraph.backends.cpu.operands import Operand, Row
-from tensorgraph.backends.cpu.weights import n_tiles, tile_bytes
+from tensorgraph.backends.cpu.weights import n_tiles, same_tiles, tile_bytes
 from tensorgraph.dims import ALWAYS, Guard, product
 from tensorgraph.graph import Node
 from tensorgraph.ops.products.dense_cpu import dense_calls
@@ -27,7 +27,7 @@ def reads(node: Node, slot: str) -> tuple[str, ...]:
     a = node.at("a")
     assert a is not None
     packed = a.dtype.is_block or a.dtype.name in _PACKED
-    return ("r16",) if slot == "a" and a.op == "constant" and packed else ()
+    return ("r16",) if slot == "a" and packed and same_tiles(a) is not None else ()
 
 
 def calls(node: Node, context: Context) -> Sequence[Call]:

@@ -137,6 +137,22 @@ def test_several_matrices_shared_by_neighbours(backend: str, name: str, exact: b
 
 
 @pytest.mark.parametrize(("backend", "name", "exact"), SHAPE_CASES)
+@pytest.mark.parametrize("rows", [32, 24])
+def test_a_matrix_seen_in_pieces(backend: str, name: str, exact: bool, rows: int) -> None:
+    """Pieces of whole tiles are multiplied as they are, without a copy; of other pieces the matrix is decoded."""
+    width = 2 * as_dtype(name).block_size if as_dtype(name).is_block else 50
+    array, w = weights(name, 2 * rows, width)
+    a = constant("a", shape=(2 * rows, width), dtype=name)
+    step = bound(mul_mat(a.reshape(2, rows, width), input("b", (2, T, width))), backend, exact=exact, a=array)
+    (held,) = step.plan.graph.constants.values()
+    assert step.plan.devices[0].constant_layout(held, step.plan.graph) == ("r16" if rows % 16 == 0 else "dense")
+    for n in (1, 3, 6, 133):
+        x = activations(np.random.default_rng(n), 2, n, width)
+        arithmetic = how(name, exact, 1, width, backend) if rows % 16 == 0 else "f32"
+        check(step.run({"b": x})["y"], w.reshape(2, rows, width)[:, None], x, arithmetic)
+
+
+@pytest.mark.parametrize(("backend", "name", "exact"), SHAPE_CASES)
 def test_two_weights_side_by_side(backend: str, name: str, exact: bool) -> None:
     """A gated unit's: of codes each sum is to the last bit what it is alone."""
     width, height = wide(backend, name, exact), 41
