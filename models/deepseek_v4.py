@@ -259,8 +259,7 @@ def compress(
     parts, rows = f"{name}parts", f"{name}rows"
     seen = g.append(parts, both)  # [S, 2, wide]
     pooled = block_pool(
-        seen[:, 0],
-        seen[:, 1],
+        seen,
         g.weight(f"{weights}_ape.weight", ratio, wide),
         g.row_pos(parts),
         g.row_seq(parts),

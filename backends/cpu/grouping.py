@@ -41,10 +41,12 @@ def group_nodes(nodes: Sequence[Node], graph: Graph, context: Context, *, fuse: 
         for group in find(scope):
             found.append(group)
             scope.taken.update(group.nodes)
-    for group in find_row_programs(nodes, graph, conditioned, scope.taken, context, partial(group_nodes, fuse=True)):
+    owner = {node: group for group in found for node in group.nodes}
+    for group in find_row_programs(nodes, graph, conditioned, owner, context, partial(group_nodes, fuse=True)):
         found.append(group)
         scope.taken.update(group.nodes)
-    for chain in find_chains(nodes, graph, conditioned, scope.taken):
+        owner |= dict.fromkeys(group.nodes, group)
+    for chain in find_chains(nodes, graph, conditioned, owner):
         found.append(chain_group(chain, graph))
         scope.taken.update(chain)
     alone: dict[Node, Group] = {n: single(n, context) for n in nodes if n not in scope.taken}

@@ -240,6 +240,7 @@ class NodeKernel:
         supports: for which nodes.
         reads: the layouts, beside dense, in which it can read a constant or a stream that stands in a slot.
         by_row: for which nodes of two axes and more row i is made of rows i alone, where `Op.row_inputs` does not say so.
+        whole: slots of which a row program (`row_programs`) gives all rows for each row.
         measures: for which nodes that read streams calls depend on what was measured of the machine (`measured`).
         plain: whether calls read the node's inputs and need no buffers, so that they are made only when they are wanted.
         forms: that `CompileOptions.lowerings` may name.
@@ -250,6 +251,7 @@ class NodeKernel:
     reads: Reads = dense_only
     plain: bool = False
     forms: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
     by_row: Callable[[Node], bool] = lambda node: False
     measures: Callable[[Node], bool] = lambda node: False
 

@@ -1,7 +1,7 @@
 """Row programs: nodes whose row i is made of rows i alone, in one call that goes through all of them row by row.
 
 What they compute of one row is a graph without that axis, whose groups are found and whose kernels are written as for any graph.
-What only they read lies in scratch, where it stays in the first cache.
+What only they read lies in scratch, where it stays in the first cache. Rows that are appended to streams go there at once.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from tensorgraph import registry
 from tensorgraph.backends.cpu.chains import Search
 from tensorgraph.backends.cpu.elementwise import Read, kernel_of
 from tensorgraph.backends.cpu.group import CpuGroup, make_group
-from tensorgraph.backends.cpu.ir import Value
 from tensorgraph.backends.cpu.kernel import CHUNK, Call, Context, Kernel, NodeKernel, Ref, lay_out
 from tensorgraph.backends.cpu.operands import Operand, stored_type
+from tensorgraph.backends.cpu.state_calls import read_call, write_row
 from tensorgraph.dims import ALWAYS, Dim, Symbol
 from tensorgraph.dtypes import as_dtype
 from tensorgraph.errors import TensorGraphError
@@ -25,17 +25,24 @@ from tensorgraph.graph import STRUCTURAL, Graph, Node, input
 from tensorgraph.memory import Group
 from tensorgraph.views import IndexMap
 
-MOST_NODES = 128
+MOST_NODES = 192
 MOST_ELEMENTS = 4096
 """Of a row of a value: more are worth several threads even where there is but one row."""
 MOST_BYTES = 1 << 16
 """Of what lies in scratch, kernels' own apart."""
+MOST_BESIDE = 1 << 14
+"""Of what the smaller of two programs computes that do not read one another, but the same value or group."""
 
 Grouping = Callable[[Sequence[Node], Graph, Context], Sequence[Group]]
 
 
 def find_row_programs(
-    nodes: Sequence[Node], graph: Graph, condition: Mapping[Node, Hashable], taken: set[Node], context: Context, group: Grouping
+    nodes: Sequence[Node],
+    graph: Graph,
+    condition: Mapping[Node, Hashable],
+    taken: Mapping[Node, Group],
+    context: Context,
+    group: Grouping,
 ) -> list[CpuGroup]:
     """Groups of several nodes, of which each is one call. `group`: how the nodes of one row are computed.
 
@@ -43,32 +50,66 @@ def find_row_programs(
     """
     kinds: dict[Node, Hashable] = {}
     sizes: dict[Node, int] = {}
+    whole: dict[Node, set[Node]] = {}  # what a node reads all rows of
 
-    def is_one(some: Sequence[Node]) -> bool:
-        alike = len(set(map(kinds.__getitem__, some))) == 1
-        return alike and len(some) <= MOST_NODES and sum(map(sizes.__getitem__, some)) <= MOST_BYTES
+    def size(some: Sequence[Node]) -> int:
+        return sum(map(sizes.__getitem__, some))
 
-    search = Search(nodes, condition, is_one)
+    def is_one(a: Sequence[Node], b: Sequence[Node]) -> bool:
+        small = len(a) + len(b) <= MOST_NODES and size(a) + size(b) <= MOST_BYTES
+        return kinds[a[0]] == kinds[b[0]] and small and not (reads_all(a, b) or reads_all(b, a))
+
+    def reads_all(a: Sequence[Node], b: Sequence[Node]) -> bool:
+        return any(not whole[node].isdisjoint(b) for node in a if node in whole)
+
+    search = Search(nodes, condition, taken, is_one)
     for node in nodes:
-        if node not in taken and _is_by_row(node):
-            kinds[node] = node.shape[0], condition[node]
-            sizes[node] = _row_size(node) * stored_type(node.dtype).size_bytes
-            search.add(node, tuple(Read(i, i.index_map) for i in node.inputs))
+        if node not in taken and (_is_appended(node) or _is_by_row(node)):
+            by_row = [value for slot, value in _slots(node) if slot not in _whole(node)]
+            if entire := {value.base for slot, value in _slots(node) if slot in _whole(node)}:
+                whole[node] = entire
+            kinds[node] = _n_rows(node), condition[node]
+            sizes[node] = 0 if node.op == "append" else _row_size(node) * stored_type(node.dtype).size_bytes
+            search.add(node, tuple(Read(i, i.index_map) for i in by_row))
+    search.add_neighbours(lambda a, b: min(size(a), size(b)) <= MOST_BESIDE)
     found, outputs = list[CpuGroup](), set(graph.outputs.values())
     known: dict[str, Program | None] = {}
     for chain in dict.fromkeys(search.chain.values()):
-        if len(chain.nodes) == 1 or all(kernel_of(node) for node in chain.nodes):
+        computed = [node for node in chain.nodes if node.op != "append"]
+        appended = [node for node in chain.nodes if node.op == "append"]
+        if len(chain.nodes) == 1 or not computed or (not appended and all(map(kernel_of, computed))):
             continue
         inside = {*chain.nodes, *search.views_of(chain)}
         wanted = {n.base for n in inside if n in outputs or any(user not in inside for user in graph.users[n])}
-        row = _OneRow(chain.nodes, [node for node in chain.nodes if node in wanted])
+        row = _OneRow(computed, [node for node in computed if node in wanted], appended, context)
         if row.key not in known:
-            known[row.key] = _program(row, replace(context, layout=lambda node: "dense"), group)
+            known[row.key] = _program(row, context, group)
         program = known[row.key]
         if program is not None:
-            nodes = sorted(inside, key=search.place.__getitem__)
-            found.append(make_group(nodes, row.stored, [program.call(row)]))
+            seen = [node for node in appended if context.layout(node) == "dense"]
+            calls = [program.call(row), *(read_call(node, node, context) for node in seen)]
+            found.append(make_group(sorted(inside, key=search.place.__getitem__), [*row.stored, *seen], calls))
     return found
+
+
+def _slots(node: Node) -> Sequence[tuple[str, Node]]:
+    return list(zip(node.slots, node.inputs, strict=True)) if node.op != "append" else [("", node.inputs[0])]
+
+
+def _whole(node: Node) -> tuple[str, ...]:
+    """The slots of which a node reads all rows."""
+    kernel: NodeKernel | None = registry.ops.get(node.op).kernel("cpu") if node.op not in STRUCTURAL else None
+    return kernel.whole if kernel is not None else ()
+
+
+def _n_rows(node: Node) -> Any:
+    return (node.inputs[0] if node.op == "append" else node).shape[0]
+
+
+def _is_appended(node: Node) -> bool:
+    """Whether rows of known size are appended to a stream."""
+    x = node.inputs[0] if node.op == "append" else None
+    return x is not None and x.ndim > 1 and _has_rows(x) and not _is_free(x) and _rows_of(x, x.shape[0])
 
 
 def _is_by_row(node: Node) -> bool:
@@ -77,7 +118,7 @@ def _is_by_row(node: Node) -> bool:
     kernel: NodeKernel | None = op.kernel("cpu") if op is not None else None
     if op is None or kernel is None or not _has_rows(node) or not kernel.supports(node):
         return False
-    slots = dict(zip(node.slots, node.inputs, strict=True))
+    slots = {slot: value for slot, value in _slots(node) if slot not in kernel.whole}
     rows = {slot for slot, value in slots.items() if not _is_free(value)}
     if any(slot not in rows and (kernel.reads(node, slot) or _elements(x) > MOST_ELEMENTS) for slot, x in slots.items()):
         return False  # weights, which are held as products read them, or are too large to be read for every row
@@ -85,7 +126,7 @@ def _is_by_row(node: Node) -> bool:
     known = kernel_of(node) is not None or (
         node.ndim > 1 and ((bool(op.row_inputs) and rows <= set(op.row_inputs)) or kernel.by_row(node))
     )
-    return known and all(_rows_of(i, node.shape[0]) for i in node.inputs)
+    return known and all(_rows_of(i, node.shape[0]) for i in slots.values())
 
 
 def _has_rows(node: Node) -> bool:
@@ -131,26 +172,36 @@ class _OneRow:
     """Nodes as they are for one row. What they read of others are inputs there, and values without rows constants.
 
     Attributes:
+        appended: rows that go to streams.
         key: a text that is the same for nodes that differ only in what they read of others, and in names.
-        given, free: what they read of others, in order: bases with rows, and values without.
+        given, free, whole: what they read of others, in order: bases with rows, values without, and values of which all rows are
+            read for each.
     """
 
     nodes: Sequence[Node]  # that are computed
     stored: Sequence[Node]
+    appended: Sequence[Node]
+    context: Context
     key: str = ""
     given: dict[Node, int] = field(default_factory=dict)
     free: dict[Node, int] = field(default_factory=dict)
+    whole: dict[Node, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         number = {node: i for i, node in enumerate(self.nodes)}
         said = [f"{[number[node] for node in self.stored]}"]
-        for node in self.nodes:
-            read = (f"{slot} {self._said(value, number)}" for slot, value in zip(node.slots, node.inputs, strict=True))
-            said.append(f"{node.op} {node.dtype} {node.shape} {sorted(node.attrs.items())} {'; '.join(read)}")
+        for node in (*self.nodes, *self.appended):
+            entire = _whole(node)
+            read = (f"{slot} {self._said(value, number, slot in entire)}" for slot, value in _slots(node))
+            attrs = sorted(node.attrs.items()) if node.op != "append" else [self.stream(node).layout]
+            said.append(f"{node.op} {node.dtype} {node.shape} {attrs} {'; '.join(read)}")
         self.key = "\n".join(said)
 
-    def _said(self, value: Node, number: Mapping[Node, int]) -> str:
+    def _said(self, value: Node, number: Mapping[Node, int], entire: bool) -> str:
         base = value.base
+        if entire:
+            place = self.whole.setdefault(value, len(self.whole))
+            return f"whole {place} {value.dtype} {value.index_map} {base.shape} {self.context.layout(value)}"
         if _is_free(value):
             return f"free {self.free.setdefault(value, len(self.free))} {value.dtype} {value.index_map} {base.shape}"
         if base in number:
@@ -163,9 +214,14 @@ class _OneRow:
         assert isinstance(n_rows, Dim)
         return n_rows
 
+    def stream(self, appended: Node) -> Ref:
+        """The stream that rows go to."""
+        return Ref(appended, self.context.layouts.get(appended.attrs["stream"], "rows"))
+
     def made(self) -> dict[Node, Node]:
-        """For one row: what is computed, and what that reads of others."""
+        """For one row: what is computed, what that reads of others, and by their node the rows that are appended."""
         found: dict[Node, Node] = {node: input(f"given{i}", (1, *node.shape[1:]), node.dtype) for node, i in self.given.items()}
+        whole = {value: input(f"whole{i}", value.shape, value.dtype) for value, i in self.whole.items()}
 
         def read(value: Node) -> Node:
             if _is_free(value):
@@ -182,9 +238,9 @@ class _OneRow:
             return tuple(map(without, attr)) if type(attr) is tuple else attr
 
         for node in self.nodes:
-            slots = {slot: read(value) for slot, value in zip(node.slots, node.inputs, strict=True)}
+            slots = {slot: whole[value] if slot in _whole(node) else read(value) for slot, value in _slots(node)}
             found[node] = registry.ops.get(node.op).apply(slots, {name: without(attr) for name, attr in node.attrs.items()})
-        return found
+        return found | whole | {node: read(node.inputs[0]) for node in self.appended}
 
 
 class Arg(NamedTuple):
@@ -209,27 +265,37 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """What row programs of a key have in common. `own_bytes` of scratch are not the kernels'; `free`: how operands are read."""
+    """What row programs of a key have in common. `own_bytes` of scratch are not the kernels'.
+
+    Attributes:
+        appended: the rows that go to streams.
+        free, whole: how operands are read that are not rows of something.
+    """
 
     steps: tuple[Step, ...]
+    appended: tuple[Arg, ...]
     own_bytes: int
     scratch_bytes: int
     grain: int
     free: Mapping[str, tuple[int, IndexMap]]
+    whole: Mapping[int, Ref]
 
     def call(self, row: _OneRow) -> Call:
-        operands: dict[str, Ref | None] = {f"given{i}": Ref(node, known=True) for node, i in row.given.items()}
+        operands: dict[str, Ref | None] = {"rows": Ref(row.n_rows)}
+        operands |= {f"given{i}": Ref(node, known=True) for node, i in row.given.items()}
         operands |= {f"y{i}": Ref(node, known=True) for i, node in enumerate(row.stored)}
         values = list(row.free)
         operands |= {name: Ref(values[i], known=True, index_map=index_map) for name, (i, index_map) in self.free.items()}
+        operands |= {f"whole{i}": replace(self.whole[i], of=value) for value, i in row.whole.items()}
+        operands |= {f"stream{i}": row.stream(node) for i, node in enumerate(row.appended)}
         return Call(
             emit_row_program,
             operands,
-            {"steps": self.steps, "own_bytes": self.own_bytes},
+            {"steps": self.steps, "appended": self.appended, "own_bytes": self.own_bytes},
             items=row.n_rows,
             grain=self.grain,
             scratch_bytes=self.scratch_bytes,
-            nodes=tuple(row.nodes),
+            nodes=(*row.nodes, *row.appended),
         )
 
 
@@ -241,19 +307,23 @@ def _program(row: _OneRow, context: Context, group: Grouping) -> Program | None:
         return None
     if any(made[n].shape != (1, *n.shape[1:]) or made[n].dtype != n.dtype for n in row.nodes):
         return None
-    whole = Graph({f"y{i}": made[node] for i, node in enumerate(row.stored)})
-    groups = group([node for node in whole if node.op not in ("input", "constant")], whole, context)
+    wanted = {f"y{i}": made[node] for i, node in enumerate(row.stored)}
+    whole = Graph(wanted | {f"row{i}": made[node] for i, node in enumerate(row.appended)})
+    entire = {made[value]: i for value, i in row.whole.items()}
+    layouts = {made[value]: context.layout(value) for value in row.whole}
+    inside = replace(context, layout=lambda node: layouts.get(node, "dense"))
+    groups = group([node for node in whole if node.op not in ("input", "constant")], whole, inside)
     calls: list[Call] = [call for one in groups for call in getattr(one, "calls", ())]
     refs = [ref for call in calls for ref in call.operands.values() if ref is not None]
     if any(call.guard != ALWAYS for call in calls) or not all(isinstance(ref.of, Node) for ref in refs):
         return None
+    if any(ref.of in entire and ref.index_map is not None for ref in refs):
+        return None
     named = {made[node]: f"given{i}" for node, i in row.given.items()} | {made[n]: f"y{i}" for i, n in enumerate(row.stored)}
-    bases = {
-        ref.of.base: ref.of for ref in refs if isinstance(ref.of, Node) and not _is_free(ref.of) and ref.of.base not in named
-    }
-    sizes = {base: _row_size(base) * stored_type(base.dtype).size_bytes for base in bases}
+    bases = {r.of.base: r.of for r in refs if isinstance(r.of, Node) and not _is_free(r.of)}
+    sizes = {b: _row_size(b) * stored_type(b.dtype).size_bytes for b in bases if b not in named and b not in entire}
     places, own_bytes = lay_out({str(i): n for i, n in enumerate(sizes.values())})
-    at = dict(zip(bases, places.values(), strict=True))
+    at = dict(zip(sizes, places.values(), strict=True))
     free: dict[tuple[int, IndexMap], str] = {}
 
     def arg(ref: Ref | None) -> Arg | None:
@@ -261,6 +331,8 @@ def _program(row: _OneRow, context: Context, group: Grouping) -> Program | None:
             return None
         assert isinstance(ref.of, Node)
         node, base, index_map = ref.of, ref.of.base, ref.index_map or ref.of.index_map
+        if node in entire:
+            return Arg("free", f"whole{entire[node]}", str(node.dtype), (), (), 0)
         shape, strides, offset = index_map.resolve({})
         if _is_free(node):
             name = free.setdefault((row.free[node], index_map), f"free{len(free)}")
@@ -274,31 +346,29 @@ def _program(row: _OneRow, context: Context, group: Grouping) -> Program | None:
         Step(call.emit, tuple(call.operands), tuple(map(arg, call.operands.values())), tuple(sorted(call.attrs.items())))
         for call in calls
     )
+    appended = tuple(one for node in row.appended if (one := arg(Ref(made[node]))) is not None)
     work = sum(prod(one.shape) for step in steps for one in step.args if one is not None)
     scratch_bytes = own_bytes + max((call.scratch_bytes for call in calls), default=0)
-    return Program(steps, own_bytes, scratch_bytes, max(1, CHUNK // max(work, 1)), {name: one for one, name in free.items()})
+    read = {entire[ref.of]: ref for ref in refs if isinstance(ref.of, Node) and ref.of in entire}
+    ways = {name: one for one, name in free.items()}
+    return Program(steps, appended, own_bytes, scratch_bytes, max(1, CHUNK // max(work, 1)), ways, read)
 
 
-def emit_row_program(k: Kernel, operands: Mapping[str, Operand | None], *, steps: Sequence[Step], own_bytes: int) -> None:
-    scratch, first = k.scratch(), operands["y0"]
-    assert first is not None
-    with k.rows(first.shape[:1]) as (row,):
+def emit_row_program(
+    k: Kernel, operands: Mapping[str, Operand], *, steps: Sequence[Step], appended: Sequence[Arg], own_bytes: int
+) -> None:
+    scratch = k.scratch()
+    with k.rows(operands["rows"].shape) as (row,):
 
-        def operand(arg: Arg | None) -> Operand | None:
-            if arg is None:
-                return None
-            dtype = as_dtype(arg.dtype)
+        def operand(arg: Arg) -> Operand:
             if arg.kind == "free":
                 return operands[arg.name]
-            address = scratch if arg.kind == "scratch" else _row(operands[arg.name], row)
-            return Operand(k, dtype, arg.shape, arg.strides, address + arg.offset_bytes)
+            address = scratch if arg.kind == "scratch" else operands[arg.name].at([row])
+            return Operand(k, as_dtype(arg.dtype), arg.shape, arg.strides, address + arg.offset_bytes)
 
         with k.alone(own_bytes):
             for step in steps:
-                made = dict(zip(step.names, map(operand, step.args), strict=True))
-                step.emit(k, made, **dict(step.attrs))
-
-
-def _row(operand: Operand | None, row: Value) -> Value:
-    assert operand is not None
-    return operand.at([row])
+                made = (None if arg is None else operand(arg) for arg in step.args)
+                step.emit(k, dict(zip(step.names, made, strict=True)), **dict(step.attrs))
+        for i, arg in enumerate(appended):
+            write_row(k, operand(arg), 0, operands[f"stream{i}"], row)

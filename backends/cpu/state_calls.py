@@ -41,17 +41,22 @@ def _grain(node: Node) -> int:
 
 def write_rows(k: Kernel, operands: Slots) -> None:
     """Row n of x to the place of the n-th new row of the batch."""
-    x, stream = operands["x"], operands["stream"]
+    x = operands["x"]
+    with k.rows(x.shape[:1]) as (n,):
+        write_row(k, x, n, operands["stream"], n)
+
+
+def write_row(k: Kernel, x: Operand, row: Int, stream: Operand, n: Value) -> None:
+    """A row of x to the place of the n-th new row of the batch."""
     outer_shape, inner = x.shape[1:-1], k.i64(x.shape[-1] if x.ndim > 1 else 1)
-    with k.rows(x.shape[:1]) as index:
-        to = stream_row(k, stream, index[0], "new")
-        with k.loop(0, k.i64(k.size(outer_shape))) as outer:
-            outer.next()
-            row = x.row([*index, *k.unflatten(outer.i, outer_shape)]) if x.ndim > 1 else Row(k, x.dtype, x.at(index), 1)
-            if stream.dtype.is_block:
-                write_blocks(k, stream.dtype, row, inner, to, outer.i * inner)
-            else:
-                copy_row(k, row, replace(to, address=to.at(outer.i * inner)), inner)
+    to = stream_row(k, stream, n, "new")
+    with k.loop(0, k.i64(k.size(outer_shape))) as outer:
+        outer.next()
+        line = x.row([row, *k.unflatten(outer.i, outer_shape)]) if x.ndim > 1 else Row(k, x.dtype, x.at([row]), 1)
+        if stream.dtype.is_block:
+            write_blocks(k, stream.dtype, line, inner, to, outer.i * inner)
+        else:
+            copy_row(k, line, replace(to, address=to.at(outer.i * inner)), inner)
 
 
 def read_rows(k: Kernel, operands: Slots) -> None:

@@ -19,7 +19,7 @@ from tensorgraph.source import source_line
 Array = np.ndarray[Any, Any]
 
 _SIGNATURE = (
-    "c[S, W]: real, z[S, W]: real, bias[every, W]?: float, row_pos[S]: int, row_seq[S]: int, "
+    "x[S, 2, W]: real, bias[every, W]?: float, row_pos[S]: int, row_seq[S]: int, "
     "blocks[N]: int, block_seq[N]: int -> y[N, W]: f32"
 )
 _BOUND = Signature.parse(_SIGNATURE)
@@ -28,16 +28,17 @@ block_pool = Op(
     "block_pool",
     _SIGNATURE,
     attrs={"every": Attr(int, low=1), "overlap": Attr(bool, False)},
+    rows=("blocks", "block_seq"),
     source="DeepSeek-V4 technical report, compressed attention",
 )
-"""For block b of a sequence, `sum(soft_max(z + bias[pos mod every]) * c)` per channel over the block's rows.
+"""For block b of a sequence, `sum(soft_max(x[:, 1] + bias[pos mod every]) * x[:, 0])` per channel over the block's rows.
 
 A block's rows are those of its sequence at positions `b * every .. (b + 1) * every - 1`, wherever they stand. With
 overlap, channels `[: W / 2]` of the previous block's rows and channels `[W / 2 :]` of its own pool together; block 0
 has no previous rows.
 
-Shapes: c, z [S, W], bias [every, W], row_pos, row_seq [S], blocks, block_seq [N] -> [N, W], with overlap [N, W / 2].
-Dtypes: c, z f32, f16, bf16 -> f32; sums in f32.
+Shapes: x [S, 2, W], bias [every, W], row_pos, row_seq [S], blocks, block_seq [N] -> [N, W], with overlap [N, W / 2].
+Dtypes: x f32, f16, bf16 -> f32; sums in f32.
 Raises: StateError, when run, where a row of a block is not there.
 """
 
@@ -51,14 +52,13 @@ def shape(slots: Mapping[str, Node], attrs: Mapping[str, Any]) -> tuple[Shape, D
     if not attrs["overlap"]:
         return (n_blocks, width), dtype
     if not isinstance(width, int) or width % 2:
-        raise ShapeError(f"[block_pool] c must be an even number wide for overlap; got {width} ({source_line()})")
+        raise ShapeError(f"[block_pool] x must be an even number wide for overlap; got {width} ({source_line()})")
     return (n_blocks, width // 2), dtype
 
 
 @block_pool.reference
 def reference(
-    c: Array,
-    z: Array,
+    x: Array,
     bias: Array | None,
     row_pos: Array,
     row_seq: Array,
@@ -68,7 +68,7 @@ def reference(
     every: int,
     overlap: bool,
 ) -> Array:
-    width = c.shape[1]
+    c, z, width = x[:, 0], x[:, 1], x.shape[2]
     if len(blocks) == 0:
         return np.zeros((0, width // 2 if overlap else width))
     wanted = blocks.astype(np.int64)[:, None] * every + np.arange(every)  # positions [N, every]
@@ -119,8 +119,7 @@ def flops(node: Node) -> Extent:
 @block_pool.law
 def order_is_free(
     run: Callable[..., Array],
-    c: Array,
-    z: Array,
+    x: Array,
     bias: Array | None,
     pos: Array,
     seq: Array,
@@ -129,8 +128,8 @@ def order_is_free(
 ) -> None:
     """Rows are found by sequence and position: their order in the stream changes nothing."""
     back = slice(None, None, -1)
-    turned = run(c[back], z[back], bias, pos[back], seq[back], *rest, **attrs)
-    np.testing.assert_array_equal(turned, run(c, z, bias, pos, seq, *rest, **attrs))
+    turned = run(x[back], bias, pos[back], seq[back], *rest, **attrs)
+    np.testing.assert_array_equal(turned, run(x, bias, pos, seq, *rest, **attrs))
 
 
 @block_pool.cases
@@ -145,8 +144,8 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
     able = [(b, s) for s, n in enumerate(lengths) for b in range(n // every)]
     taken = np.array(able, np.int32).reshape(-1, 2)[rng.permutation(len(able))[: draw(st.integers(0, 5))]].T
     width = draw(st.sampled_from((2, 6, 32)))
-    c, z = (rng.standard_normal((len(rows), width)) for _ in range(2))
-    slots = {"c": c.astype(a_type(draw)), "z": (z * draw(st.sampled_from((0.1, 1.0, 80.0)))).astype(a_type(draw))}
+    x = rng.standard_normal((len(rows), 2, width)) * np.array([1.0, draw(st.sampled_from((0.1, 1.0, 80.0)))])[:, None]
+    slots = {"x": x.astype(a_type(draw))}
     slots |= {"row_pos": pos.astype(a_type(draw, INTS)), "row_seq": seq.astype(a_type(draw, INTS))}
     if draw(st.booleans()):
         slots["bias"] = rng.standard_normal((every, width)).astype(a_type(draw))
@@ -158,8 +157,6 @@ def cases(draw: Any) -> tuple[dict[str, Array], dict[str, Any]]:
 def typical(rng: np.random.Generator) -> list[tuple[dict[str, Array], dict[str, Any]]]:
     """All blocks of four of 8192 tokens."""
     pos, blocks = np.arange(8192, dtype=np.int32), np.arange(2048, dtype=np.int32)
-    slots: dict[str, Array] = {name: np.zeros((len(pos), 1024), np.float32) for name in ("c", "z")} | {
-        "bias": np.zeros((4, 1024), np.float32)
-    }
+    slots: dict[str, Array] = {"x": np.zeros((len(pos), 2, 1024), np.float32), "bias": np.zeros((4, 1024), np.float32)}
     slots |= {"row_pos": pos, "row_seq": np.zeros_like(pos), "blocks": blocks, "block_seq": np.zeros_like(blocks)}
     return [(slots, {"every": 4, "overlap": True})]

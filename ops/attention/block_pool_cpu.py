@@ -1,15 +1,20 @@
-"""block_pool on the CPU: the rows of each block are looked up first; logits and sums in f64, exponentials in f32."""
+"""block_pool on the CPU: the rows of each block are looked up first; logits and sums in f64, exponentials in f32.
+
+Rows of a stream are read where they lie.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from tensorgraph.backends.cpu.functions import exp
 from tensorgraph.backends.cpu.ir import F32, F64, I64, Int, Value
-from tensorgraph.backends.cpu.kernel import Kernel, cpu_kernel, row_work
-from tensorgraph.backends.cpu.operands import Operand
+from tensorgraph.backends.cpu.kernel import CHUNK, Call, Context, Kernel, NodeKernel, Ref, row_work
+from tensorgraph.backends.cpu.operands import Operand, Row
 from tensorgraph.backends.cpu.sorting import lane_bits
+from tensorgraph.backends.cpu.state_calls import stream_row
 from tensorgraph.graph import Node
 from tensorgraph.ops.attention.block_pool import block_pool
 
@@ -21,26 +26,22 @@ def _places(node: Node) -> int:
     return int(node.attrs["every"]) * (2 if node.attrs["overlap"] else 1)
 
 
-@cpu_kernel(
-    block_pool,
-    rows=lambda node: node.shape[:1],
-    work=lambda node: 8 * _places(node) * row_work(node),
-    scratch=lambda node: 8 * _places(node),
-)
-def emit_block_pool(
-    k: Kernel,
-    c: Operand,
-    z: Operand,
-    bias: Operand | None,
-    row_pos: Operand,
-    row_seq: Operand,
-    blocks: Operand,
-    block_seq: Operand,
-    y: Operand,
-    *,
-    every: int,
-    overlap: bool,
-) -> None:
+def _reads(node: Node, slot: str) -> tuple[str, ...]:
+    return ("rows",) if slot == "x" and not node.inputs[0].dtype.is_block else ()
+
+
+def _calls(node: Node, context: Context) -> Sequence[Call]:
+    x, *_ = node.inputs
+    refs: dict[str, Ref | None] = {slot: Ref(value) for slot, value in zip(node.slots, node.inputs, strict=True)}
+    refs |= {"x": Ref(x, context.layout(x)), "y": Ref(node)}
+    scratch, grain = 8 * _places(node), max(1, CHUNK // max(8 * _places(node) * row_work(node), 1))
+    return [Call(emit_block_pool, refs, dict(node.attrs), node.shape[0], grain, scratch_bytes=scratch, nodes=(node,))]
+
+
+def emit_block_pool(k: Kernel, operands: Mapping[str, Operand | None], *, every: int, overlap: bool) -> None:
+    given = {name: operand for name, operand in operands.items() if operand is not None}
+    x, y, bias, blocks, block_seq = given["x"], given["y"], given.get("bias"), given["blocks"], given["block_seq"]
+    row_pos, row_seq = given["row_pos"], given["row_seq"]
     table, width, lanes = k.scratch(), y.shape[1], k.lanes
     places = every * 2 if overlap else every  # those of the block before come first
     with k.rows(y.shape[:1]) as index:
@@ -56,7 +57,7 @@ def emit_block_pool(
                 def rows(first: Int, stop: Int, shift: Int, body: _Body, values: list[Value]) -> list[Value]:
                     with k.loop(first, stop, 1, values) as loop:
                         row = k.load(table + loop.i * 8, I64)
-                        logit = k.convert(z.row([row]).load(at + shift, lanes, mask), F64)
+                        logit = k.convert(_vector(k, x, row, 1).load(at + shift, lanes, mask), F64)
                         if bias is not None:
                             place = loop.i % every if overlap else loop.i
                             logit = logit + k.convert(bias.row([place]).load(at + shift, lanes, mask), F64)
@@ -72,7 +73,7 @@ def emit_block_pool(
 
                 def add(row: Value, shift: Int, logit: Value, sums: list[Value]) -> list[Value]:
                     e = k.convert(exp(k, k.convert(logit - peak, F32)), F64)
-                    value = k.convert(c.row([row]).load(at + shift, lanes, mask), F64)
+                    value = k.convert(_vector(k, x, row, 0).load(at + shift, lanes, mask), F64)
                     return [sums[0] + e, k.fma(e, value, sums[1])]
 
                 total, weighed = both(add, [k.zero(F64.x(lanes))] * 2)
@@ -82,6 +83,15 @@ def emit_block_pool(
 
 
 _Body = Callable[[Value, Int, Value, list[Value]], list[Value]]
+
+
+def _vector(k: Kernel, x: Operand, row: Value, which: int) -> Row:
+    """One of the two of a row."""
+    if x.table is None:
+        return x.row([row, which])
+    held, width = stream_row(k, x, row, "seen"), x.shape[2]
+    assert isinstance(width, int)
+    return replace(held, address=held.at(which * width))
 
 
 def _find_rows(k: Kernel, row_pos: Operand, row_seq: Operand, seq: Value, begin: Value, places: int, table: Value) -> None:
@@ -114,3 +124,6 @@ def _first_missing(k: Kernel, table: Value, start: Value, every: int, places: in
         gone = k.load(table + at * 8, I64).lt(0) & at.ge(start)
         loop.next(k.select(gone & loop.values[0].lt(0), at, loop.values[0]))
     return loop.results[0]
+
+
+block_pool.kernels["cpu"] = NodeKernel(_calls, reads=_reads, whole=("x", "row_pos", "row_seq"))

@@ -7,19 +7,22 @@ from dataclasses import replace
 
 from tensorgraph.backends.cpu.activations import Kind, Load, Rows, row_bytes, write_row
 from tensorgraph.backends.cpu.codes import ROWS
+from tensorgraph.backends.cpu.elementwise import Read, cpu_formula
 from tensorgraph.backends.cpu.gemm import MOST_TOKENS, MOST_TURNS, multiply, plan_tiles, rows_kind
 from tensorgraph.backends.cpu.ir import F32, Int, Value
-from tensorgraph.backends.cpu.kernel import CHUNK, Buffer, Call, Context, Kernel, NodeKernel, Ref
+from tensorgraph.backends.cpu.kernel import CHUNK, Buffer, Call, Context, Kernel, Ref
 from tensorgraph.backends.cpu.matvec import kind_of, tile_dot
 from tensorgraph.backends.cpu.operands import Operand, Row
 from tensorgraph.backends.cpu.weights import n_tiles, same_tiles, tile_bytes
-from tensorgraph.dims import ALWAYS, Guard, product
+from tensorgraph.dims import ALWAYS, Guard, maximum, product
 from tensorgraph.graph import Node
 from tensorgraph.ops.products.dense_cpu import dense_calls
 from tensorgraph.ops.products.mul_mat import mul_mat
 
 FEW = 4
 """Rows up to which each weight is read once and multiplied by all of them."""
+MOST_TERMS = 8
+"""Products that are summed element by element."""
 _PACKED = ("f32", "f16", "bf16")
 
 
@@ -181,4 +184,28 @@ def matrix_of(k: Kernel, a: Operand, y: Operand, number: Value) -> Value:
     return flat(k, [i // s for i, s in zip(index, shared, strict=True)], few)
 
 
-mul_mat.kernels["cpu"] = NodeKernel(calls, reads=reads)
+def is_narrow(node: Node) -> bool:
+    """Whether it is summed element by element: few products each, and rows of a, which no layout holds, that are neighbours."""
+    a, b = node.inputs
+    width = b.shape[-1]
+    by_rows = a.index_map.strides[-2] == 1 and a.base.op != "constant"
+    alike = all(n in (1, m) for n, m in zip(a.shape[-3::-1], b.shape[-3::-1], strict=False))
+    return by_rows and alike and isinstance(width, int) and 1 <= width <= MOST_TERMS
+
+
+def terms(node: Node) -> tuple[Read, ...]:
+    """Both factors of each product, in the result's shape: `a[..., m, i]` and `b[..., n, i]` for each i."""
+    (a, b), found = node.inputs, list[Read]()
+    order = [*range(a.ndim - 2), a.ndim - 1, a.ndim - 2]
+    for i in range(maximum(b.shape[-1])):
+        mine, theirs = (x.index_map.slice(x.ndim - 1, i, i + 1) for x in (a, b))
+        found += [Read(a, mine.permute(order).broadcast(node.shape)), Read(b, theirs.broadcast(node.shape))]
+    return tuple(found)
+
+
+@cpu_formula(mul_mat, operands=terms, applies=is_narrow, otherwise=calls, supports=lambda node: True, reads=reads)
+def sum_of_products(k: Kernel, *factors: Value) -> Value:
+    total = k.zero(F32.x(factors[0].lanes))
+    for x, y in zip(factors[::2], factors[1::2], strict=True):
+        total = k.fma(k.convert(x, F32), k.convert(y, F32), total)
+    return total

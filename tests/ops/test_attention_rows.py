@@ -94,7 +94,7 @@ def test_index_top_k_shapes_and_expansion() -> None:
 
 def pooled(slots: Slots, every: int, overlap: bool) -> Array:
     """One block and channel at a time."""
-    width = slots["c"].shape[1]
+    width = slots["x"].shape[2]
     half = width // 2 if overlap else width
     rows = {(int(s), int(p)): i for i, (s, p) in enumerate(zip(slots["row_seq"], slots["row_pos"], strict=True))}
     y = np.zeros((len(slots["blocks"]), half))
@@ -108,7 +108,7 @@ def pooled(slots: Slots, every: int, overlap: bool) -> Array:
                 for j in range(every):
                     row = rows[seq, of * every + j]
                     bias = float(slots["bias"][j, column]) if "bias" in slots else 0.0
-                    terms.append((float(slots["z"][row, column]) + bias, float(slots["c"][row, column])))
+                    terms.append((float(slots["x"][row, 1, column]) + bias, float(slots["x"][row, 0, column])))
             top = max(z for z, _ in terms)
             y[n, channel] = sum(math.exp(z - top) * c for z, c in terms) / sum(math.exp(z - top) for z, _ in terms)
     return y
@@ -125,7 +125,7 @@ def test_block_pool(data: st.DataObject) -> None:
     able = np.array([(s, b) for s, n in enumerate(lengths) for b in range(n)]).reshape(-1, 2)
     able = able[rng.permutation(len(able))[:4]].astype(int)
     width = data.draw(st.sampled_from([2, 4]))
-    slots = {"c": rng.standard_normal((len(rows), width)), "z": rng.standard_normal((len(rows), width)) * 300}
+    slots = {"x": rng.standard_normal((len(rows), 2, width)) * np.array([1, 300])[:, None]}
     slots |= {"row_pos": rows[:, 1], "row_seq": rows[:, 0], "blocks": able[:, 1], "block_seq": able[:, 0]}
     if data.draw(st.booleans()):
         slots["bias"] = rng.standard_normal((every, width)) * 100
@@ -138,7 +138,7 @@ def test_block_pool(data: st.DataObject) -> None:
 
 def test_block_pool_wants_every_row_of_a_block() -> None:
     pos = np.array([0, 1, 2, 3, 4, 5, 7, 6])
-    ones = {"c": np.ones((8, 2)), "z": np.ones((8, 2)), "row_pos": pos, "row_seq": np.zeros(8, int)}
+    ones = {"x": np.ones((8, 2, 2)), "row_pos": pos, "row_seq": np.zeros(8, int)}
 
     def pool(block: int, seq: int = 0, keep: slice = slice(None), overlap: bool = False) -> Array:
         given = {slot: x[keep] for slot, x in ones.items()}
@@ -169,10 +169,10 @@ def test_block_pool_wants_every_row_of_a_block() -> None:
 def test_block_pool_shapes() -> None:
     n = Dim("N", 16)
     at = [input(name, (extent,), "i32") for name, extent in (("p", S), ("s", S), ("b", n), ("bs", n))]
-    c, z, bias = input("c", (S, 64)), input("z", (S, 64)), input("bias", (4, 64))
-    assert block_pool(c, z, bias, *at, every=4).shape == (n, 64)
-    assert block_pool(c, z, None, *at, every=4, overlap=True).shape == (n, 32)
+    x, bias = input("x", (S, 2, 64)), input("bias", (4, 64))
+    assert block_pool(x, bias, *at, every=4).shape == (n, 64)
+    assert block_pool(x, None, *at, every=4, overlap=True).shape == (n, 32)
     with pytest.raises(ShapeError, match="bias must have 8 rows; got 4"):
-        block_pool(c, z, bias, *at, every=8)
+        block_pool(x, bias, *at, every=8)
     with pytest.raises(ShapeError, match="even number wide"):
-        block_pool(input("c", (S, 63)), input("z", (S, 63)), None, *at, every=4, overlap=True)
+        block_pool(input("x", (S, 2, 63)), None, *at, every=4, overlap=True)

@@ -123,8 +123,8 @@ def test_every_call_and_signature_can_be_read_back() -> None:
         ),
         (
             "block_pool",  # an input that may be absent, but stands before others
-            "block_pool(c, z, bias, row_pos, row_seq, blocks, block_seq, *, every, overlap=False)",
-            "block_pool(c, z, bias, row_pos, row_seq, blocks, block_seq, *, every, ...)",
+            "block_pool(x, bias, row_pos, row_seq, blocks, block_seq, *, every, overlap=False)",
+            "block_pool(x, bias, row_pos, row_seq, blocks, block_seq, *, every, ...)",
         ),
         (
             "rotate",
