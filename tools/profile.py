@@ -288,6 +288,7 @@ def _thread_objects(steps: Steps) -> list[dict[str, Any]]:
 def _group_object(group: Group, steps: Steps, roofs: Roofs | None) -> dict[str, Any]:
     n, work = len(steps.runs), group.work
     operations = work.flops + work.int8_ops
+    spent = group.seconds or float("inf")  # calls of no rows take no time
     found: dict[str, Any] = {
         "label": " ".join(group.label.split()),
         "calls": group.calls / n,
@@ -297,12 +298,12 @@ def _group_object(group: Group, steps: Steps, roofs: Roofs | None) -> dict[str, 
         "size_bytes": work.size_bytes / n,
         "flops": work.flops / n,
         "int8_ops": work.int8_ops / n,
-        "gbs": work.size_bytes / group.seconds / 1e9,
-        "gflops": operations / group.seconds / 1e9,
+        "gbs": work.size_bytes / spent / 1e9,
+        "gflops": operations / spent / 1e9,
     }
     if roofs is not None:
         least_s, limit = work.roof(roofs)
-        found |= {"roof_fraction": least_s / group.seconds, "roof": limit}
+        found |= {"roof_fraction": least_s / spent, "roof": limit}
     return found
 
 

@@ -240,6 +240,7 @@ class NodeKernel:
         supports: for which nodes.
         reads: the layouts, beside dense, in which it can read a constant or a stream that stands in a slot.
         by_row: for which nodes of two axes and more row i is made of rows i alone, where `Op.row_inputs` does not say so.
+        vectors: slots whose vectors along the last axis, each alone, make those of the result; other slots give one for each row.
         whole: slots of which a row program (`row_programs`) gives all rows for each row.
         measures: for which nodes that read streams calls depend on what was measured of the machine (`measured`).
         plain: whether calls read the node's inputs and need no buffers, so that they are made only when they are wanted.
@@ -251,6 +252,7 @@ class NodeKernel:
     reads: Reads = dense_only
     plain: bool = False
     forms: tuple[str, ...] = ()
+    vectors: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
     by_row: Callable[[Node], bool] = lambda node: False
     measures: Callable[[Node], bool] = lambda node: False
@@ -265,6 +267,7 @@ def cpu_kernel(
     supports: Callable[[Node], bool] = lambda node: True,
     known: bool = False,
     by_row: Callable[[Node], bool] = lambda node: False,
+    vectors: tuple[str, ...] = (),
 ) -> Callable[[Emit], Emit]:
     """Declares an op's kernel: `emit(k, *inputs, y, **attrs)` with operands as the op's signature orders them (None where
     absent); of an op without a signature `emit(k, slots, y, **attrs)` with a mapping. The attribute `shape` is left out: it is
@@ -276,7 +279,7 @@ def cpu_kernel(
         scratch: bytes that each thread needs, at the largest extents.
         supports: which nodes it can compute.
         known: extents and strides are written into the code; else only the stride of the last axis where it is 0 or 1.
-        by_row: as of a `NodeKernel`.
+        by_row, vectors: as of a `NodeKernel`.
     """
 
     def declare(emit: Emit) -> Emit:
@@ -299,7 +302,7 @@ def cpu_kernel(
                 )
             ]
 
-        op.kernels["cpu"] = NodeKernel(calls, supports, plain=True, by_row=by_row)
+        op.kernels["cpu"] = NodeKernel(calls, supports, plain=True, by_row=by_row, vectors=vectors)
         return emit
 
     return declare

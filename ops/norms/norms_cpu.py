@@ -15,17 +15,17 @@ Visit = Callable[[Row, Row, Value, "Value | None", list[Value]], "Values | None"
 Divisor = Callable[[Value, Value], Value]
 
 
-@cpu_kernel(rms_norm)
+@cpu_kernel(rms_norm, vectors=("x",))
 def emit_rms_norm(k: Kernel, x: Operand, weight: Operand | None, y: Operand, *, eps: float) -> None:
     _by_rows(k, x, weight, None, y, centred=False, divisor=root_of_mean(k, eps))
 
 
-@cpu_kernel(norm)
+@cpu_kernel(norm, vectors=("x",))
 def emit_norm(k: Kernel, x: Operand, weight: Operand | None, bias: Operand | None, y: Operand, *, eps: float) -> None:
     _by_rows(k, x, weight, bias, y, centred=True, divisor=root_of_mean(k, eps))
 
 
-@cpu_kernel(l2_norm)
+@cpu_kernel(l2_norm, vectors=("x",))
 def emit_l2_norm(k: Kernel, x: Operand, y: Operand, *, eps: float) -> None:
     _by_rows(k, x, None, None, y, centred=False, divisor=lambda squares, _: k.max(k.unary("sqrt", squares), eps))
 

@@ -116,4 +116,4 @@ def _from(row: Row, start: int, step: int) -> Row:
     return Row(k, row.dtype, row.address + k.i64(start) * row.stride * stored_type(row.dtype).size_bytes, stride)
 
 
-rotate.kernels["cpu"] = NodeKernel(_calls, by_row=lambda node: True)
+rotate.kernels["cpu"] = NodeKernel(_calls, by_row=lambda node: True, vectors=("x",))

@@ -19,7 +19,7 @@ def _row_bytes(node: Node) -> int:
     return 8 * width
 
 
-@cpu_kernel(fwht, known=True, scratch=_row_bytes)
+@cpu_kernel(fwht, known=True, scratch=_row_bytes, vectors=("x",))
 def emit_fwht(k: Kernel, x: Operand, y: Operand) -> None:
     n = y.shape[-1]
     assert isinstance(n, int)

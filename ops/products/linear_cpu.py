@@ -15,7 +15,7 @@ from tensorgraph.backends.cpu.activations import Kind, Rows, row_bytes, write_ro
 from tensorgraph.backends.cpu.codes import ROWS
 from tensorgraph.backends.cpu.ir import F32, F64, Value
 from tensorgraph.backends.cpu.kernel import Kernel
-from tensorgraph.backends.cpu.matvec import panel_dot
+from tensorgraph.backends.cpu.matvec import panel_dot, tiles_at_once
 from tensorgraph.backends.cpu.operands import Operand, Row
 from tensorgraph.backends.cpu.state_calls import stream_row
 from tensorgraph.backends.cpu.weights import find_panel, n_tiles
@@ -67,8 +67,8 @@ class Part:
 
     @property
     def per_unit(self) -> int:
-        """Tiles of a unit: two, which may be computed together, where that divides them and they are of one weight."""
-        return 2 if self.gate is None and self.tiles % 2 == 0 else 1
+        """Tiles of a unit: those that are read at once, or one of each of two weights."""
+        return tiles_at_once(self.tiles) if self.gate is None else 1
 
     @property
     def units(self) -> int:
@@ -85,11 +85,9 @@ def emit_few(k: Kernel, operands: Operands, *, source: Source, parts: tuple[Part
     for p, part in enumerate(parts):
         low = k.min(k.max(start, k.i64(base)), k.i64(base + part.units)) - base
         high = k.min(k.max(stop, k.i64(base)), k.i64(base + part.units)) - base
-        # where a tile takes several vectors, these are sums enough side by side, and one panel is read faster than two in turns
-        at_once = part.per_unit if k.lanes >= ROWS else 1
-        with k.loop(low * part.per_unit, high * part.per_unit, at_once) as loop:
+        with k.loop(low, high) as loop:
             loop.next()
-            tiles = [loop.i + i for i in range(at_once)]
+            tiles = [loop.i + part.units * i for i in range(part.per_unit)]
             panels = [find_panel(present(operands, f"w{p}"), tile) for tile in tiles]
             if part.gate:
                 panels += [find_panel(present(operands, f"v{p}"), tile) for tile in tiles]

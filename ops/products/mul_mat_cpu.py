@@ -11,7 +11,7 @@ from tensorgraph.backends.cpu.elementwise import Read, cpu_formula
 from tensorgraph.backends.cpu.gemm import MOST_TOKENS, MOST_TURNS, multiply, plan_tiles, rows_kind
 from tensorgraph.backends.cpu.ir import F32, Int, Value
 from tensorgraph.backends.cpu.kernel import CHUNK, Buffer, Call, Context, Kernel, Ref
-from tensorgraph.backends.cpu.matvec import kind_of, tile_dot
+from tensorgraph.backends.cpu.matvec import kind_of, tile_dot, tiles_at_once
 from tensorgraph.backends.cpu.operands import Operand, Row
 from tensorgraph.backends.cpu.weights import n_tiles, same_tiles, tile_bytes
 from tensorgraph.dims import ALWAYS, Guard, maximum, product
@@ -68,9 +68,9 @@ def calls(node: Node, context: Context) -> Sequence[Call]:
         attrs = {"kind": kind if single else prepared, "tokens": tokens}
         if single:
             scratch = tokens * row_bytes(kind, width)
-            few = Call(multiply_few, operands, attrs, n_tiles(height), vec_grain(height, tile), apart=True, scratch_bytes=scratch)
+            few = Call(multiply_few, operands, attrs, units(height), vec_grain(height, tile), apart=True, scratch_bytes=scratch)
         else:
-            items, grain = batch * n_tiles(height), vec_grain(height, tile)
+            items, grain = batch * units(height), vec_grain(height, tile)
             few = Call(multiply_each, {**operands, "rows": Ref(rows)}, attrs, items, grain, apart=True)
         found += guarded(replace(few, nodes=(node,)), guard)
     for call in (written, many) if single else (many,):
@@ -84,9 +84,9 @@ def guarded(call: Call, guard: Guard | bool) -> list[Call]:
 
 
 def vec_grain(height: int, tile_bytes: int) -> int:
-    """Tiles in a chunk: eighths of a matrix, but no less than 32 KiB of it and no more than 256 KiB."""
-    least, most = (32 << 10) // max(tile_bytes, 1), (256 << 10) // max(tile_bytes, 1)
-    return max(1, least, min(n_tiles(height) // 8, most))
+    """Units in a chunk: eighths of a matrix, but no less than 32 KiB of it and no more than 256 KiB."""
+    each = max(tile_bytes, 1) * tiles_at_once(n_tiles(height))
+    return max(1, (32 << 10) // each, min(units(height) // 8, (256 << 10) // each))
 
 
 def load_f32(k: Kernel, row: Row) -> Load:
@@ -117,6 +117,21 @@ def store_tile(k: Kernel, y: Operand, row: Value, tile: Value, sums: Value) -> N
     k.store(sums, at, mask=tile_mask(k, height, tile * ROWS))
 
 
+def store_tiles(
+    k: Kernel, y: Operand, first: Value, count: Value, tiles: Sequence[Value], found: Sequence[Sequence[Value]]
+) -> None:
+    """What a few rows of y, from `first` on, have of some tiles: [tile][row]; those behind `count` are not there."""
+    for tile, sums in zip(tiles, found, strict=True):
+        for t, total in enumerate(sums):
+            with k.when(k.i64(t).lt(count)):
+                store_tile(k, y, first + t, tile, total)
+
+
+def units(height: int) -> int:
+    """How often tiles are read of so many rows of weights, as many at once as mat-vec does."""
+    return n_tiles(height) // tiles_at_once(n_tiles(height))
+
+
 def tile_mask(k: Kernel, height: int, row: Value) -> Value | None:
     """The lanes of a tile from a row on that are rows; None where all are."""
     return k.tail_mask(ROWS, k.i64(height) - row) if height % ROWS else None
@@ -132,11 +147,11 @@ def multiply_few(k: Kernel, operands: Mapping[str, Operand], *, kind: Kind, toke
     with k.when(k.first), k.loop(0, count) as loop:
         loop.next()
         write_row(k, kind, load_f32(k, b.row(k.unflatten(loop.i, b.shape[:-1]))), width, scratch + loop.i * each)
-    with k.span(n_tiles(height)) as loop:
-        (sums,) = tile_dot(k, a, loop.i, Rows(kind, scratch, each, tokens))
-        for t in range(tokens):
-            with k.when(k.i64(t).lt(count)):
-                store_tile(k, y, k.i64(t), loop.i, sums[t])
+    n_units = units(height)
+    with k.span(n_units) as loop:
+        tiles = [loop.i + i for i in range(0, n_tiles(height), n_units)]
+        found = tile_dot(k, a, tiles, Rows(kind, scratch, each, tokens))
+        store_tiles(k, y, k.i64(0), count, tiles, found)
 
 
 def multiply_each(k: Kernel, operands: Mapping[str, Operand], *, kind: Kind, tokens: int) -> None:
@@ -145,13 +160,11 @@ def multiply_each(k: Kernel, operands: Mapping[str, Operand], *, kind: Kind, tok
     (height, width), count = a.shape[-2:], k.i64(operands["b"].shape[-2])
     assert isinstance(height, int) and isinstance(width, int)
     each = row_bytes(kind, width)
-    with k.rows([k.size(y.shape[:-2]), n_tiles(height)]) as (number, tile):
-        row = number * count
+    n_units = units(height)
+    with k.rows([k.size(y.shape[:-2]), n_units]) as (number, unit):
+        row, tiles = number * count, [unit + i for i in range(0, n_tiles(height), n_units)]
         x = Rows(kind, operands["rows"].address + row * each, each, tokens)
-        (sums,) = tile_dot(k, a, tile, x, batch=matrix_of(k, a, y, number))
-        for t in range(tokens):
-            with k.when(k.i64(t).lt(count)):
-                store_tile(k, y, row + t, tile, sums[t])
+        store_tiles(k, y, row, count, tiles, tile_dot(k, a, tiles, x, batch=matrix_of(k, a, y, number)))
 
 
 def multiply_many(k: Kernel, operands: Mapping[str, Operand], *, kind: Kind, single: bool) -> None:

@@ -16,7 +16,17 @@ from tensorgraph.backends.cpu.weights import n_tiles, tile_bytes
 from tensorgraph.dims import maximum, product
 from tensorgraph.graph import Node
 from tensorgraph.ops.products.dense_cpu import BLOCK, WORK, along_rows, along_width
-from tensorgraph.ops.products.mul_mat_cpu import guarded, known_width, load_f32, reads, store_tile, vec_grain, write_rows
+from tensorgraph.ops.products.mul_mat_cpu import (
+    guarded,
+    known_width,
+    load_f32,
+    reads,
+    store_tile,
+    store_tiles,
+    units,
+    vec_grain,
+    write_rows,
+)
 from tensorgraph.ops.products.mul_mat_id import mul_mat_id
 from tensorgraph.ops.products.pairs_cpu import Sorted, most_pieces, multiply_rows, order_bytes, sort_pairs
 from tensorgraph.ops.rows.index_cpu import checked
@@ -39,7 +49,7 @@ def calls(node: Node, context: Context) -> Sequence[Call]:
 
     plain = Ref(Buffer((product(b.shape[:-1]) + MOST_TOKENS) * each, "rows"))
     written = Call(write_rows, {"b": Ref(b), "to": plain}, {"kind": kind, "width": width}, product(b.shape[:-1]), grain)
-    alone = pairs * n_tiles(height), vec_grain(height, tile_bytes(a))
+    alone = pairs * units(height), vec_grain(height, tile_bytes(a))
     few = Call(multiply_pairs, {**operands, "rows": plain}, attrs, *alone, apart=True)
 
     tiling = plan_tiles(context.target, [a.dtype], kind, height)
@@ -69,15 +79,16 @@ def multiply_pairs(k: Kernel, operands: Mapping[str, Operand], *, kind: Kind, sh
     n_experts, height, width = a.shape
     assert isinstance(height, int) and isinstance(width, int)
     each = row_bytes(kind, width)
-    with k.rows([k.size(y.shape[:-1]), n_tiles(height)]) as (pair, tile):
+    n_units, one = units(height), k.i64(1)
+    with k.rows([k.size(y.shape[:-1]), n_units]) as (pair, unit):
+        tiles = [unit + i for i in range(0, n_tiles(height), n_units)]
         token, used = k.unflatten(pair, y.shape[:-1])
         expert, named = checked(k, "mul_mat_id", ids.load([token, used]), n_experts)
         with k.when(named):
             x = Rows(kind, rows.address + (token if shared else pair) * each, each)
-            ((sums,),) = tile_dot(k, a, tile, x, batch=expert)
-            store_tile(k, y, pair, tile, sums)
+            store_tiles(k, y, pair, one, tiles, tile_dot(k, a, tiles, x, batch=expert))
         with k.when(named.invert()):
-            store_tile(k, y, pair, tile, k.zero(F32.x(ROWS)))
+            store_tiles(k, y, pair, one, tiles, [[k.zero(F32.x(ROWS))]] * len(tiles))
 
 
 def place_rows(k: Kernel, operands: Mapping[str, Operand], *, kind: Kind, shared: bool, n_experts: int, width: int) -> None:
