@@ -17,6 +17,7 @@ from tensorgraph.dtypes import DType
 
 LINE = 64
 AHEAD_BYTES = 8192  # how far mat-vec reads ahead
+LEAST_HALVED = 8  # tiles of a matrix that is read in two places
 
 
 def kind_of(dtype: DType, exact: bool) -> Kind:
@@ -26,8 +27,8 @@ def kind_of(dtype: DType, exact: bool) -> Kind:
 
 def tiles_at_once(n_tiles: int) -> int:
     """Tiles of a matrix that mat-vec reads at once, one from each half: a core has more on the way from memory if it reads in two
-    places (Zen 3: a quarter to a seventh more of most types)."""
-    return 2 if n_tiles % 2 == 0 else 1
+    places (Zen 3: a seventh to a quarter more of most types). Of few tiles each is left to a thread."""
+    return 2 if n_tiles % 2 == 0 and n_tiles >= LEAST_HALVED else 1
 
 
 def tile_dot(k: Kernel, weights: Operand, tiles: Sequence[Value], x: Rows, batch: Int = 0) -> list[list[Value]]:
