@@ -27,6 +27,7 @@ from tensorgraph.ops import (
     flash_attn,
     fwht,
     get_rows,
+    l1_norm,
     mul_mat,
     rms_norm,
     rope,
@@ -34,7 +35,6 @@ from tensorgraph.ops import (
     soft_max,
     softplus,
     sqrt,
-    sum_rows,
     swiglu_clamp,
 )
 from tensorgraph.state import StateSpec
@@ -160,14 +160,14 @@ def connect(g: Builder, name: str, streams: Node, c: Config) -> tuple[Node, Node
 def sinkhorn(scores: Node, c: Config) -> Node:
     """Nearly doubly stochastic: soft-max over dst, then over src, then dst and src in turn. Shapes: [T, src, dst], the same."""
     m = soft_max(scores) + c.hc_eps
-    m = over_src(m, c.hc_eps)
+    m = over_src(m, c)
     for _ in range(c.hc_sinkhorn_iters - 1):
-        m = over_src(m / (sum_rows(m) + c.hc_eps), c.hc_eps)
+        m = over_src(l1_norm(m, eps=c.hc_eps), c)
     return m
 
 
-def over_src(m: Node, eps: float) -> Node:
-    return m / (sum_rows(m.permute(0, 2, 1)) + eps).permute(0, 2, 1)
+def over_src(m: Node, c: Config) -> Node:
+    return l1_norm(m.permute(0, 2, 1), eps=c.hc_eps).permute(0, 2, 1)
 
 
 def gather_streams(streams: Node, pre: Node) -> Node:

@@ -35,6 +35,16 @@ norm = Op(
 """`(x - mean(x)) / sqrt(var(x) + eps) * weight + bias`, with the biased variance; equal elements with eps = 0 give NaN."""
 
 
+l1_norm = Op(
+    "l1_norm",
+    "x[..., D]: real -> y[..., D]: x",
+    attrs={"eps": Attr(float, low=0.0)},
+    inplace={"y": "x"},
+    source="torch.nn.functional.normalize (p = 1) with eps added",
+)
+"""`x / (sum(|x|) + eps)`; a row of zeros with eps = 0 gives NaN."""
+
+
 l2_norm = Op(
     "l2_norm",
     "x[..., D]: real -> y[..., D]: x",
@@ -67,11 +77,23 @@ def standard(x: Array, weight: Array | None, bias: Array | None, *, eps: float) 
     return y if bias is None else y + bias
 
 
+@l1_norm.reference
+def unit_sum(x: Array, *, eps: float) -> Array:
+    x = np.ascontiguousarray(x)
+    y: Array = x / (np.sum(np.abs(x), axis=-1, keepdims=True) + np.float64(eps))
+    return y
+
+
 @l2_norm.reference
 def unit_length(x: Array, *, eps: float) -> Array:
     x = np.ascontiguousarray(x)
     y: Array = x / np.maximum(np.sqrt(np.sum(x * x, axis=-1, keepdims=True)), eps)
     return y
+
+
+@l1_norm.flops
+def three_an_element(node: Node) -> Extent:
+    return 3 * node.size
 
 
 @rms_norm.flops
@@ -90,6 +112,13 @@ def unit_root_mean_square(run: Run, x: Array, *_: Array | None, eps: float) -> N
     y = run(x, eps=eps).astype(np.float64)
     unit = float(ml_dtypes.finfo(x.dtype).eps)  # type: ignore[no-untyped-call]
     assert not np.any(np.sum(y * y, -1) > y.shape[-1] * (1 + 4 * unit))
+
+
+@l1_norm.law
+def magnitudes_add_to_one_at_most(run: Run, x: Array, *, eps: float) -> None:
+    y = run(x, eps=eps).astype(np.float64)
+    unit = float(ml_dtypes.finfo(x.dtype).eps)  # type: ignore[no-untyped-call]
+    assert not np.any(np.sum(np.abs(y), -1) > 1 + 4 * unit * max(1, y.shape[-1] ** 0.5))
 
 
 @l2_norm.law

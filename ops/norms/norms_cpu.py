@@ -9,7 +9,7 @@ from tensorgraph.backends.cpu.emit import Values
 from tensorgraph.backends.cpu.ir import F64, Value
 from tensorgraph.backends.cpu.kernel import Kernel, cpu_kernel
 from tensorgraph.backends.cpu.operands import Operand, Row
-from tensorgraph.ops.norms.norms import l2_norm, norm, rms_norm
+from tensorgraph.ops.norms.norms import l1_norm, l2_norm, norm, rms_norm
 
 Visit = Callable[[Row, Row, Value, "Value | None", list[Value]], "Values | None"]
 Divisor = Callable[[Value, Value], Value]
@@ -23,6 +23,25 @@ def emit_rms_norm(k: Kernel, x: Operand, weight: Operand | None, y: Operand, *, 
 @cpu_kernel(norm, vectors=("x",))
 def emit_norm(k: Kernel, x: Operand, weight: Operand | None, bias: Operand | None, y: Operand, *, eps: float) -> None:
     _by_rows(k, x, weight, bias, y, centred=True, divisor=root_of_mean(k, eps))
+
+
+@cpu_kernel(l1_norm, vectors=("x",))
+def emit_l1_norm(k: Kernel, x: Operand, y: Operand, *, eps: float) -> None:
+    width = y.shape[-1]
+    lanes = min(k.lanes, 1 << (width - 1).bit_length()) if isinstance(width, int) and width > 1 else k.lanes
+    with k.rows(y.shape[:-1]) as index:
+        row, out = x.row(index), y.row(index)
+
+        def add(i: Value, mask: Value | None, sums: list[Value]) -> list[Value]:
+            return [sums[0] + k.unary("fabs", k.convert(row.load(i, lanes, mask), F64))]
+
+        (total,) = k.sweep(width, add, [k.zero(F64.x(lanes))], lanes)
+        scale = 1.0 / (k.sum(total) + eps)
+
+        def write(i: Value, mask: Value | None, _: list[Value]) -> None:
+            out.store(i, k.convert(k.convert(row.load(i, lanes, mask), F64) * scale, out.type), mask)
+
+        k.sweep(width, write, lanes=lanes)
 
 
 @cpu_kernel(l2_norm, vectors=("x",))

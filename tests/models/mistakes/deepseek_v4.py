@@ -161,8 +161,8 @@ STREAMS_AND_EXPERTS = (
     Mistake(
         "Sinkhorn's turns the other way round",
         _V4,
-        "    m = over_src(m, c.hc_eps)\n",
-        "    m = m / (sum_rows(m) + c.hc_eps)\n",
+        "    m = over_src(m, c)\n",
+        "    m = l1_norm(m, eps=c.hc_eps)\n",
         "hyper_connections",
     ),
     Mistake(
@@ -173,7 +173,7 @@ STREAMS_AND_EXPERTS = (
         "hyper_connections",
     ),
     Mistake(
-        "Sinkhorn's denominators without epsilon", _V4, "m / (sum_rows(m) + c.hc_eps)", "m / sum_rows(m)", "hyper_connections"
+        "Sinkhorn's denominators without epsilon", _V4, "l1_norm(m, eps=c.hc_eps)", "l1_norm(m, eps=0.0)", "hyper_connections"
     ),
     Mistake("epsilon is left out of comb", _V4, "m = soft_max(scores) + c.hc_eps", "m = soft_max(scores)", "hyper_connections"),
     Mistake("epsilon on post", _V4, "* 2.0\n", "* 2.0 + c.hc_eps\n", "hyper_connections"),
