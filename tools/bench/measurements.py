@@ -109,6 +109,17 @@ def _latent(name: str, **more: object) -> Made:
 
 SPARSE = _latent("deepseek-v3.2", index_n_heads=16, index_topk=512)
 
+_V4 = ("--type", "q8_0", "--type", "*exps*=mxfp4", "--vocab", "none", "--experts", "32")
+COMPRESSED = Made(
+    "deepseek-v4-small",
+    (
+        *("synth", "deepseek-v4-flash", OUT, "--layers", "2-9", *_V4),
+        *_sets(hidden_size=1024, num_attention_heads=16, q_lora_rank=512, o_lora_rank=512, o_groups=4),
+        *_sets(moe_intermediate_size=512, vocab_size=32000, index_n_heads=16),
+    ),
+)
+COMPRESSED_LAYERS = Made("deepseek-v4-layers", ("synth", "deepseek-v4-flash", OUT, "--layers", "2,3,4,5", *_V4))
+
 
 def _same(*sources: Source) -> tuple[tuple[Source, Source], ...]:
     return tuple((source, source) for source in sources)
@@ -167,6 +178,27 @@ MEASUREMENTS = {
         _same(_latent("deepseek-v3")),
         (Case("pp", 512), Case("tg", 16), Case("tg", 16, 8192)),
         rounds=5,
+        fill="random",
+    ),
+    "compressed": Measurement(
+        "bench-compressed",
+        "DeepSeek V4's compressed attention beside llama.cpp",
+        "Eight layers of V4's kinds (four that select of blocks of 4 tokens, four that read all blocks of 128) with random weights: "
+        "1,024 wide in 4 streams, 16 heads of 512, an indexer of 16 heads of 128 that selects 512 rows, 32 experts in MXFP4 and "
+        "all else in Q8_0. What comes before rounds has random state here, and there the state of 128 tokens, repeated.",
+        _same(COMPRESSED),
+        (Case("pp", 512), Case("tg", 16), Case("tg", 16, 32768)),
+        rounds=3,
+        fill="random",
+    ),
+    "compressed-layers": Measurement(
+        "bench-compressed-layers",
+        "Full-size layers of DeepSeek V4 beside llama.cpp",
+        "Layers 2 to 5 of V4-Flash (two of each kind, the first routed by hash) with 32 experts and the whole vocabulary: MXFP4 "
+        "experts, all else in Q8_0; random weights. What comes before as in `compressed.md`.",
+        _same(COMPRESSED_LAYERS),
+        (Case("pp", 512), Case("tg", 16), Case("tg", 16, 32768)),
+        rounds=3,
         fill="random",
     ),
     "busy": Measurement(
