@@ -30,6 +30,7 @@ def plan(
     kv_type: options.KvType = "f16",
     dtype: Annotated[str, typer.Option("--type", help="Type of matrices where there are no weights.", metavar="TYPE")] = "f16",
     backend: options.Backend = options.BACKEND,
+    ops: Annotated[bool, typer.Option("--ops", help="List which ops move the bytes, those that move as many together.")] = False,
     text: Annotated[bool, typer.Option("--text", help="Print the plan itself.")] = False,
     as_json: options.Json = False,
 ) -> None:
@@ -39,6 +40,7 @@ def plan(
 
     \b
     tensorgraph plan deepseek-v4-flash --tokens 512 --context 131072
+    tensorgraph plan deepseek-v4-flash --context 1048576 --ops
     tensorgraph plan config.json --type q8_0 --json
     tensorgraph plan model.gguf --text
     """
@@ -62,7 +64,7 @@ def plan(
             layouts = stream_layouts(graph, described.states(), devices)
             planned = compile(graph, devices, CompileOptions(layouts=layouts))
         plan_s = time.perf_counter() - began
-        report = plan_report(described, planned, extents, kv_type)
+        report = plan_report(described, planned, extents, kv_type, ops=ops)
     report |= {"model": model, "plan_s": plan_s}
     if as_json:
         typer.echo(json.dumps(report | ({"text": str(planned)} if text else {})))
@@ -83,13 +85,15 @@ def step_dims(model: Model, extents: Extents, tokens: int) -> dict[str, int]:
     return dims
 
 
-def plan_report(model: Model, planned: Plan, extents: Extents, kv_type: str) -> dict[str, Any]:
-    """All numbers. Units: bytes, operations."""
+def plan_report(model: Model, planned: Plan, extents: Extents, kv_type: str, *, ops: bool = False) -> dict[str, Any]:
+    """All numbers; of each step also those of its ops. Units: bytes, operations."""
     steps = []
     for tokens in dict.fromkeys((extents.tokens, extents.sequences)):
         dims = step_dims(model, extents, tokens)
         cost = planned.report(dims)
         steps.append({"tokens": dims["T"], "dims": dims, **dataclasses.asdict(cost)})
+        if ops:
+            steps[-1]["ops"] = costs_of_ops(planned, dims)
     first = steps[0]
     state = state_report(model, kv_type)
     return {
@@ -103,8 +107,28 @@ def plan_report(model: Model, planned: Plan, extents: Extents, kv_type: str) -> 
         "arena_bytes": first["arena_bytes"],
         "weight_bytes": max(step["weight_bytes"] for step in steps),
         "state": state,
-        "steps": [{k: s[k] for k in ("tokens", "dims", "nodes", "kernels", "read_write_bytes", "flops")} for s in steps],
+        "steps": [{k: s[k] for k in (*_OF_STEPS, *(("ops",) if ops else ()))} for s in steps],
     }
+
+
+_OF_STEPS = ("tokens", "dims", "nodes", "kernels", "read_write_bytes", "flops")
+
+
+def costs_of_ops(planned: Plan, dims: Mapping[str, int]) -> list[dict[str, Any]]:
+    """What the nodes of a step move and compute, those of an op that move as many bytes together; most bytes first."""
+    from tensorgraph import registry
+    from tensorgraph.graph import STRUCTURAL
+
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for node in planned.active(planned.choose(dims)):
+        if node.op not in STRUCTURAL:
+            cost = registry.ops.get(node.op).cost(node, dims)
+            fresh = {"op": node.op, "nodes": 0, "bytes_each": cost.size_bytes, "read_write_bytes": 0, "flops": 0}
+            one = found.setdefault((node.op, cost.size_bytes), fresh)
+            one["nodes"] += 1
+            one["read_write_bytes"] += cost.size_bytes
+            one["flops"] += cost.flops
+    return sorted(found.values(), key=lambda one: (-one["read_write_bytes"], one["op"]))
 
 
 def _report_text(report: Mapping[str, Any]) -> str:
@@ -115,6 +139,13 @@ def _report_text(report: Mapping[str, Any]) -> str:
     for s in report["steps"]:
         moved, flops = size(s["read_write_bytes"]), f"{s['flops']:.3g}"
         rows.append((_count(s["tokens"], "token"), str(s["nodes"]), str(s["kernels"]), moved, flops))
+    tables = [options.table(rows)]
+    for s in report["steps"]:
+        listed = [(_count(s["tokens"], "token"), "nodes", "bytes each", "bytes", "operations")]
+        for one in s.get("ops", ()):
+            each, moved = size(one["bytes_each"]), size(one["read_write_bytes"])
+            listed.append((one["op"], str(one["nodes"]), each, moved, f"{one['flops']:.3g}"))
+        tables += [options.table(listed)] if len(listed) > 1 else []
     extents = f"T = {report['tokens']}, S = {report['context']}, {_count(report['sequences'], 'sequence')}"
     per_token, constant = size(state["bytes_per_token"]), size(state["bytes_constant"])
     return "\n".join(
@@ -125,7 +156,7 @@ def _report_text(report: Mapping[str, Any]) -> str:
             f"arena    {arena}",
             f"splits   {report['splits']}, {_count(report['copies'], 'copy', 'copies')} of {size(report['copy_bytes'])}",
             "",
-            options.table(rows),
+            "\n\n".join(tables),
         )
     )
 

@@ -175,11 +175,11 @@ def bytes_moved(node: Node, dims: Bindings) -> int:
 
 
 def unread(node: Node, dims: Bindings) -> dict[Node, int]:
-    """Of the keys and values of segments with lists, the bytes of the rows that are in no list, where all lists differ."""
+    """Of what segments with lists have of each row, the bytes of the rows that are in no list, where all lists differ."""
     found = {}
     for i in range(len(node.attrs["segments"])):
         ids = node.at(f"ids{i}")
-        for rows in (node.at(f"k{i}"), node.at(f"v{i}")):
+        for rows in (node.at(f"{slot}{i}") for slot in ("k", "v", "pos", "seq")):
             if ids is not None and rows is not None:
                 n_rows = evaluate(rows.shape[0], dims)
                 found[rows] = node_bytes(rows, dims) // max(n_rows, 1) * max(0, n_rows - evaluate(ids.size, dims))

@@ -10,18 +10,22 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from tensorgraph.compiler import CompileOptions, compile
+from tensorgraph.device import get_devices, stream_layouts
 from tensorgraph.dtypes import f16
 from tensorgraph.errors import InputError
-from tensorgraph.extents import StepInputs
+from tensorgraph.extents import Extents, StepInputs
 from tensorgraph.models.text.gguf import GGUF
 from tensorgraph.models.text.model import load
 from tensorgraph.state_store import StateStore
-from tensorgraph.tools.model_argument import PUBLISHED, published
+from tensorgraph.tools.model_argument import PUBLISHED, described_model, published
 from tensorgraph.tools.options import size_text, table, thread_count, working
+from tensorgraph.tools.plan import plan_report
 from tests.layout import ROOT
 from tests.models import tiny
 from tests.models.tiny import ARCHITECTURES
@@ -181,6 +185,40 @@ def test_a_plan_can_be_printed() -> None:
     found = as_json("plan", gguf("llama"), *given)
     assert [step["dims"] for step in found["steps"]] == [{"T": 8, "O": 2, "S": 128}, {"T": 2, "O": 2, "S": 128}]
     assert found["text"].startswith("plan ")
+
+
+def test_what_a_step_of_v4_moves() -> None:
+    """Of all 43 layers: how many kernels, and that index keys and rows of 128 tokens alone are read more behind more tokens."""
+    steps = []
+    with described_model("deepseek-v4-flash", "f16") as model:
+        extents = Extents(8, 1 << 20, 1)
+        graph, devices = model.graph(extents, f16), get_devices("cpu")
+        layouts = stream_layouts(graph, model.states(), devices)
+        planned = compile(graph, devices, CompileOptions(layouts=layouts))
+        for context in (1 << 16, 1 << 20):
+            (found,) = plan_report(model, planned, Extents(1, context, 1), "f16", ops=True)["steps"]
+            assert found["kernels"] <= 1200
+            assert sum(one["read_write_bytes"] for one in found["ops"]) == found["read_write_bytes"]
+            steps.append({op: sum(o["read_write_bytes"] for o in found["ops"] if o["op"] == op) for op in ops_of(found)})
+    more = {op: steps[1][op] - n for op, n in steps[0].items() if steps[1][op] != n}
+    added = (1 << 20) - (1 << 16)
+    assert more == {"index_top_k": 21 * added // 4 * (128 * 2 + 8), "flash_attn": 20 * added // 128 * (512 * 2 + 8)}
+
+
+def ops_of(step: dict[str, Any]) -> set[str]:
+    return {one["op"] for one in step["ops"]}
+
+
+def test_a_plan_lists_its_ops() -> None:
+    given = ("--tokens", 8, "--context", 64, "--ops")
+    found = as_json("plan", gguf("llama"), *given)["steps"]
+    for step in found:
+        listed = step["ops"]
+        assert sum(one["read_write_bytes"] for one in listed) == step["read_write_bytes"]
+        assert all(one["bytes_each"] * one["nodes"] == one["read_write_bytes"] for one in listed)
+        assert sum(one["flops"] for one in listed) == step["flops"]
+    text = ok("plan", gguf("llama"), *given)
+    assert text.count("bytes each") == 2 and "flash_attn" in text
 
 
 def test_the_dims_of_a_step_are_those_of_a_session() -> None:

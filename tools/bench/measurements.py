@@ -183,7 +183,7 @@ MEASUREMENTS = {
     "compressed": Measurement(
         "bench-compressed",
         "DeepSeek V4's compressed attention beside llama.cpp",
-        "Eight layers of V4's kinds (four that select of blocks of 4 tokens, four that read all blocks of 128) with random weights: "
+        "Eight layers of V4's kinds (four that select of blocks of 4 tokens, four that read all blocks of 128), random weights: "
         "1,024 wide in 4 streams, 16 heads of 512, an indexer of 16 heads of 128 that selects 512 rows, 32 experts in MXFP4 and "
         "all else in Q8_0. What comes before rounds has random state here, and there the state of 128 tokens, repeated.",
         _same(COMPRESSED),
