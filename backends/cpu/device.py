@@ -313,5 +313,3 @@ def _in_dtype(array: np.ndarray, dtype: DType) -> np.ndarray:
         return value if value.dtype == dtype.numpy else value.astype(dtype.numpy)
     decoded: np.ndarray = registry.decoders.get(dtype.name)(value) if value.dtype == np.uint8 else value.astype(np.float32)
     return decoded
-
-

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 from tensorgraph.backends.cpu.activations import BLOCK, Kind, Rows
 from tensorgraph.backends.cpu.blocks import Heads, multiply_blocks, read_block
@@ -31,21 +30,22 @@ def tiles_at_once(n_tiles: int) -> int:
     return 2 if n_tiles % 2 == 0 and n_tiles >= LEAST_HALVED else 1
 
 
+def unit_tiles(n_tiles: int, unit: Value) -> list[Value]:
+    """The tiles of a unit, of which there are `n_tiles / tiles_at_once(n_tiles)`."""
+    at_once = tiles_at_once(n_tiles)
+    return [unit + n_tiles // at_once * i for i in range(at_once)]
+
+
 def tile_dot(k: Kernel, weights: Operand, tiles: Sequence[Value], x: Rows, batch: Int = 0) -> list[list[Value]]:
     """Tiles of 16 rows, far from one another, times each row of x: [tile][row], f32 of 16 lanes, a lane for each weight row."""
     return panel_dot(k, [find_panel(weights, tile, batch) for tile in tiles], x)
 
 
-def panel_dot(
-    k: Kernel, panels: Sequence[Panel], x: Rows, ahead_bytes: int = AHEAD_BYTES, *, neighbours: bool = False
-) -> list[list[Value]]:
+def panel_dot(k: Kernel, panels: Sequence[Panel], x: Rows, ahead_bytes: int = AHEAD_BYTES) -> list[list[Value]]:
     """Panels of one form and length times each row of x: [panel][row], f32 of 16 lanes.
 
-    What follows each panel is read next, so many bytes ahead; where panels of the same weights are neighbours, it is what
-    follows all of them.
+    What follows each panel in memory is what is read next, so many bytes ahead.
     """
-    if not neighbours:
-        panels = [replace(panel, weights=panel.address) for panel in panels]
     if x.is_integer:
         return _integer_dot(k, panels, x, ahead_bytes)
     return _float_dot(k, panels, x, ahead_bytes)
@@ -141,12 +141,8 @@ def panel_values(k: Kernel, panel: Panel, start: Value, count: int, part: int, l
 def _prefetch(k: Kernel, panels: Sequence[Panel], ahead: Value, n_bytes: int) -> None:
     """Lines of each panel, so many bytes from its begin: of the panel that is read after it, behind its end."""
     for panel in panels:
-        at = ahead
-        beside = sum(other.weights is panel.weights for other in panels) - 1
-        if beside:  # these are passed over
-            at = at + k.select(at.lt(panel.size_bytes), k.i64(0), beside * panel.size_bytes)
         for line in range(0, n_bytes, LINE):
-            k.prefetch(panel.address + at + line)
+            k.prefetch(panel.address + ahead + line)
 
 
 def _joined(k: Kernel, sums: Sequence[Value], n_panels: int, n_rows: int) -> list[list[Value]]:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from math import prod
 
 from tensorgraph import registry
-from tensorgraph.backends.cpu.elementwise import kernel_of
+from tensorgraph.backends.cpu.elementwise import broadcast_inputs, kernel_of
 from tensorgraph.backends.cpu.kernel import NodeKernel
 from tensorgraph.dims import Dim, Shape, Symbol
 from tensorgraph.graph import STRUCTURAL, Node
 from tensorgraph.op import Op
+from tensorgraph.views import IndexMap
 
 MOST_ELEMENTS = 4096
 """Of a row of a result: more are worth several threads even where there is but one row."""
@@ -59,7 +60,8 @@ def rows_of(node: Node) -> Rows | None:
     if not _is_small(node, n_axes):
         return None
     depth = _by_token(node, kernel, slots) if n_axes == 1 else _by_head(node, kernel, slots)
-    if depth is None or not all(_lies_in_rows(x, node.shape[: depth[slot]], n_axes) for slot, x in slots.items() if depth[slot]):
+    axes = node.shape[:n_axes]
+    if depth is None or not all(_lies_in_rows(x, axes, depth[slot]) for slot, x in slots.items() if depth[slot]):
         return None
     return Rows(node.shape[:n_axes], {**depth, **dict.fromkeys(kernel.whole, 0)})
 
@@ -78,14 +80,14 @@ def _by_token(node: Node, kernel: NodeKernel, slots: Mapping[str, Node]) -> dict
 
 
 def _by_head(node: Node, kernel: NodeKernel, slots: Mapping[str, Node]) -> dict[str, int] | None:
-    """Element-wise, or of vectors along the last axis."""
-    depth: dict[str, int] = {}
+    """Element-wise by NumPy's rule, or of vectors along the last axis."""
+    formula, depth = kernel_of(node), dict[str, int]()
     for slot, value in slots.items():
         lead = node.ndim - value.ndim  # axes that are repeated
         per_head = lead < 2 and value.shape[1 - lead] != 1
         if kernel.vectors:
             depth[slot] = 2 if slot in kernel.vectors else 0 if is_free(value) else 1
-        elif kernel_of(node) is None or (per_head if is_free(value) else lead > 0):
+        elif formula is None or formula.operands is not broadcast_inputs or (per_head if is_free(value) else lead > 0):
             return None
         else:
             depth[slot] = 0 if is_free(value) else 2 if per_head else 1
@@ -99,25 +101,29 @@ def _is_small(node: Node, n_axes: int) -> bool:
     return known and not node.dtype.is_block and row_size(node, n_axes) <= MOST_ELEMENTS
 
 
-def _lies_in_rows(value: Node, rows: Shape, n_axes: int) -> bool:
-    """Whether a value's rows lie in rows of its base; in a result of rows over two axes each in one of those."""
-    base, index_map, axes = value.base, value.index_map, len(value.shape) - 1
-    inside = value.shape[: len(rows)] == rows and base.shape[:1] == rows[:1] and base.op not in ("append", "read")
+def _lies_in_rows(value: Node, axes: Shape, depth: int) -> bool:
+    """Whether a value's rows over `depth` of some axes lie in rows of its base, that of the same place where the base has those
+    axes too; of two axes, each row in one piece."""
+    base, index_map, n_inner = value.base, value.index_map, len(value.shape) - 1
+    inside = value.shape[:depth] == axes[:depth] and base.shape[:1] == axes[:1] and base.op not in ("append", "read")
     if not inside or index_map.within or base.dtype.is_block or not all(isinstance(n, int) for n in base.shape[1:]):
         return False
     extents = (*index_map.shape[1:], *index_map.strides[1:], index_map.strides[0], index_map.offset)
     numbers = [e for e in extents if isinstance(e, int)]
     if len(numbers) < len(extents):
         return False
-    sizes, strides, (row, offset) = numbers[:axes], numbers[axes : 2 * axes], numbers[2 * axes :]
+    sizes, strides, (row, offset) = numbers[:n_inner], numbers[n_inner : 2 * n_inner], numbers[2 * n_inner :]
     reach = [(n - 1) * stride for n, stride in zip(sizes, strides, strict=True)]
     size = row_size(base, 1)
     if row != size or size > MOST_READ or offset < 0 or offset + sum(reach) >= row or min(strides, default=0) < 0:
         return False
-    if n_axes == 1 or base.shape[:2] != rows:
+    if len(axes) == 1:
         return True
+    piece = IndexMap(tuple(sizes[depth - 1 :]), tuple(strides[depth - 1 :]))
+    if not piece.is_dense or base.shape[:2] != axes:
+        return piece.is_dense
     inner = row_size(base, 2)
-    return len(rows) == 2 and strides[0] == inner and offset + sum(reach[1:]) < inner
+    return depth == 2 and strides[0] == inner and offset + sum(reach[1:]) < inner
 
 
 def is_free(value: Node) -> bool:

@@ -90,14 +90,9 @@ def interleaved(dtype: DType) -> Interleaved:
 
 @dataclass(frozen=True)
 class Panel:
-    """16 rows of a matrix: `n_units` units from an address; the next 16 lie behind them.
-
-    Attributes:
-        weights: the address of all rows.
-    """
+    """16 rows of a matrix: `n_units` units from an address; the next 16 lie behind them."""
 
     form: Interleaved
-    weights: Value
     address: Value
     n_units: int
 
@@ -151,7 +146,7 @@ def find_panel(weights: Operand, tile: Int, batch: Int = 0) -> Panel:
     assert weights.layout == "r16" and isinstance(rows, int) and isinstance(width, int)
     units = width // form.block
     at = k.i64(batch) * n_tiles(rows) + tile if not (isinstance(batch, int) and batch == 0) else k.i64(tile)
-    return Panel(form, weights.address, weights.address + at * (units * form.unit_bytes), units)
+    return Panel(form, weights.address + at * (units * form.unit_bytes), units)
 
 
 def load_r16_row(weights: Operand, row: Value, first: Value, lanes: int = ROWS) -> Value:

@@ -11,7 +11,7 @@ from tensorgraph.backends.cpu.elementwise import Read, cpu_formula
 from tensorgraph.backends.cpu.gemm import MOST_TOKENS, MOST_TURNS, multiply, plan_tiles, rows_kind
 from tensorgraph.backends.cpu.ir import F32, Int, Value
 from tensorgraph.backends.cpu.kernel import CHUNK, Buffer, Call, Context, Kernel, Ref
-from tensorgraph.backends.cpu.matvec import kind_of, tile_dot, tiles_at_once
+from tensorgraph.backends.cpu.matvec import kind_of, tile_dot, tiles_at_once, unit_tiles
 from tensorgraph.backends.cpu.operands import Operand, Row
 from tensorgraph.backends.cpu.weights import n_tiles, same_tiles, tile_bytes
 from tensorgraph.dims import ALWAYS, Guard, maximum, product
@@ -147,9 +147,8 @@ def multiply_few(k: Kernel, operands: Mapping[str, Operand], *, kind: Kind, toke
     with k.when(k.first), k.loop(0, count) as loop:
         loop.next()
         write_row(k, kind, load_f32(k, b.row(k.unflatten(loop.i, b.shape[:-1]))), width, scratch + loop.i * each)
-    n_units = units(height)
-    with k.span(n_units) as loop:
-        tiles = [loop.i + i for i in range(0, n_tiles(height), n_units)]
+    with k.span(units(height)) as loop:
+        tiles = unit_tiles(n_tiles(height), loop.i)
         found = tile_dot(k, a, tiles, Rows(kind, scratch, each, tokens))
         store_tiles(k, y, k.i64(0), count, tiles, found)
 
@@ -160,9 +159,8 @@ def multiply_each(k: Kernel, operands: Mapping[str, Operand], *, kind: Kind, tok
     (height, width), count = a.shape[-2:], k.i64(operands["b"].shape[-2])
     assert isinstance(height, int) and isinstance(width, int)
     each = row_bytes(kind, width)
-    n_units = units(height)
-    with k.rows([k.size(y.shape[:-2]), n_units]) as (number, unit):
-        row, tiles = number * count, [unit + i for i in range(0, n_tiles(height), n_units)]
+    with k.rows([k.size(y.shape[:-2]), units(height)]) as (number, unit):
+        row, tiles = number * count, unit_tiles(n_tiles(height), unit)
         x = Rows(kind, operands["rows"].address + row * each, each, tokens)
         store_tiles(k, y, row, count, tiles, tile_dot(k, a, tiles, x, batch=matrix_of(k, a, y, number)))
 

@@ -10,7 +10,7 @@ from tensorgraph.backends.cpu.codes import ROWS
 from tensorgraph.backends.cpu.gemm import MOST_TOKENS, plan_tiles, rows_kind
 from tensorgraph.backends.cpu.ir import F32, I32, Value
 from tensorgraph.backends.cpu.kernel import CHUNK, Buffer, Call, Context, Kernel, NodeKernel, Ref
-from tensorgraph.backends.cpu.matvec import kind_of, tile_dot
+from tensorgraph.backends.cpu.matvec import kind_of, tile_dot, unit_tiles
 from tensorgraph.backends.cpu.operands import Operand
 from tensorgraph.backends.cpu.weights import n_tiles, tile_bytes
 from tensorgraph.dims import maximum, product
@@ -79,9 +79,9 @@ def multiply_pairs(k: Kernel, operands: Mapping[str, Operand], *, kind: Kind, sh
     n_experts, height, width = a.shape
     assert isinstance(height, int) and isinstance(width, int)
     each = row_bytes(kind, width)
-    n_units, one = units(height), k.i64(1)
-    with k.rows([k.size(y.shape[:-1]), n_units]) as (pair, unit):
-        tiles = [unit + i for i in range(0, n_tiles(height), n_units)]
+    one = k.i64(1)
+    with k.rows([k.size(y.shape[:-1]), units(height)]) as (pair, unit):
+        tiles = unit_tiles(n_tiles(height), unit)
         token, used = k.unflatten(pair, y.shape[:-1])
         expert, named = checked(k, "mul_mat_id", ids.load([token, used]), n_experts)
         with k.when(named):

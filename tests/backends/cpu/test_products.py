@@ -136,6 +136,22 @@ def test_several_matrices_shared_by_neighbours(backend: str, name: str, exact: b
         check(step.run({"b": x})["y"], w[[0, 0, 1, 1]][:, None], x, how(name, exact, 1, width, backend))
 
 
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_weights_without_rows(batch: tuple[int, ...]) -> None:
+    a, b = constant("a", shape=(*batch, 0, 64)), input("b", (*batch, T, 64))
+    step = bound(mul_mat(a, b), "cpu", a=np.zeros((*batch, 0, 64), np.float32))
+    for n in (1, 3, 7):
+        assert step.run({"b": np.ones((*batch, n, 64), np.float32)})["y"].shape == (*batch, n, 0)
+
+
+def test_experts_without_rows() -> None:
+    b, ids = input("b", (T, 1, 64)), input("ids", (T, 2), "i32")
+    step = bound(mul_mat_id(constant("a", shape=(3, 0, 64)), b, ids), "cpu", a=np.zeros((3, 0, 64), np.float32))
+    for n in (1, 3, 9):
+        given = {"b": np.ones((n, 1, 64), np.float32), "ids": np.ones((n, 2), np.int32)}
+        assert step.run(given)["y"].shape == (n, 2, 0)
+
+
 @pytest.mark.parametrize(("backend", "name", "exact"), SHAPE_CASES)
 @pytest.mark.parametrize("rows", [32, 24])
 def test_a_matrix_seen_in_pieces(backend: str, name: str, exact: bool, rows: int) -> None:

@@ -127,6 +127,8 @@ def heads_graph(draw: Any) -> tuple[Graph, dict[str, Array]]:
     table = rope_table(input("pos", (T,), "i32"), n_dims=32)
     value: Node = x.reshape(T, h, d)
     token, head, each = input("token", (T, 1, d)), input("head", (T, h, 1)), constant("each", shape=(h, 1))
+    twice, crossed = input("twice", (T, h, 2 * d)), input("crossed", (T, h, 2, d // 2)).permute(0, 1, 3, 2).reshape(T, h, d)
+    which = draw(st.integers(0, h - 1))
     steps = [
         lambda v: rms_norm(v, w, eps=1e-6),
         lambda v: l1_norm(v, eps=1e-6),
@@ -140,14 +142,22 @@ def heads_graph(draw: Any) -> tuple[Graph, dict[str, Array]]:
         lambda v: v * w,
         silu,
         lambda v: v + x.reshape(T, h, d),
+        lambda v: v * twice[:, :, ::2],
+        lambda v: v + twice[:, :, d // 2 : d // 2 + d],
+        lambda v: v + crossed,
+        lambda v: v * twice[:, which : which + 1, 7:8].broadcast(T, 1, d),
+        lambda v: v * v[:, which : which + 1],
+        lambda v: v + v[:, :, which : which + 1],
+        lambda v: v.reshape(T, h, 2, d // 2).permute(0, 1, 3, 2).reshape(T, h, d),
     ]
     seen = []
-    for step in draw(st.lists(st.sampled_from(steps), min_size=2, max_size=6)):
+    for step in draw(st.lists(st.sampled_from(steps), min_size=2, max_size=7)):
         value = step(value)
         seen.append(value)
     outputs = {"y": value} | ({"z": draw(st.sampled_from(seen)) * 2.0} if draw(st.booleans()) else {})
     n = draw(st.sampled_from([0, 1, 3, 40]))
     arrays = {"x": numbers(n, h * d), "pos": np.arange(n, dtype=np.int32) * 7, "token": numbers(n, 1, d, seed=1)}
+    arrays |= {"twice": numbers(n, h, 2 * d, seed=5), "crossed": numbers(n, h, 2, d // 2, seed=6)}
     arrays |= {"head": numbers(n, h, 1, seed=2), "each": numbers(h, 1, seed=3), "w": numbers(d, seed=4)}
     return Graph(outputs), arrays
 
@@ -156,6 +166,29 @@ def heads_graph(draw: Any) -> tuple[Graph, dict[str, Array]]:
 @given(data=st.data(), backend=st.sampled_from(BACKENDS))
 def test_rows_of_heads(data: Any, backend: str) -> None:
     assert_same(*heads_graph(data.draw), backend)
+
+
+X = input("x", (T, 16 * 1024)).reshape(T, 16, 1024)
+Q = rms_norm(X, eps=1e-6)
+
+
+@pytest.mark.parametrize(
+    "y",
+    [
+        silu(rms_norm(X[:, :, ::2], eps=1e-6)),
+        silu(rms_norm(X.reshape(T, 16, 32, 32).permute(0, 1, 3, 2), eps=1e-6)),
+        silu(rms_norm(X.reshape(T, 16, 4, 256)[:, :, :, :128], eps=1e-6)),
+        silu(Q * X[:, 5:6, 7:8].broadcast(T, 1, 1024)),
+        Q * Q[:, 0:1],
+        silu(Q) * Q[:, 3:4] + 1.0,
+        fwht(silu(Q) * silu(Q)[:, 3:4]),
+        rotate(Q, Q[:, 2, :32].reshape(T, 16, 2), n_dims=32),
+        rotate(Q, X[:, 3, :32].reshape(T, 2, 16).permute(0, 2, 1), n_dims=32),
+    ],
+    ids=range(9),
+)
+def test_parts_of_heads_and_other_heads(y: Node) -> None:
+    assert_same(Graph(y=y), {"x": numbers(9, 16 * 1024)})
 
 
 def test_heads_are_one_program() -> None:
