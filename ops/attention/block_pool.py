@@ -28,7 +28,6 @@ block_pool = Op(
     "block_pool",
     _SIGNATURE,
     attrs={"every": Attr(int, low=1), "overlap": Attr(bool, False)},
-    rows=("blocks", "block_seq"),
     source="DeepSeek-V4 technical report, compressed attention",
 )
 """For block b of a sequence, `sum(soft_max(x[:, 1] + bias[pos mod every]) * x[:, 0])` per channel over the block's rows.

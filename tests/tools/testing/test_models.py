@@ -23,7 +23,7 @@ from tests.tools.testing.wrong_devices import JoiningDevice, WrongCpu, WrongStat
 Array = np.ndarray[Any, Any]
 
 N = 16
-NODES = {"llama": 38, "qwen3moe": 62, "deepseek_v32": 172, "deepseek_v4": 1926}
+NODES = {"llama": 38, "qwen3moe": 62, "deepseek_v32": 172, "deepseek_v4": 990}
 
 
 def checked(architecture: str, backend: Any, *, kind: str = "f32", kv_type: str = "f32", **terms: Any) -> Report:
