@@ -63,7 +63,7 @@ def rows_of(node: Node) -> Rows | None:
     axes = node.shape[:n_axes]
     if depth is None or not all(_lies_in_rows(x, axes, depth[slot]) for slot, x in slots.items() if depth[slot]):
         return None
-    return Rows(node.shape[:n_axes], {**depth, **dict.fromkeys(kernel.whole, 0)})
+    return Rows(axes, {**depth, **dict.fromkeys(kernel.whole, 0)})
 
 
 def _kernel(node: Node) -> NodeKernel | None:

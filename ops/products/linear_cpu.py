@@ -15,7 +15,7 @@ from tensorgraph.backends.cpu.activations import Kind, Rows, row_bytes, write_ro
 from tensorgraph.backends.cpu.codes import ROWS
 from tensorgraph.backends.cpu.ir import F32, F64, Value
 from tensorgraph.backends.cpu.kernel import Kernel
-from tensorgraph.backends.cpu.matvec import panel_dot, tiles_at_once
+from tensorgraph.backends.cpu.matvec import panel_dot, tiles_at_once, unit_tiles
 from tensorgraph.backends.cpu.operands import Operand, Row
 from tensorgraph.backends.cpu.state_calls import stream_row
 from tensorgraph.backends.cpu.weights import find_panel, n_tiles
@@ -87,7 +87,7 @@ def emit_few(k: Kernel, operands: Operands, *, source: Source, parts: tuple[Part
         high = k.min(k.max(stop, k.i64(base)), k.i64(base + part.units)) - base
         with k.loop(low, high) as loop:
             loop.next()
-            tiles = [loop.i + part.units * i for i in range(part.per_unit)]
+            tiles = unit_tiles(part.tiles, loop.i) if part.gate is None else [loop.i]
             panels = [find_panel(present(operands, f"w{p}"), tile) for tile in tiles]
             if part.gate:
                 panels += [find_panel(present(operands, f"v{p}"), tile) for tile in tiles]
