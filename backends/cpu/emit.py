@@ -6,11 +6,11 @@ written here is what runs: values carried by loops are phis, never memory.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from tensorgraph.backends.cpu.arithmetic import Arithmetic
 from tensorgraph.backends.cpu.ir import F32, F64, I1, I8, I16, I32, I64, PTR, Int, Number, Type, Value
 from tensorgraph.backends.cpu.target import Target
 
@@ -31,7 +31,7 @@ class Loop:
         self.following = list(values)
 
 
-class Function:
+class Function(Arithmetic):
     """One function of IR: `define RESULT @NAME(PARAMETERS)`.
 
     Args:
@@ -78,53 +78,6 @@ class Function:
     def _begin(self, label: str) -> None:
         self._lines.append(f"{label}:")
         self._block = label
-
-    # Constants.
-
-    def const(self, value: int | float, type: Type) -> Value:
-        """A number of a type; of a vector type, in every lane."""
-        if type.kind == "p":
-            ref = "null"
-        elif type.bits == 1:
-            ref = "true" if value else "false"
-        elif type.kind == "i":
-            ref = str(int(value))
-        elif type.bits == 16:
-            ref = f"0xH{struct.unpack('<H', struct.pack('<e', value))[0]:04X}"
-        else:  # a float is written as the double of the same value
-            number = struct.unpack("<f", struct.pack("<f", value))[0] if type.bits == 32 else float(value)
-            ref = f"0x{struct.unpack('<Q', struct.pack('<d', number))[0]:016X}"
-        if type.lanes:
-            ref = f"splat ({type.scalar} {ref})"
-        return Value(self, ref, type)
-
-    def vector(self, values: Sequence[int | float], type: Type) -> Value:
-        """A constant vector of scalars of `type`."""
-        listed = ", ".join(f"{type} {self.const(v, type).ref}" for v in values)
-        return Value(self, f"<{listed}>", type.x(len(values)))
-
-    def zero(self, type: Type) -> Value:
-        return Value(self, "zeroinitializer" if type.lanes else self.const(0, type).ref, type)
-
-    def table(self, values: Sequence[int | float], type: Type) -> Value:
-        """The address of a constant array."""
-        listed = ", ".join(f"{type} {self.const(v, type).ref}" for v in values)
-        name = f"@table{len(self._globals)}"
-        self._globals.append(f"{name} = private constant [{len(values)} x {type}] [{listed}], align 64")
-        return Value(self, name, PTR)
-
-    def as_type(self, value: Number, type: Type) -> Value:
-        """A number as a constant of `type`; a scalar Value beside a vector type is repeated."""
-        if not isinstance(value, Value):
-            return self.const(value, type)
-        return self.splat(value, type.lanes) if type.lanes and not value.type.lanes else value
-
-    def i64(self, value: Int) -> Value:
-        return self.as_type(value, I64)
-
-    def lane_numbers(self, lanes: int, type: Type = I32) -> Value:
-        """0, 1, 2, ..."""
-        return self.vector(range(lanes), type)
 
     # Control.
 
@@ -192,14 +145,6 @@ class Function:
             for x, y in zip(a, b, strict=True)
         ]
 
-    def select(self, condition: Value, yes: Number, no: Number) -> Value:
-        """Lane by lane; one of the two must be a Value."""
-        like = yes if isinstance(yes, Value) else no
-        assert isinstance(like, Value)
-        type = like.type.x(condition.lanes) if condition.lanes else like.type
-        a, b = self.as_type(yes, type), self.as_type(no, type)
-        return self.instruction(f"select {condition.type} {condition.ref}, {type} {a.ref}, {type} {b.ref}", type)
-
     # Memory.
 
     def offset(self, address: Value, n_bytes: Number) -> Value:
@@ -248,6 +193,34 @@ class Function:
         to = f"{at.type} align {value.type.bits // 8} {at.ref}"
         self.write(f"call void @{name}({value.type} {value.ref}, {to}, {mask.type} {mask.ref})")
 
+    def move(self, item: Type, to: Value, to_stride: Int, source: Value, stride: Int, n: Int) -> None:
+        """Copy n elements from one address to another that has none in common with it; strides in elements."""
+        size = item.size_bytes
+        if _is(stride, 1) and _is(to_stride, 1):
+            name = "llvm.memcpy.p0.p0.i64"
+            self.declare(name, None, (PTR, PTR, I64, I1))
+            self.write(f"call void @{name}(ptr {to.ref}, ptr {source.ref}, i64 {(self.i64(n) * size).ref}, i1 false)")
+            return
+        done: Int = 0
+        value = None
+        if _is(stride, 0):
+            value = self.load(source, item)
+            if _is(to_stride, 1):
+                lanes = self.target.vector_bytes // size
+                done, many = n // lanes * lanes, self.splat(value, lanes)
+                with self.loop(0, self.i64(done), lanes) as loop:
+                    self.store(many, to + loop.i * size)
+                    loop.next()
+        with self.loop(done, self.i64(n)) as loop:
+            self.store(value or self.load(source + loop.i * stride * size, item), to + loop.i * to_stride * size)
+            loop.next()
+
+    def clear(self, to: Value, n_bytes: Int) -> None:
+        """Write zeros."""
+        name = "llvm.memset.p0.i64"
+        self.declare(name, None, (PTR, I8, I64, I1))
+        self.write(f"call void @{name}(ptr {to.ref}, i8 0, i64 {self.i64(n_bytes).ref}, i1 false)")
+
     def prefetch(self, address: Value, locality: int = 3) -> None:
         self.declare("llvm.prefetch.p0", None, (PTR, I32, I32, I32))
         self.write(f"call void @llvm.prefetch.p0(ptr {address.ref}, i32 0, i32 {locality}, i32 1)")
@@ -282,114 +255,9 @@ class Function:
             out = out.with_lane(i, value)
         return out
 
-    # Arithmetic.
 
-    def fma(self, a: Value, b: Number, c: Number) -> Value:
-        """a * b + c, rounded once where the target has such an instruction, else twice."""
-        type = next((v.type for v in (a, b, c) if isinstance(v, Value) and v.lanes), a.type)
-        x, y, z = (self.as_type(v, type) for v in (a, b, c))
-        name = "fma" if "fma" in self.target.has or "neon" in self.target.has else "fmuladd"
-        return self.call(f"llvm.{name}.{type.suffix}", type, x, y, z)
-
-    def max(self, a: Value, b: Number) -> Value:
-        """b where it is greater, else a; so a where a is NaN."""
-        b = self.as_type(b, a.type)
-        return self.select(b.gt(a), b, a)
-
-    def min(self, a: Value, b: Number) -> Value:
-        """b where it is less, else a; so a where a is NaN."""
-        b = self.as_type(b, a.type)
-        return self.select(b.lt(a), b, a)
-
-    def splat(self, value: Value, lanes: int) -> Value:
-        """A scalar in every lane."""
-        if not lanes or value.lanes:
-            return value
-        first = self.instruction(
-            f"insertelement {value.type.x(lanes)} poison, {value.type} {value.ref}, i64 0", value.type.x(lanes)
-        )
-        return first.shuffle([0] * lanes)
-
-    def join(self, a: Value, b: Value) -> Value:
-        """The lanes of a, then those of b."""
-        return a.shuffle(range(a.lanes + b.lanes), b)
-
-    def fold(self, x: Value, combine: Callable[[Value, Value], Value]) -> Value:
-        """All lanes combined, halves first: the same order on every target."""
-        while x.lanes > 1:
-            half = x.lanes // 2
-            x = combine(x.shuffle(range(half)), x.shuffle(range(half, x.lanes)))
-        return x[0] if x.lanes else x
-
-    def sum(self, x: Value) -> Value:
-        return self.fold(x, lambda a, b: a + b)
-
-    def tail_mask(self, lanes: int, left: Int) -> Value:
-        """True in the first `left` lanes."""
-        count = self.narrow(self.i64(left), I32)
-        return self.lane_numbers(lanes).lt(count)
-
-    # Conversions.
-
-    def convert(self, x: Value, type: Type, *, signed: bool = True) -> Value:
-        """To another type of as many lanes: integers extended or cut, floats rounded to nearest, to integers toward zero."""
-        type = type.x(x.lanes)
-        a, b = x.type, type
-        if a == b:
-            return x
-        if a.kind == "i" and b.kind == "i":
-            name = "trunc" if b.bits < a.bits else "sext" if signed and a.bits > 1 else "zext"
-        elif a.kind == "i":
-            name = "sitofp" if signed and a.bits > 1 else "uitofp"
-        elif b.kind == "i":
-            name = "fptosi" if signed else "fptoui"
-        else:
-            name = "fpext" if b.bits > a.bits else "fptrunc"
-        return self.instruction(f"{name} {a} {x.ref} to {b}", b)
-
-    def narrow(self, x: Value, type: Type) -> Value:
-        return self.convert(x, type)
-
-    def convert_pointer(self, number: Value) -> Value:
-        """An i64 as the address that it is."""
-        return self.instruction(f"inttoptr i64 {number.ref} to ptr", PTR)
-
-    def half_to_f32(self, bits: Value) -> Value:
-        """Of f16 held as i16."""
-        if self.target.has & {"f16c", "neon", "avx512"}:
-            return self.convert(bits.bits_as(Type("f", 16, bits.lanes)), F32)
-        wide = self.convert(bits, I32, signed=False)
-        sign, rest = (wide & 0x8000) << 16, wide & 0x7FFF
-        shifted = (rest << 13).bits_as(F32.x(bits.lanes)) * 2.0**112  # normal and subnormal numbers alike
-        special = (rest | 0x38000) << 13  # infinite or NaN
-        magnitude = self.select(rest.ge(0x7C00), special, shifted.bits_as(wide.type))
-        return (magnitude | sign).bits_as(F32.x(bits.lanes))
-
-    def f32_to_half(self, x: Value) -> Value:
-        """f16 as i16, to nearest, ties to even."""
-        if self.target.has & {"f16c", "neon", "avx512"}:
-            return self.convert(x, Type("f", 16)).bits_as(I16.x(x.lanes))
-        bits = x.bits_as(I32.x(x.lanes))
-        sign, rest = (bits & -0x80000000).shift_right(16), bits & 0x7FFFFFFF
-        odd = rest.shift_right(13) & 1
-        normal = (rest + odd + (0xFFF - (112 << 23))).shift_right(13)
-        # a subnormal result: the sum with 0.5 rounds at the right bit
-        small = (rest.bits_as(x.type) + 0.5).bits_as(bits.type) - 0x3F000000
-        special = self.select(rest.gt(0x7F800000), rest.shift_right(13) | 0x7E00, self.const(0x7C00, bits.type))
-        found = self.select(rest.lt(113 << 23), small, normal)
-        found = self.select(rest.ge(0x477FF000), special, found) & 0x7FFF
-        return self.convert(found | sign, I16)
-
-    def bf16_to_f32(self, bits: Value) -> Value:
-        """Of bf16 held as i16."""
-        return (self.convert(bits, I32, signed=False) << 16).bits_as(F32.x(bits.lanes))
-
-    def f32_to_bf16(self, x: Value) -> Value:
-        """bf16 as i16, to nearest, ties to even."""
-        bits = x.bits_as(I32.x(x.lanes))
-        rounded = bits + (bits.shift_right(16) & 1) + 0x7FFF
-        kept = self.select(x.is_nan(), bits | 0x400000, rounded)
-        return self.convert(kept.shift_right(16), I16)
+def _is(value: Int, number: int) -> bool:
+    return isinstance(value, int) and value == number
 
 
 __all__ = ["F32", "F64", "I1", "I8", "I16", "I32", "I64", "PTR", "Function", "Loop", "Values"]

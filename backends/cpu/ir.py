@@ -1,4 +1,4 @@
-"""Types and values of LLVM IR as kernels hold them: arithmetic on a Value writes an instruction."""
+"""Types and values as kernels hold them: arithmetic on a Value writes an instruction, in whatever its function is written in."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING, Literal, Union
 
 if TYPE_CHECKING:
-    from tensorgraph.backends.cpu.emit import Function
+    from tensorgraph.backends.cpu.arithmetic import Arithmetic
 
 Kind = Literal["i", "f", "p"]
 Number = Union["Value", int, float]
@@ -82,7 +82,7 @@ class Value:
 
     __slots__ = ("fn", "ref", "type")
 
-    def __init__(self, fn: Function, ref: str, type: Type) -> None:
+    def __init__(self, fn: Arithmetic, ref: str, type: Type) -> None:
         self.fn, self.ref, self.type = fn, ref, type
 
     @property
@@ -98,7 +98,7 @@ class Value:
             a, b = b, a
         if a.type != b.type:
             raise TypeError(f"[emit] wanted two of {a.type}; got {b.type}")
-        return self.fn.instruction(f"{integer if a.type.kind == 'i' else floating} {a.type} {a.ref}, {b.ref}", a.type)
+        return self.fn.binary(integer if a.type.kind == "i" else floating, a, b)
 
     def __add__(self, other: Number) -> Value:
         if self.type.kind == "p":
@@ -139,7 +139,7 @@ class Value:
 
     def __neg__(self) -> Value:
         if self.type.kind == "f":
-            return self.fn.instruction(f"fneg {self.type} {self.ref}", self.type)
+            return self.fn.negative(self)
         return self._binary(0, "sub", "fsub", swap=True)
 
     def __and__(self, other: Int) -> Value:
@@ -168,8 +168,7 @@ class Value:
         b = self.fn.as_type(other, self.type)
         a = self.fn.splat(self, b.type.lanes) if b.type.lanes and not self.type.lanes else self
         integer, floating = _COMPARE[name]
-        text = f"fcmp {floating}" if a.type.kind == "f" else f"icmp {integer}"
-        return self.fn.instruction(f"{text} {a.type} {a.ref}, {b.ref}", I1.x(a.type.lanes))
+        return self.fn.compare(floating if a.type.kind == "f" else integer, a, b)
 
     def lt(self, other: Number) -> Value:
         return self._compare("lt", other)
@@ -191,34 +190,28 @@ class Value:
         return self._compare("ne", other)
 
     def is_nan(self) -> Value:
-        return self.fn.instruction(f"fcmp uno {self.type} {self.ref}, {self.ref}", I1.x(self.type.lanes))
+        return self.fn.compare("uno", self, self)
 
     def below(self, other: Int) -> Value:
         """Unsigned less-than: one comparison for `0 <= x < other`."""
-        b = self.fn.as_type(other, self.type)
-        return self.fn.instruction(f"icmp ult {self.type} {self.ref}, {b.ref}", I1.x(self.type.lanes))
+        return self.fn.compare("ult", self, self.fn.as_type(other, self.type))
 
     # Lanes.
 
     def __getitem__(self, lane: Int) -> Value:
         """One lane."""
-        at = self.fn.as_type(lane, I64)
-        return self.fn.instruction(f"extractelement {self.type} {self.ref}, i64 {at.ref}", self.type.scalar)
+        return self.fn.lane(self, self.fn.as_type(lane, I64))
 
     def with_lane(self, lane: Int, value: Number) -> Value:
-        at, put = self.fn.as_type(lane, I64), self.fn.as_type(value, self.type.scalar)
-        return self.fn.instruction(f"insertelement {self.type} {self.ref}, {put.type} {put.ref}, i64 {at.ref}", self.type)
+        return self.fn.with_lane(self, self.fn.as_type(lane, I64), self.fn.as_type(value, self.type.scalar))
 
     def shuffle(self, lanes: Sequence[int], other: Value | None = None) -> Value:
         """Lanes picked by number, those of `other` counted on."""
-        b = other.ref if other is not None else "poison"
-        mask = ", ".join(f"i32 {i}" for i in lanes)
-        text = f"shufflevector {self.type} {self.ref}, {self.type} {b}, <{len(lanes)} x i32> <{mask}>"
-        return self.fn.instruction(text, self.type.x(len(lanes)))
+        return self.fn.shuffled(self, lanes, other)
 
     def bits_as(self, type: Type) -> Value:
         """The same bits as another type."""
-        return self if type == self.type else self.fn.instruction(f"bitcast {self.type} {self.ref} to {type}", type)
+        return self if type == self.type else self.fn.bits(self, type)
 
     def __repr__(self) -> str:
         return f"<{self.type} {self.ref}>"

@@ -55,7 +55,10 @@ class Kernel(Function):
         thread, chunk, chunks: i64; which thread runs this, and which part of the work it is.
         first: i1, whether it is the first chunk of this step that this thread runs.
         messages: with which it may refuse its input.
+        spread: whether the lanes of a vector are those of as many threads, not of a register.
     """
+
+    spread = False
 
     def __init__(self, target: Target) -> None:
         super().__init__("kernel", {"args": PTR, "thread": I64, "chunk": I64, "chunks": I64, "first": I1}, target)

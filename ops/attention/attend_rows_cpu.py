@@ -189,7 +189,7 @@ def list_tile(
 
 def as_number(k: Kernel, address: Value) -> Value:
     """An address as an i64."""
-    return k.instruction(f"ptrtoint ptr {address.ref} to i64", I64)
+    return k.number_of(address)
 
 
 def one_for_all(mask: Operand, query: Query) -> bool:

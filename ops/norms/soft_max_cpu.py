@@ -76,10 +76,8 @@ def _mask_row(mask: Operand, index: list[Value]) -> Row:
 
 def _slope(k: Kernel, head: Value, n_heads: Int, max_bias: float) -> Value:
     """ALiBi's: of heads beyond the last power of two, those between."""
-    k.declare("llvm.ctlz.i64", I64, (I64, k.first.type))
     n = k.i64(n_heads)
-    zeros = k.instruction(f"call i64 @llvm.ctlz.i64(i64 {n.ref}, i1 false)", I64)
-    low = k.const(1, I64) << (63 - zeros)
+    low = k.const(1, I64) << (63 - k.leading_zeros(n))
     beyond = head.ge(low)
     step = k.select(beyond, (head - low) * 2 + 1, head + 1)
     of = k.select(beyond, low * 2, low)

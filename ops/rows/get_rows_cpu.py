@@ -13,7 +13,6 @@ from tensorgraph.dims import product
 from tensorgraph.graph import Node
 from tensorgraph.ops.rows.get_rows import get_rows
 from tensorgraph.ops.rows.index_cpu import checked
-from tensorgraph.ops.shape.cont_cpu import copy_row, zero_bytes
 
 _AT_ONCE = 16  # elements of an interleaved row
 
@@ -42,13 +41,13 @@ def emit_get_rows(k: Kernel, operands: dict[str, Operand]) -> None:
             else:
                 _move_row(k, a, y, index, number)
         with k.when(named.invert()):
-            zero_bytes(k, y.at(index), k.i64(y.shape[-1]) * stored_type(y.dtype).size_bytes)
+            k.clear(y.at(index), k.i64(y.shape[-1]) * stored_type(y.dtype).size_bytes)
 
 
 def _move_row(k: Kernel, a: Operand, y: Operand, index: Sequence[Value], number: Value) -> None:
     row, out = a.row([*index[:-1], number]), y.row(index)
     if a.dtype == y.dtype or a.dtype.is_block:
-        copy_row(k, stored_type(y.dtype), out.address, 1, row.address, row.stride, y.shape[-1])
+        k.move(stored_type(y.dtype), out.address, 1, row.address, row.stride, y.shape[-1])
         return
 
     def convert(i: Value, mask: Value | None, _: list[Value]) -> None:

@@ -14,7 +14,7 @@ from tensorgraph.ops.elementwise.cast_cpu import emit_cast
 from tensorgraph.ops.formats.writable_cpu import ROUNDINGS, round_block
 from tensorgraph.ops.rows.index_cpu import checked
 from tensorgraph.ops.rows.set_rows import set_rows
-from tensorgraph.ops.shape.cont_cpu import copy_call, copy_row
+from tensorgraph.ops.shape.cont_cpu import copy_call
 
 
 def supports(node: Node) -> bool:
@@ -41,7 +41,7 @@ def emit_set_rows(k: Kernel, operands: dict[str, Operand], *, block: DType | Non
                     round_block(k, block.name, row, out, loop.i)
                     loop.next()
             elif b.dtype == y.dtype:
-                copy_row(k, stored_type(y.dtype), out.address, 1, row.address, row.stride, y.shape[-1])
+                k.move(stored_type(y.dtype), out.address, 1, row.address, row.stride, y.shape[-1])
             else:
 
                 def convert(i: Value, mask: Value | None, _: list[Value]) -> None:

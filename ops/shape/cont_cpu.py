@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from tensorgraph.backends.cpu.ir import I1, I8, I64, PTR, Int, Type, Value
+from tensorgraph.backends.cpu.ir import Int, Type, Value
 from tensorgraph.backends.cpu.kernel import CHUNK, Call, Context, Emit, Kernel, NodeKernel, Ref
 from tensorgraph.backends.cpu.lines import Axis, join_axes
 from tensorgraph.backends.cpu.operands import Operand, stored_type
@@ -84,51 +84,12 @@ def emit_rows(k: Kernel, operands: dict[str, Operand], *, unless_same: bool, spl
     with _unless(k, unless_same, x, y), k.rows([*y.shape[:-1], pieces]) as [*index, piece]:
         first: Int = piece * CHUNK if split else 0
         length = k.min(k.i64(n) - first, CHUNK) if split else n
-        copy_row(k, stored_type(y.dtype), y.at([*index, first]), y.strides[-1], x.at([*index, first]), x.strides[-1], length)
+        k.move(stored_type(y.dtype), y.at([*index, first]), y.strides[-1], x.at([*index, first]), x.strides[-1], length)
 
 
 def _unless(k: Kernel, unless_same: bool, x: Operand, y: Operand) -> AbstractContextManager[None]:
     """What is within happens; where `unless_same`, only if x and y lie in different places."""
     return k.when(x.address.ne(y.address)) if unless_same else nullcontext()
-
-
-def copy_row(k: Kernel, item: Type, to: Value, to_stride: Int, source: Value, stride: Int, n: Int) -> None:
-    """Move n elements from one address to another; strides in elements."""
-    size = item.size_bytes
-    if _is_one(stride) and _is_one(to_stride):
-        copy_bytes(k, to, source, k.i64(n) * size)
-        return
-    done: Int = 0
-    value = None
-    if isinstance(stride, int) and stride == 0:
-        value = k.load(source, item)
-        if _is_one(to_stride):
-            lanes = k.target.vector_bytes // size
-            done, many = n // lanes * lanes, k.splat(value, lanes)
-            with k.loop(0, k.i64(done), lanes) as loop:
-                k.store(many, to + loop.i * size)
-                loop.next()
-    with k.loop(done, k.i64(n)) as loop:
-        k.store(value or k.load(source + loop.i * stride * size, item), to + loop.i * to_stride * size)
-        loop.next()
-
-
-def copy_bytes(k: Kernel, to: Value, source: Value, n_bytes: Int) -> None:
-    """Move bytes between two places that have none in common."""
-    name = "llvm.memcpy.p0.p0.i64"
-    k.declare(name, None, (PTR, PTR, I64, I1))
-    k.write(f"call void @{name}(ptr {to.ref}, ptr {source.ref}, i64 {k.i64(n_bytes).ref}, i1 false)")
-
-
-def zero_bytes(k: Kernel, to: Value, n_bytes: Int) -> None:
-    """Write zeros."""
-    name = "llvm.memset.p0.i64"
-    k.declare(name, None, (PTR, I8, I64, I1))
-    k.write(f"call void @{name}(ptr {to.ref}, i8 0, i64 {k.i64(n_bytes).ref}, i1 false)")
-
-
-def _is_one(stride: Int) -> bool:
-    return isinstance(stride, int) and stride == 1
 
 
 def emit_tiles(k: Kernel, operands: dict[str, Operand], *, unless_same: bool) -> None:
@@ -142,11 +103,12 @@ def emit_tiles(k: Kernel, operands: dict[str, Operand], *, unless_same: bool) ->
         there, here = x.at([*index, c, j]), y.at([*index, j, c])
         left_j, left_c = n_j - j, n_c - c
         whole = left_j.ge(TILE) & left_c.ge(TILE)
-        with k.when(whole):
-            _turn_tile(k, item, here, y.strides[-2], there, x.strides[-2])
-        with k.when(whole.invert()), k.loop(0, k.min(left_j, TILE)) as rows:
+        if not k.spread:
+            with k.when(whole):
+                _turn_tile(k, item, here, y.strides[-2], there, x.strides[-2])
+        with nullcontext() if k.spread else k.when(whole.invert()), k.loop(0, k.min(left_j, TILE)) as rows:
             source, to = there + rows.i * item.size_bytes, here + rows.i * y.strides[-2] * item.size_bytes
-            copy_row(k, item, to, 1, source, x.strides[-2], k.min(left_c, TILE))
+            k.move(item, to, 1, source, x.strides[-2], k.min(left_c, TILE))
             rows.next()
 
 
@@ -196,7 +158,7 @@ def emit_zeros(k: Kernel, operands: dict[str, Operand]) -> None:
     with k.rows(y.shape[:-1]) as index:
         row = y.row(index)
         if isinstance(row.stride, int) and row.stride == 1:
-            zero_bytes(k, row.address, k.i64(y.shape[-1]) * size)
+            k.clear(row.address, k.i64(y.shape[-1]) * size)
             return
         with k.loop(0, k.i64(y.shape[-1])) as loop:
             k.store(k.zero(stored_type(y.dtype)), row.address + loop.i * row.stride * size)
