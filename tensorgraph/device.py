@@ -94,6 +94,10 @@ class Device(ABC):
         """The nodes of a split joined into what is computed in one go."""
         return [Group.of(node) for node in nodes]
 
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """Pages of a stream, filled with zeros: an array, or what stands for one in this device's memory."""
+        return np.zeros(shape, dtype)
+
     @abstractmethod
     def upload(self, array: np.ndarray, dtype: DType, *, constant: bool = False, layout: str = "dense") -> Any:
         """A value on this device; block types come as `uint8 [..., row_bytes]`, constants stay for the plan's life."""

@@ -16,6 +16,7 @@ from tensorgraph.extents import Extents, StepInputs
 from tensorgraph.graph import Graph
 from tensorgraph.plan import Executable
 from tensorgraph.state import Layout, StateSpec
+from tensorgraph.state_store import StateStore
 
 LOGITS = "logits"
 
@@ -106,3 +107,13 @@ class Engine:
             if self._layouts is None:
                 self._layouts = stream_layouts(self.graph(extents), specs, self.devices) if (specs := self.model.states()) else {}
             return self._layouts
+
+    def store(self, extents: Extents) -> StateStore:
+        """A store of the model's streams: in the layouts of `layouts`, on the devices that append to them."""
+        specs, layouts, first = self.model.states(), self.layouts(extents), self.devices[0]
+        zeros = dict.fromkeys(specs, first.zeros)
+        if len(self.devices) > 1:
+            with self.lock:
+                plan, named = self.executable(extents).plan, {device.name: device for device in self.devices}
+                zeros = {name: named[plan.scheduled.device[node]].zeros for name, node in plan.graph.streams.items()}
+        return StateStore(specs, kv_dtype=self.kv_dtype, layouts=layouts, zeros=zeros)

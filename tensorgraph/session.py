@@ -75,8 +75,7 @@ class Session:
             raise InputError(f"[session] wanted context and step_tokens >= 1; got {self.context}, {step_tokens}")
         self._extents: dict[int, Extents] = {}
         self._decoding: Decoding | None = None
-        layouts = engine.layouts(self.extents()) if store is None else None
-        self._store = store or StateStore(engine.model.states(), kv_dtype=engine.kv_dtype, layouts=layouts)
+        self._store = store or engine.store(self.extents())
         self._seq: int | None = seq if seq is not None else self._new()
         self._ids: list[int] = list(ids)  # may run ahead of the state for a moment; `length` says how many count
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,6 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorgraph.state import StreamClass
+
+Zeros = Callable[[tuple[int, ...], Any], Any]
+"""`zeros(shape, dtype)`: an array, or what stands for one in a device's memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +40,8 @@ class PagePool:
 
     def __init__(self, cls: StreamClass, page_rows: int) -> None:
         self.cls, self.page_rows = cls, page_rows
-        self.arrays: dict[str, NDArray[Any]] = {}  # [P, ...], as a page of the stream's layout
+        self.arrays: dict[str, Any] = {}  # [P, ...], as a page of the stream's layout
+        self.zeros: dict[str, Zeros] = {}
         self.refs = np.zeros(0, np.int64)
         self.unused: list[int] = []  # ids that were used before
         self.top = 0  # ids from here on never were, and are still zero
@@ -53,7 +57,7 @@ class PagePool:
         if n_pages > n_old:
             self.moved += 1
             for name, old in self.arrays.items():
-                self.arrays[name] = np.zeros((n_pages, *old.shape[1:]), old.dtype)  # memory untouched until written to
+                self.arrays[name] = self.zeros[name]((n_pages, *old.shape[1:]), old.dtype)
                 self.arrays[name][:n_old] = old[:n_old]
             self.refs = np.concatenate([self.refs, np.zeros(n_pages - n_old, np.int64)])
 

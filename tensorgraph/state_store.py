@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tensorgraph.dtypes import DType
 from tensorgraph.errors import CannotTrim, StateError, UnknownNameError
 from tensorgraph.state import MAX_LENGTH, Layout, StateSpec, StreamClass
-from tensorgraph.state_pages import PagePool, Table
+from tensorgraph.state_pages import PagePool, Table, Zeros
 from tensorgraph.state_step import Lease, SequenceState, Step
 
 
@@ -57,6 +57,7 @@ class StateStore:
         slack: how many tokens a sequence can be trimmed by, at least, in spite of `keep`.
         layouts: physical layout by stream, "rows" unless given. "rows16" interleaves 16 rows: [R / 16, *row, 16]; of "panels" 16
             elements (a block, of a block type) of 16 rows lie together: [R / 16, W / 16, 16, 16], W being a row's elements.
+        zeros: by stream, what makes its pages, where that is not NumPy.
         initial_pages: pages of each class to allocate at once.
     Raises: StateError, DTypeError, UnknownNameError.
     """
@@ -69,6 +70,7 @@ class StateStore:
         page_rows: int = 16,
         slack: int = 64,
         layouts: Mapping[str, Layout] | None = None,
+        zeros: Mapping[str, Zeros] | None = None,
         initial_pages: int = 16,
     ) -> None:
         if page_rows < 1 or slack < 0 or initial_pages < 0:
@@ -89,7 +91,8 @@ class StateStore:
             if self.layouts[name] == "panels" and math.prod(row) % unit:
                 raise StateError(f'[state] wanted rows of a multiple of 16 for layout "panels"; got {list(row)} for "{name}"')
             groups = {"rows16": (*row, 16), "panels": (math.prod(row) // unit, 16, unit)}.get(self.layouts[name])
-            pool.arrays[name] = np.zeros((0, page_rows // 16, *groups) if groups else (0, page_rows, *row), dtype)
+            pool.zeros[name] = (zeros or {}).get(name, np.zeros)
+            pool.arrays[name] = pool.zeros[name]((0, page_rows // 16, *groups) if groups else (0, page_rows, *row), dtype)
         for pool in self._pools.values():
             pool.grow(initial_pages)
         self._no_tables = tuple(Table(0, np.empty(0, np.int64)) for _ in self._pools)
@@ -119,7 +122,7 @@ class StateStore:
         self._end_lease()
         return {cls: pool.n_used for cls, pool in self._pools.items()}
 
-    def pages(self, stream: str) -> NDArray[Any]:
+    def pages(self, stream: str) -> Any:
         """The pages of a stream themselves, for kernels; valid until the next `begin` or `load`, which may move them.
 
         Shapes: [P, page_rows, *row], or as the layouts say.

@@ -43,6 +43,8 @@ def logits(
     exact: options.Exact = False,
     lowering: options.Lowering = None,
     packed_cache: options.PackedCache = False,
+    gpu_layers: options.GpuLayers = options.AUTO,
+    cpu_experts: options.CpuExperts = False,
     as_json: options.Json = False,
 ) -> None:
     """Write the logits [T, V] (f32) that follow each of T tokens, and named nodes, a row a token.
@@ -67,7 +69,8 @@ def logits(
         raise InputError(f"[logits] wanted --out as a file in a folder that is there; got {str(out)!r}")
     with options.working("loading"):
         chosen = CompileOptions(exact=exact, lowerings=tuple(lowering or ()))
-        loaded = load(model, backend=backend, kv_type=kv_type, options=chosen, threads=count, packed_cache=packed_cache)
+        how = options.placed(backend, gpu_layers, cpu_experts, None)
+        loaded = load(model, kv_type=kv_type, options=chosen, threads=count, packed_cache=packed_cache, **how)
     with checked(loaded):
         results = evaluate(loaded, sequences, prefill, chunk, ("logits", *(dump or [])))
     arrays: dict[str, Any] = {}

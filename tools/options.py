@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -24,11 +24,13 @@ DESCRIBED = (
     "qwen2.5-0.5b, qwen3-0.6b, qwen3-30b-a3b."
 )
 HELP = {
-    "backend": "The backend that computes, or several by commas in order of preference.",
+    "backend": "The backend that computes, or several by commas in order of preference; cuda has the CPU for what has no room.",
     "kv_type": "Type of the rows that a sequence keeps: f16, bf16, f32 or q8_0.",
     "threads": "Threads that compute; auto: as the backend likes. The reference backend passes a number to NumPy's BLAS.",
     "exact": "Keep activations in f32, and weights as they are; the reference backend always does.",
     "packed_cache": "Keep the repacked weights of a GGUF file in the cache folder, and map them from there at later starts.",
+    "gpu_layers": "Layers of the model, its last ones, that run on the first of two backends; auto: as many as it has room for.",
+    "cpu_experts": "Experts of mixtures run on the second of two backends.",
     "json": "Print one JSON object.",
     "lowering": "A form to take wherever there is one of that name, whatever it costs; may be repeated (tensorgraph lowerings).",
     "fill": "Give tokens that are there before random state instead of evaluating them; a peer repeats the state of 128.",
@@ -45,6 +47,8 @@ Threads = Annotated[str, typer.Option("-t", "--threads", help=HELP["threads"], m
 Exact = Annotated[bool, typer.Option("--exact", help=HELP["exact"])]
 Lowering = Annotated[list[str] | None, typer.Option("--lowering", help=HELP["lowering"], metavar="FORM", show_default=False)]
 PackedCache = Annotated[bool, typer.Option("--packed-cache", help=HELP["packed_cache"])]
+GpuLayers = Annotated[str, typer.Option("--gpu-layers", help=HELP["gpu_layers"], metavar="N|auto")]
+CpuExperts = Annotated[bool, typer.Option("--cpu-experts", help=HELP["cpu_experts"])]
 Filling = Literal["random"]
 Fill = Annotated[Filling | None, typer.Option(help=HELP["fill"])]
 Json = Annotated[bool, typer.Option("--json", help=HELP["json"])]
@@ -60,6 +64,19 @@ def thread_count(text: str) -> int | Literal["auto"]:
     if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= MOST_THREADS):
         raise InputError(f"[threads] wanted a number from 1 to {MOST_THREADS}, or {AUTO}; got {text!r}")
     return int(text)
+
+
+def placed(backend: str, gpu_layers: str, cpu_experts: bool, context: int | None = None) -> dict[str, Any]:
+    """What `load` is told of `--backend`, `--gpu-layers` and `--cpu-experts`; a GPU alone has the CPU for what has no room there.
+
+    Raises: InputError: `--gpu-layers` is neither a number of layers nor `auto`.
+    """
+    if gpu_layers != AUTO and not (gpu_layers.isascii() and gpu_layers.isdigit() and len(gpu_layers) < 6):
+        raise InputError(f"[gpu-layers] wanted a number of layers, or {AUTO}; got {gpu_layers!r}")
+    alone = backend.partition(":")[0] == "cuda" and "," not in backend
+    n_layers = None if gpu_layers == AUTO else int(gpu_layers)
+    devices = f"{backend},cpu" if alone else backend
+    return {"backend": devices, "gpu_layers": n_layers, "cpu_experts": cpu_experts, "context": context}
 
 
 def limit_threads(count: int | Literal["auto"] | None) -> None:

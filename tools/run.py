@@ -43,6 +43,8 @@ def run(
     exact: options.Exact = False,
     lowering: options.Lowering = None,
     packed_cache: options.PackedCache = False,
+    gpu_layers: options.GpuLayers = options.AUTO,
+    cpu_experts: options.CpuExperts = False,
     as_json: options.Json = False,
     stats: Annotated[bool, typer.Option("--stats", help="Also print plans, copies, code, threads, state and arena.")] = False,
     check: Annotated[str | None, typer.Option(help=CHECK, metavar="BACKEND")] = None,
@@ -83,7 +85,8 @@ def run(
     before = [{"role": "system", "content": system}] if system is not None else []
     with options.working("loading"):
         chosen = CompileOptions(exact=exact, lowerings=tuple(lowering or ()))
-        loaded = load(model, backend=backend, kv_type=kv_type, options=chosen, threads=count, packed_cache=packed_cache)
+        how = options.placed(backend, gpu_layers, cpu_experts, ctx)
+        loaded = load(model, kv_type=kv_type, options=chosen, threads=count, packed_cache=packed_cache, **how)
     with checked(loaded):
         if check is not None:
             from tensorgraph.tools.run_check import Wanted

@@ -99,7 +99,6 @@ def test_ops(
     known = list(registry.ops)
     chosen = list(dict.fromkeys(op)) if op else known
     declared = [registry.ops.get(name) for name in chosen]  # an unknown one is refused before anything runs
-    others = [name for name in registry.backends if name != REFERENCE] or [REFERENCE]
     tests = mode is Mode.test and not (list_ops or coverage)
     _refuse(not tests, "test", seed=seed, case=case, examples=None if examples == EXAMPLES else examples)
     _refuse(mode is not Mode.perf, "perf", type=type, threads=None if threads == options.AUTO else threads)
@@ -110,13 +109,25 @@ def test_ops(
     elif mode is Mode.support:
         _show_support(chosen, backend or list(registry.backends), as_json)
     elif mode is Mode.perf:
-        _show_perf(declared, backend or others, type, options.thread_count(threads), as_json)
+        _show_perf(declared, _wanted(backend), type, options.thread_count(threads), as_json)
     elif case is not None:
         if op or seed is not None:
             raise InputError("[test-ops] --case names its op and needs no --seed; wanted it alone, or with --backend")
-        _test([], backend or others, examples, seed, case, as_json)
+        _test([], _wanted(backend), examples, seed, case, as_json)
     else:
-        _test(chosen, backend or others, examples, seed, None, as_json)
+        _test(chosen, _wanted(backend), examples, seed, None, as_json)
+
+
+def _wanted(backends: Sequence[str] | None) -> Sequence[str]:
+    """Those that were asked for, or all that are here but the reference.
+
+    Raises: UnsupportedError: one of those that were asked for has nothing to run on.
+    """
+    from tensorgraph.tools.conformance.here import others, start
+
+    for backend in backends or ():
+        start(backend)
+    return backends or others()
 
 
 def _refuse(wrong: bool, mode: str, **given: object) -> None:

@@ -17,18 +17,18 @@ from tensorgraph import registry
 from tensorgraph.backends.cpu.code_cache import CodeCache, default_folder
 from tensorgraph.backends.cpu.constants import ConstantMemory, Held, aligned, forget
 from tensorgraph.backends.cpu.executor import Executor, ThreadCounters, usable_cores
-from tensorgraph.backends.cpu.grouping import group_nodes
+from tensorgraph.backends.cpu.grouping import context_of, group_nodes
 from tensorgraph.backends.cpu.jit import Jit
-from tensorgraph.backends.cpu.kernel import Call, Context, Kernel, NodeKernel, code_of
+from tensorgraph.backends.cpu.kernel import Call, Kernel, NodeKernel, code_of
 from tensorgraph.backends.cpu.measured import all_kept
 from tensorgraph.backends.cpu.operands import is_stored
 from tensorgraph.backends.cpu.packing import Packing
 from tensorgraph.backends.cpu.program import Program, Recipe, write_kernel
 from tensorgraph.backends.cpu.recipes import Entry, keys_of, read_entry
 from tensorgraph.backends.cpu.target import Target, find_target, host
-from tensorgraph.backends.cpu.weights import LAYOUTS, pack, same_tiles, tile_readers, unpack
+from tensorgraph.backends.cpu.weights import LAYOUTS, pack, tile_readers, unpack
 from tensorgraph.compiler import PlanCache
-from tensorgraph.device import Device, Part, Run, Values, readers
+from tensorgraph.device import Device, Part, Run, Values
 from tensorgraph.dtypes import DType
 from tensorgraph.errors import InputError
 from tensorgraph.graph import STRUCTURAL, Graph, Node
@@ -161,24 +161,7 @@ class CpuDevice(Device):
         return kernel.reads(user, slot) if kernel is not None else ()
 
     def groups(self, nodes: Sequence[Node], graph: Graph, options: Any) -> Sequence[Group]:
-        layouts: Mapping[str, str] = options.layouts if options is not None else {}
-        found: dict[Node, str] = {}
-
-        def layout(node: Node) -> str:
-            if node not in found:
-                if (held := same_tiles(node)) is not None:
-                    found[node] = layout(held) if held is not node else self.constant_layout(node, graph)
-                elif node.op in ("append", "read"):
-                    kept = layouts.get(node.attrs["stream"], "rows")
-                    users = readers(graph, node)
-                    direct = node not in graph.outputs.values() and all(kept in self._reads(u, s) for u, s in users)
-                    found[node] = kept if direct else "dense"
-                else:
-                    found[node] = "dense"
-            return found[node]
-
-        forced = options.lowerings if options is not None else ()
-        context = Context(self.target, bool(options is not None and options.exact), layout, layouts, forced)
+        context = context_of(self, graph, options, self.target, self._reads, "cpu")
         return group_nodes(nodes, graph, context, fuse=options is None or options.fuse)
 
     def upload(self, array: np.ndarray, dtype: DType, *, constant: bool = False, layout: str = "dense") -> Any:
@@ -256,6 +239,15 @@ class CpuDevice(Device):
                 self._before_a_move()
                 self.scratch_stride[0] = max(stride, int(self.scratch_stride[0]))
                 self.scratch = aligned(wanted)
+
+    def fill_arena(self, n_bytes: int, value: int) -> bool:
+        """Fill the arena's beginning, for checks of what is written where; False where there is no room yet."""
+        self.arena[:n_bytes] = value
+        return n_bytes <= len(self.arena)
+
+    def arena_bytes(self, n_bytes: int) -> np.ndarray:
+        """The arena's beginning."""
+        return self.arena[:n_bytes]
 
     def _before_a_move(self) -> None:
         """Whoever writes to memory looks first whether it is still there: told before it goes, since Ctrl-C may come between."""

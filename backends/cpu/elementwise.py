@@ -11,6 +11,7 @@ from typing import Any
 from tensorgraph import registry
 from tensorgraph.backends.cpu.ir import I32, I64, Int, Value
 from tensorgraph.backends.cpu.kernel import CHUNK, Call, Calls, Context, Kernel, NodeKernel, Reads, Ref, dense_only
+from tensorgraph.backends.cpu.kernel import kernel_of as any_kernel
 from tensorgraph.backends.cpu.lines import PIECE, arrange
 from tensorgraph.backends.cpu.operands import Operand, computed_type, read_value, stored_type, written_value
 from tensorgraph.dims import Shape
@@ -66,13 +67,14 @@ def cpu_formula(
     otherwise: Calls | None = None,
     supports: Callable[[Node], bool] | None = None,
     reads: Reads = dense_only,
+    portable: bool = True,
 ) -> Callable[[Callable[..., Value]], Callable[..., Value]]:
     """Declares an op's formula: `fn(k, *values, **attrs)`; the attribute `shape` is not passed.
 
     Args:
         operands: what the values are read from, where that is not the node's inputs.
         applies: for which nodes the formula is meant; `otherwise` gives the calls of others, and `supports` says which of all.
-        reads: as of a `NodeKernel`, for calls that `otherwise` gives.
+        reads, portable: as of a `NodeKernel`, for calls that `otherwise` gives.
     """
 
     def declare(fn: Callable[..., Value]) -> Callable[..., Value]:
@@ -86,7 +88,14 @@ def cpu_formula(
             return [elementwise_call([node], [node])]
 
         op.kernels["cpu"] = ElementwiseKernel(
-            calls, supports or applies, reads, otherwise is None, formula=formula, operands=operands, applies=applies
+            calls,
+            supports or applies,
+            reads,
+            otherwise is None,
+            formula=formula,
+            operands=operands,
+            applies=applies,
+            portable=portable,
         )
         return fn
 
@@ -97,6 +106,12 @@ def kernel_of(node: Node) -> ElementwiseKernel | None:
     """The element-wise kernel that computes a node, None where none does."""
     kernel = registry.ops.get(node.op).kernel("cpu") if node.op in registry.ops else None
     return kernel if isinstance(kernel, ElementwiseKernel) and kernel.applies(node) and kernel.supports(node) else None
+
+
+def kernel_on(node: Node, backend: str) -> NodeKernel | None:
+    """How a backend computes a node: by a formula where there is one, which any can follow."""
+    formula = kernel_of(node)
+    return formula if formula is not None else any_kernel(node, backend)
 
 
 def _kernel(node: Node) -> ElementwiseKernel:

@@ -72,12 +72,12 @@ Finder = Callable[[Scope], Iterable[Group]]
 
 
 @cache
-def finders() -> tuple[Finder, ...]:
-    """Those of every family of ops: `find_groups` of its module `fusions_cpu`."""
+def finders(backend: str) -> tuple[Finder, ...]:
+    """Those of every family of ops: `find_groups` of its module `fusions_BACKEND`."""
     home = importlib.import_module("tensorgraph.ops")
     found = []
     for family in sorted(module.name for module in pkgutil.iter_modules(home.__path__) if module.ispkg):
-        name = f"tensorgraph.ops.{family}.fusions_cpu"
+        name = f"tensorgraph.ops.{family}.fusions_{backend}"
         if importlib.util.find_spec(name) is not None:
             found.append(importlib.import_module(name).find_groups)
     return tuple(found)

@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from tensorgraph import registry
 from tensorgraph.backends.cpu.emit import Function, Loop, Values
 from tensorgraph.backends.cpu.ir import I1, I64, PTR, Int, Value
 from tensorgraph.backends.cpu.operands import Operand
 from tensorgraph.backends.cpu.target import Target
 from tensorgraph.dims import ALWAYS, Extent, Guard, product
-from tensorgraph.graph import Node
+from tensorgraph.graph import STRUCTURAL, Node
 from tensorgraph.op import Op
 from tensorgraph.views import IndexMap
 
@@ -213,6 +214,7 @@ class Call:
     scratch_bytes: int = 0
     guard: Guard = ALWAYS
     nodes: tuple[Node, ...] = ()
+    described = True  # that `emit` writes the kernel, whatever it is written in
 
 
 @dataclass(frozen=True)
@@ -224,6 +226,8 @@ class Context:
     layout: Callable[[Node], str]  # in which a node is read: "dense" but for constants ("r16") and streams (theirs)
     layouts: Mapping[str, str] = field(default_factory=dict)  # in which streams are held, "rows" where not given
     lowerings: tuple[str, ...] = ()  # forms to take, whatever they cost
+    backend: str = "cpu"
+    by_row: bool = False  # whether calls are to be descriptions, of one row of a row program
 
 
 Calls = Callable[[Node, Context], Sequence[Call]]
@@ -248,6 +252,7 @@ class NodeKernel:
         measures: for which nodes that read streams calls depend on what was measured of the machine (`measured`).
         plain: whether calls read the node's inputs and need no buffers, so that they are made only when they are wanted.
         forms: that `CompileOptions.lowerings` may name.
+        portable: whether calls are descriptions that other backends can follow, without registers and layouts of a processor.
     """
 
     calls: Calls
@@ -259,6 +264,19 @@ class NodeKernel:
     whole: tuple[str, ...] = ()
     by_row: Callable[[Node], bool] = lambda node: False
     measures: Callable[[Node], bool] = lambda node: False
+    portable: bool = False
+
+
+def kernel_of(node: Node, backend: str = "cpu") -> NodeKernel | None:
+    """How a backend computes a node of an op: by a kernel of its own, or by one of the CPU's that any can follow."""
+    op: Op | None = registry.ops.get(node.op) if node.op not in STRUCTURAL else None
+    if op is None:
+        return None
+    own: NodeKernel | None = op.kernel(backend)
+    if own is not None or backend == "cpu":
+        return own
+    described: NodeKernel | None = op.kernel("cpu")
+    return described if described is not None and described.portable else None
 
 
 def cpu_kernel(
@@ -305,7 +323,7 @@ def cpu_kernel(
                 )
             ]
 
-        op.kernels["cpu"] = NodeKernel(calls, supports, plain=True, by_row=by_row, vectors=vectors)
+        op.kernels["cpu"] = NodeKernel(calls, supports, plain=True, by_row=by_row, vectors=vectors, portable=True)
         return emit
 
     return declare

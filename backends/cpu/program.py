@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import numpy as np
 
-from tensorgraph.backends.cpu.constants import Held
-from tensorgraph.backends.cpu.evaluation import compiled, compiled_guards
+from tensorgraph.backends.cpu.evaluation import compiled
 from tensorgraph.backends.cpu.ir import I64, PTR, Int
-from tensorgraph.backends.cpu.kernel import HEADER, MESSAGES, Buffer, Call, Kernel, Ref
+from tensorgraph.backends.cpu.kernel import HEADER, MESSAGES, Call, Kernel, Ref
 from tensorgraph.backends.cpu.operands import Operand
+from tensorgraph.backends.cpu.places import Places
 from tensorgraph.backends.cpu.replay import ADVANCE, Given, Prepared, Replay, prepare
 from tensorgraph.backends.cpu.streams import ClassTable
 from tensorgraph.device import Part, Run, Values
-from tensorgraph.dims import Extent, Symbol, maximum
-from tensorgraph.dtypes import DType, as_dtype
-from tensorgraph.errors import InputError, StateError, UnsupportedError
+from tensorgraph.dims import Extent, Symbol
+from tensorgraph.dtypes import as_dtype
+from tensorgraph.errors import StateError
 from tensorgraph.graph import Node
 from tensorgraph.memory import needs_storage
 from tensorgraph.state import Layout
@@ -50,18 +50,7 @@ class Recipe(NamedTuple):
     attrs: tuple[tuple[str, Any], ...] = ()
 
 
-class Place(NamedTuple):
-    """Where an operand lies: in what, how many bytes on, and what it is read as."""
-
-    kind: str  # "arena", "constant", "external", "stream"
-    of: Any
-    offset_bytes: int
-    index_map: IndexMap
-    layout: str
-    dtype: DType
-
-
-class Program:
+class Program(Places):
     """A part of a plan on the CPU. Calling it computes the part.
 
     Attributes:
@@ -72,30 +61,25 @@ class Program:
     advance: int
 
     def __init__(self, device: CpuDevice, part: Part) -> None:
-        self.device, self.part = device, part
+        super().__init__(part)
+        self.device = device
         self.calls: tuple[Call, ...] = tuple(c for group in part.groups for c in getattr(group, "calls", ()))
         self._numbers: dict[Extent, int] = {}  # of each extent, its place in the table of extents
         self._args: list[tuple[str, Any]] = []
         self._uses: dict[Node, list[tuple[int, int]]] = {}  # of what lies in the arena: arguments, and bytes into it
-        self.checks: dict[IndexMap, Node] = {}
-        self.external: dict[Node, np.ndarray] = {}
-        self._streams: dict[str, str] = {}  # stream to the class whose table its kernels read, found out in the first run
         self._starts: list[int] = []
         self._kernels: list[Recipe] = []  # of each call
         for call in self.calls:
             self._starts.append(len(self._args))
             self._kernels.append(self._describe(call))
         device.require(part.memory.peak_bytes, max((c.scratch_bytes for c in self.calls), default=0))
-        self._guards = list(dict.fromkeys(c.guard for c in self.calls if c.guard.bounds))
-        self.holds = compiled_guards(self._guards)
         self._tables: dict[tuple[bool, ...], tuple[np.ndarray, int]] = {}
-        self._calls_of: dict[tuple[bool, ...], list[Call]] = {}
         self._items = [self._number(c.items) for c in self.calls]
         self._arrange_extents()
         self._seen = -1
         self.owner: Replay | None = None  # whose numbers stand in the buffers, if they are not those of a run
         self.class_tables: dict[str, ClassTable] = {}
-        self.outputs = [self._output(n) for n in part.keep if n.op not in ("input", "constant") and not self._stays(n)]
+        self.outputs = [self.output(n) for n in part.keep if n.op not in ("input", "constant") and not self.stays(n)]
 
     # What a run does.
 
@@ -103,7 +87,7 @@ class Program:
         dims, device = run.dims, self.device
         self.disown()
         if self.checks:
-            self._check(dims)
+            self.check(dims)
         if self.n_dynamic:
             self.extents[: self.n_dynamic] = self.evaluate(dims)
         for node, buffer in self.external.items():
@@ -137,7 +121,7 @@ class Program:
         if self.device.version != self._seen:
             self._bind()
             self._seen = self.device.version
-        if self._streams:
+        if self.streams:
             self._bind_streams(run)
 
     def table_of(self, dims: Mapping[str, int]) -> tuple[np.ndarray, int]:
@@ -151,20 +135,10 @@ class Program:
         """The table that a run of these extents walks, and the calls of its lines."""
         return self._table(self.holds(dims))[0], self.made_calls(dims)
 
-    def made_calls(self, dims: Mapping[str, int]) -> list[Call]:
-        """The calls that a run of these extents makes."""
-        holds = self.holds(dims)
-        if holds not in self._calls_of:
-            self._calls_of[holds] = [c for c in self.calls if self._made(c, holds)]
-        return self._calls_of[holds]
-
-    def _made(self, call: Call, holds: Sequence[bool]) -> bool:
-        return not call.guard.bounds or holds[self._guards.index(call.guard)]
-
     def _table(self, holds: tuple[bool, ...]) -> tuple[np.ndarray, int]:
         """The lines of the calls that are made, and their address; only the kernels of these are compiled now."""
         base, extents = self.args.ctypes.data, self.extents.ctypes.data
-        made = [i for i, call in enumerate(self.calls) if self._made(call, holds)]
+        made = [i for i, call in enumerate(self.calls) if self.makes(call, holds)]
         self.advance, *codes = self.device.kernels([Recipe(*ADVANCE), *(self._kernels[i] for i in made)])
         rows = []
         for i, code in zip(made, codes, strict=True):
@@ -199,12 +173,12 @@ class Program:
     def _bind_streams(self, run: Run) -> None:
         step: Any = run.state  # a state_store.Step: its pages are read where they lie
         if step is None:
-            name = next(iter(self._streams))
+            name = next(iter(self.streams))
             raise StateError(f"[run] the plan uses the stream {name!r}; wanted the step of a state store; got none")
         store = step.store
         if self._store_seen != (store, store.moved):
-            for name in self._streams:
-                wanted, layout = self._streams[name], store.layouts[name]
+            for name in self.streams:
+                wanted, layout = self.streams[name], store.layouts[name]
                 if layout != wanted or store.page_rows != 16:
                     got = f"{store.page_rows}, {layout}"
                     raise StateError(f"[run] wanted pages of 16 rows held as {wanted} for {name!r}; got {got}")
@@ -235,17 +209,6 @@ class Program:
         self.evaluate: Callable[[Mapping[str, int]], tuple[int, ...]] = compiled(dynamic)
         self.args = np.zeros(max(len(self._args), 1), np.int64)
 
-    def _check(self, dims: Mapping[str, int]) -> None:
-        for index_map, node in self.checks.items():
-            shape, strides, offset = index_map.resolve(dims)
-            size = node.base.size
-            n = size if isinstance(size, int) else size.evaluate(dims)
-            last = offset + sum((m - 1) * s for m, s in zip(shape, strides, strict=True))
-            beyond = min(shape, default=1) < 0 or any(e.evaluate(dims) < 0 for e in index_map.within)
-            if beyond or (0 not in shape and not 0 <= offset <= last < n):
-                at = f"elements {offset} to {last} of {node.base!r}, which has {n} in this step"
-                raise InputError(f"[view] wanted {list(shape)} within its base; got {at} ({node.where})")
-
     # Building.
 
     def _describe(self, call: Call) -> Recipe:
@@ -262,7 +225,7 @@ class Program:
         if isinstance(ref.of, (int, Symbol)):
             self._args.append(("extent", self._number(ref.of)))
             return OperandKey(name, "i64", "number", (None,), (), False)
-        place = self._place(ref)
+        place = self.place(ref)
         index_map = place.index_map
         item = 4 if place.dtype.is_block else place.dtype.block_bytes
         static = isinstance(index_map.offset, int)
@@ -285,54 +248,6 @@ class Program:
         self._args += [("extent", self._number(e)) for e in numbers]
         return OperandKey(name, place.dtype.name, place.layout, shape, strides, not static)
 
-    def _place(self, ref: Ref) -> Place:
-        if isinstance(ref.of, Buffer):
-            size = ref.of.size_bytes
-            offset = self.part.memory.buffers[ref.of].offset
-            return Place("arena", None, offset, IndexMap.dense((size,)), "dense", as_dtype("u8"))
-        assert isinstance(ref.of, Node)
-        node, own = ref.of, ref.of.index_map
-        index_map, base = ref.index_map or own, node.base
-        if node.op == "view" and (own.within or not isinstance(own.offset, int)):
-            self.checks.setdefault(own, node)
-        while base.op == "choose":
-            form = base.inputs[self.part.taken[base]]
-            if not form.index_map.is_dense:
-                raise UnsupportedError(
-                    f"[cpu] a form of {base!r} is a view that is not dense ({base.where}); wanted a copy of it"
-                )
-            base = form.base
-        dtype = node.dtype
-        if base.op == "constant":
-            held: Held = self.part.constants[base]
-            return Place("constant", held.address, 0, index_map, held.layout, dtype)
-        if base.op in ("append", "read") and ref.layout != "dense":
-            name = base.attrs["stream"]
-            self._streams[name] = ref.layout
-            return Place("stream", name, 0, index_map, ref.layout, dtype)
-        if base in self.part.memory.buffers:
-            return Place("arena", None, self.part.memory.buffers[base].offset, index_map, "dense", dtype)
-        if base not in self.external:
-            self.external[base] = np.zeros(max(_most_elements(base), 1), np.float32 if dtype.is_block else dtype.numpy)
-        return Place("external", base, 0, index_map, "dense", dtype)
-
-    def _stays(self, node: Node) -> bool:
-        """Whether a stream's rows are read where they lie, by later parts too."""
-        return node.op in ("append", "read") and node not in self.part.memory.buffers
-
-    def _output(self, node: Node) -> Output:
-        """How a node's value is seen after a run."""
-        place = self._place(Ref(node))
-        dtype = np.dtype(np.float32) if node.dtype.is_block else node.dtype.numpy
-        assert dtype is not None
-        buffer = {"external": self.external.get(place.of), "constant": getattr(self.part.constants.get(node.base), "data", None)}
-        index_map, item = place.index_map, dtype.itemsize
-        strides = tuple(s * item for s in index_map.strides)
-        offset = index_map.offset * item + place.offset_bytes
-        where = None if index_map.is_dense and isinstance(offset, int) else compiled((offset, *strides))
-        return Output(node, compiled(index_map.shape), dtype, buffer.get(place.kind), place.offset_bytes, where)
-
-
 @lru_cache(1 << 12)
 def _written(index_map: IndexMap, known: bool, dense: bool) -> tuple[Extents, Extents, tuple[Extent, ...]]:
     """The extents and strides of an operand as its kernel has them in its code, and those that are read when it runs."""
@@ -345,31 +260,6 @@ def _written(index_map: IndexMap, known: bool, dense: bool) -> tuple[Extents, Ex
         )
     given = (*zip(index_map.shape, shape, strict=True), *zip(index_map.strides, strides, strict=False))
     return shape, strides, tuple(extent for extent, written in given if written is None)
-
-
-class Output(NamedTuple):
-    """A value after a run: an array of a shape in a buffer (the arena where None), dense from an offset or as `where` says."""
-
-    node: Node
-    shape: Callable[[Mapping[str, int]], tuple[int, ...]]
-    dtype: np.dtype
-    buffer: np.ndarray | None
-    offset: int
-    where: Callable[[Mapping[str, int]], tuple[int, ...]] | None
-
-    def array(self, arena: np.ndarray, dims: Mapping[str, int]) -> np.ndarray:
-        buffer = arena if self.buffer is None else self.buffer
-        if self.where is None:
-            return np.ndarray(self.shape(dims), self.dtype, buffer, self.offset)
-        offset, *strides = self.where(dims)
-        return np.ndarray(self.shape(dims), self.dtype, buffer, offset, tuple(strides))
-
-
-def _most_elements(node: Node) -> int:
-    n = 1
-    for extent in node.shape:
-        n *= maximum(extent)
-    return n
 
 
 def write_kernel(k: Kernel, recipe: Recipe) -> str:

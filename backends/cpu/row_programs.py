@@ -65,11 +65,11 @@ def find_row_programs(
 
     search = Search(nodes, condition, taken, is_one)
     for node in nodes:
-        if node in taken or (found := rows_of(node)) is None:
+        if node in taken or (found := rows_of(node, context.backend)) is None:
             continue
         rows[node], kinds[node] = found, (found.axes, condition[node])
         sizes[node] = 0 if node.op == "append" else row_size(node, len(found.axes)) * stored_type(node.dtype).size_bytes
-        entire = whole_slots(node)
+        entire = whole_slots(node, context.backend)
         if entire:
             whole[node] = {value.base for slot, value in slots_of(node) if slot in entire}
         search.add(node, tuple(Read(value, value.index_map) for slot, value in slots_of(node) if slot not in entire))
@@ -120,7 +120,7 @@ class _OneRow:
         number = {node: i for i, node in enumerate(self.nodes)}
         said = [f"{self.axes} {[number[node] for node in self.stored]}"]
         for node in (*self.nodes, *self.appended):
-            entire, depth = whole_slots(node), self.rows[node].depth
+            entire, depth = whole_slots(node, self.context.backend), self.rows[node].depth
             read = (f"{slot} {self._said(value, number, depth[slot], slot in entire)}" for slot, value in slots_of(node))
             attrs = sorted(node.attrs.items()) if node.op != "append" else [self.stream(node).layout]
             said.append(f"{node.op} {node.dtype} {node.shape} {attrs} {'; '.join(read)}")
@@ -174,7 +174,7 @@ class _OneRow:
             return tuple(map(without, attr)) if type(attr) is tuple else attr
 
         for node in self.nodes:
-            entire = whole_slots(node)
+            entire = whole_slots(node, self.context.backend)
             slots = {slot: whole[value] if slot in entire else read(value) for slot, value in slots_of(node)}
             found[node] = registry.ops.get(node.op).apply(slots, {name: without(attr) for name, attr in node.attrs.items()})
         return found | whole | {node: read(node.inputs[0]) for node in self.appended}
@@ -251,11 +251,11 @@ def _program(row: _OneRow, context: Context, group: Grouping) -> Program | None:
     whole = Graph(wanted | {f"row{i}": made[node] for i, node in enumerate(row.appended)})
     entire = {made[value]: i for value, i in row.whole.items()}
     layouts = {made[value]: context.layout(value) for value in row.whole}
-    inside = replace(context, layout=lambda node: layouts.get(node, "dense"))
+    inside = replace(context, layout=lambda node: layouts.get(node, "dense"), by_row=True)
     groups = group([node for node in whole if node.op not in ("input", "constant")], whole, inside)
     calls: list[Call] = [call for one in groups for call in getattr(one, "calls", ())]
     refs = [ref for call in calls for ref in call.operands.values() if ref is not None]
-    if any(call.guard != ALWAYS for call in calls) or not all(isinstance(ref.of, Node) for ref in refs):
+    if any(call.guard != ALWAYS or not call.described for call in calls) or not all(isinstance(ref.of, Node) for ref in refs):
         return None
     if any(ref.of in entire and ref.index_map is not None for ref in refs):
         return None

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from math import prod
 
 from tensorgraph import registry
-from tensorgraph.backends.cpu.elementwise import broadcast_inputs, kernel_of
+from tensorgraph.backends.cpu.elementwise import broadcast_inputs, kernel_of, kernel_on
 from tensorgraph.backends.cpu.kernel import NodeKernel
 from tensorgraph.dims import Dim, Shape, Symbol
-from tensorgraph.graph import STRUCTURAL, Node
-from tensorgraph.op import Op
+from tensorgraph.graph import Node
 from tensorgraph.views import IndexMap
 
 MOST_ELEMENTS = 4096
@@ -38,20 +37,20 @@ def slots_of(node: Node) -> Sequence[tuple[str, Node]]:
     return list(zip(node.slots, node.inputs, strict=True)) if node.op != "append" else [("", node.inputs[0])]
 
 
-def whole_slots(node: Node) -> tuple[str, ...]:
+def whole_slots(node: Node, backend: str = "cpu") -> tuple[str, ...]:
     """The slots of which a node reads all rows."""
-    kernel = _kernel(node)
+    kernel = kernel_on(node, backend)
     return kernel.whole if kernel is not None else ()
 
 
-def rows_of(node: Node) -> Rows | None:
+def rows_of(node: Node, backend: str = "cpu") -> Rows | None:
     """How a node goes row by row, None where it does not: all sizes but the number of tokens are known then."""
     if node.op == "append":
         x = node.inputs[0]
         fits = x.ndim > 1 and _is_small(x, 1) and not is_free(x) and _lies_in_rows(x, x.shape[:1], 1)
         return Rows(x.shape[:1], {"": 1}) if fits else None
-    kernel = _kernel(node)
-    if kernel is None or not kernel.supports(node):
+    kernel = kernel_on(node, backend)
+    if kernel is None or not kernel.supports(node) or not (backend == "cpu" or kernel.portable or kernel.by_row(node)):
         return None
     slots = {slot: value for slot, value in slots_of(node) if slot not in kernel.whole}
     if any(is_free(x) and (kernel.reads(node, slot) or elements(x) > MOST_ELEMENTS) for slot, x in slots.items()):
@@ -64,11 +63,6 @@ def rows_of(node: Node) -> Rows | None:
     if depth is None or not all(_lies_in_rows(x, axes, depth[slot]) for slot, x in slots.items() if depth[slot]):
         return None
     return Rows(axes, {**depth, **dict.fromkeys(kernel.whole, 0)})
-
-
-def _kernel(node: Node) -> NodeKernel | None:
-    op: Op | None = registry.ops.get(node.op) if node.op not in STRUCTURAL else None
-    return op.kernel("cpu") if op is not None else None
 
 
 def _by_token(node: Node, kernel: NodeKernel, slots: Mapping[str, Node]) -> dict[str, int] | None:

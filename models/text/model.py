@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from tensorgraph.compiler import CompileOptions
+from tensorgraph.compiler import CompileOptions, PlanCache
 from tensorgraph.device import Device, get_devices
-from tensorgraph.dtypes import DType
+from tensorgraph.dtypes import DType, as_dtype
 from tensorgraph.engine import Engine
 from tensorgraph.errors import CannotTrim, InputError, UnsupportedError
 from tensorgraph.extents import Extents
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from tensorgraph.models.text.chat import ChatTemplate
     from tensorgraph.models.text.checkpoint import Checkpoint
     from tensorgraph.models.text.embedding import Pooling, Text
+    from tensorgraph.models.text.offload import GpuLayers
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | np.ndarray | Sequence[Message]
@@ -47,6 +48,9 @@ def load(
     options: CompileOptions | None = None,
     threads: int | Literal["auto"] | None = None,
     packed_cache: bool | str | Path = False,
+    gpu_layers: GpuLayers | None = None,
+    cpu_experts: bool = False,
+    context: int | None = None,
 ) -> TextModel:
     """Open a model: a GGUF file (of a split one, any part), a folder as published on a model hub (config.json, safetensors,
     tokenizer.json or tokenizer.model), or the name of one in installed packages (`packaged.PACKAGED`: `smollm2`, `minilm`,
@@ -59,9 +63,12 @@ def load(
     starts: in the user's cache folder (`~/.cache/tensorgraph/packed`), or in a folder of that name. GGUF files only. What is kept
     takes about as much room as the file; whoever wants it back removes the folder.
 
+    Of two devices, such as "cuda,cpu", the first has the last `gpu_layers` layers: as many as it has room for where None or
+    "auto", beside the state of `context` tokens (4096 where None). With `cpu_experts`, the second has the weights of experts.
+
     Raises:
-        InputError: there is no such file, no such number of threads, or packed weights are wanted of a folder. FormatError: it
-        is damaged. UnknownNameError: its architecture or a backend is not there.
+        InputError: there is no such file, no such number of threads or layers, or packed weights are wanted of a folder.
+        FormatError: it is damaged. UnknownNameError: its architecture or a backend is not there.
     """
     devices = get_devices(backend)
     if threads is not None:
@@ -72,6 +79,12 @@ def load(
     model = open_model(path)
     try:
         cache = devices[0].plan_cache() if hasattr(devices[0], "plan_cache") else None
+        if gpu_layers is not None or cpu_experts or (len(devices) == 2 and hasattr(devices[0], "free_bytes")):
+            from tensorgraph.models.text.offload import Parts, place
+
+            cache, taken = cache or PlanCache(), options or CompileOptions()
+            parts = Parts("auto" if gpu_layers is None else gpu_layers, cpu_experts, context or 4096)
+            options = place(model, devices, taken, as_dtype(kv_type), cache, parts)
         loaded = TextModel(model, Engine(model, devices, kv_dtype=kv_type, options=options, cache=cache))
         if packed_cache:
             loaded.keep_packed(None if packed_cache is True else Path(packed_cache))

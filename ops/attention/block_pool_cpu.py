@@ -126,4 +126,6 @@ def _first_missing(k: Kernel, table: Value, start: Value, every: int, places: in
     return loop.results[0]
 
 
-block_pool.kernels["cpu"] = NodeKernel(_calls, reads=_reads, by_row=lambda node: True, whole=("x", "row_pos", "row_seq"))
+block_pool.kernels["cpu"] = NodeKernel(
+    _calls, reads=_reads, by_row=lambda node: True, whole=("x", "row_pos", "row_seq"), portable=True
+)

@@ -51,7 +51,7 @@ def _calls(node: Node, context: Context) -> Sequence[Call]:
     x, table = node.inputs
     n_tokens, n_pairs, _ = table.shape
     step, pair, one = table.index_map.strides
-    flat = pair == 2 and one == 1
+    flat = pair == 2 and one == 1 and context.backend == "cpu"
     joined = replace(table.index_map, shape=(n_tokens, n_pairs * 2), strides=(step, 1)) if flat else None
     refs = {"x": Ref(x), "table": Ref(table, index_map=joined), "y": Ref(node)}
     grain = max(1, CHUNK // max(row_work(node), 1))
@@ -116,4 +116,4 @@ def _from(row: Row, start: int, step: int) -> Row:
     return Row(k, row.dtype, row.address + k.i64(start) * row.stride * stored_type(row.dtype).size_bytes, stride)
 
 
-rotate.kernels["cpu"] = NodeKernel(_calls, by_row=lambda node: True, vectors=("x",))
+rotate.kernels["cpu"] = NodeKernel(_calls, by_row=lambda node: True, vectors=("x",), portable=True)

@@ -61,7 +61,7 @@ def find_groups(scope: Scope) -> Iterable[CpuGroup]:
             key = (b, kind_of(a.dtype, scope.context.exact), scope.condition[node])
             together.setdefault(key, []).append(node)
     for (b, kind, _), products in together.items():
-        chains = [*_chains(scope, products)]
+        chains = [*chains_of(scope, products)]
         before = _before(scope, b, kind, products)
         if before.nodes or len(chains) > 1 or any(len(c.nodes) > 1 for c in chains):
             yield _group(scope, b, before, chains)
@@ -94,7 +94,7 @@ def _before(scope: Scope, b: Node, kind: Any, products: list[Node]) -> Before:
     return plain
 
 
-def _chains(scope: Scope, products: list[Node]) -> Iterator[Chain]:
+def chains_of(scope: Scope, products: list[Node]) -> Iterator[Chain]:
     """Each product, or pair of them that a gated unit joins, with what follows."""
     mine = set(products)
     done: set[Node] = set()
@@ -103,10 +103,16 @@ def _chains(scope: Scope, products: list[Node]) -> Iterator[Chain]:
             continue
         follower = scope.sole_user(node)
         gated = _gate(scope, node, follower[-1], mine - done) if follower else None
-        chain = gated or Chain(node, Part(_rows(node)), [node], {"w": Ref(node.inputs[0], "r16", known=True)})
+        chain = gated or Chain(node, Part(_rows(node)), [node], {"w": weights_ref(scope, node)})
         done.update(chain.nodes)
         _extend(scope, chain, mine)
         yield chain
+
+
+def weights_ref(scope: Scope, product: Node) -> Ref:
+    """A product's weights, in the layout that they are held in."""
+    weights = product.inputs[0]
+    return Ref(weights, scope.context.layout(weights), known=True)
 
 
 def _rows(node: Node) -> int:
@@ -125,7 +131,7 @@ def _gate(scope: Scope, node: Node, unit: Node, mine: set[Node]) -> Chain | None
     if interleaved(a.inputs[0].dtype) is not interleaved(b.inputs[0].dtype):
         return None
     part = Part(_rows(a), gate=(unit.op, tuple(sorted(unit.attrs.items()))))
-    refs = {"w": Ref(a.inputs[0], "r16", known=True), "v": Ref(b.inputs[0], "r16", known=True)}
+    refs = {"w": weights_ref(scope, a), "v": weights_ref(scope, b)}
     return Chain(node, part, [a, b, unit], refs)
 
 
@@ -201,7 +207,7 @@ def _group(scope: Scope, b: Node, before: Before, chains: list[Chain]) -> CpuGro
         if chain.part.stream:
             operands[f"y{p}"] = Ref(result, context.layouts.get(result.attrs["stream"], "rows"))
         else:
-            operands[f"y{p}"] = Ref(_flat(result, chain.part.rows), known=True)
+            operands[f"y{p}"] = Ref(flat(result, chain.part.rows), known=True)
         if not chain.part.stream or context.layout(result) == "dense":
             stored.append(result)
     nodes = tuple(dict.fromkeys([*before.nodes, *(n for c in chains for n in c.nodes)]))
@@ -222,7 +228,7 @@ def _group(scope: Scope, b: Node, before: Before, chains: list[Chain]) -> CpuGro
     return make_group(nodes, stored, calls)
 
 
-def _flat(node: Node, rows: int) -> Node:
+def flat(node: Node, rows: int) -> Node:
     """A result [T, ...] as [T, M]."""
     return node if node.ndim == 2 else node.reshape(node.shape[0], rows)
 

@@ -4,7 +4,7 @@ weighed sum, and up to two values that are added to it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from tensorgraph import registry
@@ -45,11 +45,58 @@ class Product:
         return Ref(self.biased.inputs[1], known=True) if self.biased is not None else None
 
 
+@dataclass(frozen=True)
+class Found:
+    """The nodes of a mixture.
+
+    Attributes:
+        operands: `x` [T, 1, D], `ids` [T, U], `w` [T, U, 1], and values [T, N] that are added to the sum.
+        summed: from what is weighed to the last sum, views too.
+    """
+
+    unit: Node
+    gate: Product
+    up: Product
+    down: Product
+    operands: Mapping[str, Node]
+    summed: tuple[Node, ...]
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        return (*self.gate.nodes, *self.up.nodes, self.unit, *self.down.nodes, *self.summed)
+
+    @property
+    def stored(self) -> Node:
+        """The result that is not a view."""
+        return next(n for n in reversed(self.summed) if n.op != "view")
+
+    @property
+    def refs(self) -> dict[str, Ref | None]:
+        """What kernels read and write: weights apart; `y` [T, N]."""
+        found: dict[str, Ref | None] = {name: Ref(value, known=True) for name, value in self.operands.items()}
+        found |= {f"{name}_bias": p.bias for name, p in (("gate", self.gate), ("up", self.up), ("down", self.down))}
+        shape = self.operands["ids"].shape[0], self.down.node.shape[-1]
+        return found | {"y": Ref(self.stored.reshape(*shape), known=True)}
+
+
 def find_mixtures(scope: Scope) -> Iterator[CpuGroup]:
     """Of constant matrices in layout r16."""
+    for m in mixtures(scope, ("r16",)):
+        if interleaved(m.gate.weights.dtype) is not interleaved(m.up.weights.dtype):
+            continue
+        weights = {"gate": m.gate.weights, "up": m.up.weights, "down": m.down.weights}
+        refs = m.refs | {name: Ref(value, "r16", known=True) for name, value in weights.items()}
+        of_unit, of_sum = (*m.gate.nodes, *m.up.nodes, m.unit), tuple(n for n in m.summed if n.op != "view")
+        described, n_tokens = _described(scope, m.unit, m.gate, m.up, m.down), m.operands["ids"].shape[0]
+        calls = mixture_calls(scope.context, described, refs, n_tokens, (of_unit, m.down.nodes, of_sum))
+        yield make_group(m.nodes, [m.stored], calls)
+
+
+def mixtures(scope: Scope, layouts: Collection[str]) -> Iterator[Found]:
+    """Those whose weights are constants in one of some layouts."""
     for unit in scope.nodes:
         both = gated(unit)
-        found = _mixture(scope, unit, *both) if both is not None and unit not in scope.taken else None
+        found = _mixture(scope, layouts, unit, *both) if both is not None and unit not in scope.taken else None
         if found is not None:
             yield found
 
@@ -63,9 +110,10 @@ def gated(unit: Node) -> tuple[Node, Node] | None:
     return (b, a) if unit.attrs["swapped"] else (a, b)
 
 
-def _mixture(scope: Scope, unit: Node, gate_node: Node, up_node: Node) -> CpuGroup | None:
-    gate, up, down = _before(scope, gate_node, unit), _before(scope, up_node, unit), _after(scope, unit)
-    if gate is None or up is None or down is None or interleaved(gate.weights.dtype) is not interleaved(up.weights.dtype):
+def _mixture(scope: Scope, layouts: Collection[str], unit: Node, gate_node: Node, up_node: Node) -> Found | None:
+    gate, up = (_before(scope, layouts, node, unit) for node in (gate_node, up_node))
+    down = _after(scope, layouts, unit)
+    if gate is None or up is None or down is None:
         return None
     _, x, ids = gate.node.inputs
     if up.node.inputs[1:] != (x, ids) or down.node.inputs[2] is not ids or x.shape[1] != 1 or unit.dtype.name != "f32":
@@ -84,15 +132,7 @@ def _mixture(scope: Scope, unit: Node, gate_node: Node, up_node: Node) -> CpuGro
             break
         operands[MORE[added]] = other
         summed, added = (*summed, *follower), added + 1
-    mixture = _described(scope, unit, gate, up, down)
-    refs: dict[str, Ref | None] = {name: Ref(value, known=True) for name, value in operands.items()}
-    for name, product in (("gate", gate), ("up", up), ("down", down)):
-        refs |= {name: Ref(product.weights, "r16", known=True), f"{name}_bias": product.bias}
-    stored = next(n for n in reversed(summed) if n.op != "view")
-    refs["y"] = Ref(stored.reshape(*shape), known=True)
-    of_unit, of_sum = (*gate.nodes, *up.nodes, unit), tuple(n for n in summed if n.op != "view")
-    calls = mixture_calls(scope.context, mixture, refs, n_tokens, (of_unit, down.nodes, of_sum))
-    return make_group((*of_unit, *down.nodes, *summed), [stored], calls)
+    return Found(unit, gate, up, down, operands, summed)
 
 
 def _described(scope: Scope, unit: Node, gate: Product, up: Product, down: Product) -> Mixture:
@@ -114,12 +154,12 @@ def _described(scope: Scope, unit: Node, gate: Product, up: Product, down: Produ
     )
 
 
-def _fits(scope: Scope, node: Node) -> bool:
-    """Whether a node is a product with constant matrices in layout r16."""
+def _fits(scope: Scope, layouts: Collection[str], node: Node) -> bool:
+    """Whether a node is a product with constant matrices in one of some layouts."""
     if node.op != "mul_mat_id" or node in scope.taken:
         return False
     a, b, _ = node.inputs
-    return a.op == "constant" and scope.context.layout(a) == "r16" and b.dtype.name in _FLOATS
+    return a.op == "constant" and scope.context.layout(a) in layouts and b.dtype.name in _FLOATS
 
 
 def _is_bias(node: Node, product: Node) -> bool:
@@ -130,20 +170,20 @@ def _is_bias(node: Node, product: Node) -> bool:
     return b.op == "constant" and b.shape == a.shape[:2] and b.dtype.name in _FLOATS
 
 
-def _before(scope: Scope, value: Node, user: Node) -> Product | None:
+def _before(scope: Scope, layouts: Collection[str], value: Node, user: Node) -> Product | None:
     """The product that a value is, which nothing else uses."""
     product = value.inputs[0] if value.op == "add_id" else value
-    if not _fits(scope, product) or scope.sole_user(value) != (user,):
+    if not _fits(scope, layouts, product) or scope.sole_user(value) != (user,):
         return None
     if product is value:
         return Product(product)
     return Product(product, value) if _is_bias(value, product) and scope.sole_user(product) == (value,) else None
 
 
-def _after(scope: Scope, unit: Node) -> Product | None:
+def _after(scope: Scope, layouts: Collection[str], unit: Node) -> Product | None:
     """The product of a unit."""
     follower = scope.sole_user(unit)
-    if len(follower) != 1 or not _fits(scope, follower[0]) or follower[0].inputs[1] is not unit:
+    if len(follower) != 1 or not _fits(scope, layouts, follower[0]) or follower[0].inputs[1] is not unit:
         return None
     (product,) = follower
     biased = scope.sole_user(product)
@@ -177,4 +217,4 @@ def _other(node: Node, op: str, taken: Node) -> Node | None:
     return other if other is not taken and other.dtype.name == "f32" else None
 
 
-__all__ = ["find_mixtures", "gated"]
+__all__ = ["Found", "find_mixtures", "gated", "mixtures"]

@@ -39,4 +39,4 @@ def emit_add_id(k: Kernel, operands: dict[str, Operand]) -> None:
             k.sweep(y.shape[-1], copy)
 
 
-add_id.kernels["cpu"] = NodeKernel(calls)
+add_id.kernels["cpu"] = NodeKernel(calls, portable=True)

@@ -59,4 +59,4 @@ def _scatter_calls(node: Node, context: Context) -> Sequence[Call]:
     return [copy_call(node, x, unless_same=True), write]
 
 
-scatter.kernels["cpu"] = NodeKernel(_scatter_calls, by_row=_along)
+scatter.kernels["cpu"] = NodeKernel(_scatter_calls, by_row=_along, portable=True)

@@ -72,4 +72,4 @@ def _decode_row(k: Kernel, a: Operand, y: Operand, index: Sequence[Value], numbe
                 loop.next()
 
 
-get_rows.kernels["cpu"] = NodeKernel(calls, reads=reads)
+get_rows.kernels["cpu"] = NodeKernel(calls, reads=reads, portable=True)

@@ -50,4 +50,4 @@ def emit_set_rows(k: Kernel, operands: dict[str, Operand], *, block: DType | Non
                 k.sweep(y.shape[-1], convert)
 
 
-set_rows.kernels["cpu"] = NodeKernel(calls, supports)
+set_rows.kernels["cpu"] = NodeKernel(calls, supports, portable=True)

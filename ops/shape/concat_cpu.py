@@ -22,4 +22,4 @@ def calls(node: Node, context: Context) -> Sequence[Call]:
     return found
 
 
-concat.kernels["cpu"] = NodeKernel(calls, by_row=lambda node: int(node.attrs["axis"]) % node.ndim > 0)
+concat.kernels["cpu"] = NodeKernel(calls, by_row=lambda node: int(node.attrs["axis"]) % node.ndim > 0, portable=True)

@@ -169,4 +169,4 @@ def calls(node: Node, context: Context) -> Sequence[Call]:
     return [copy_call(node, node.inputs[0])]
 
 
-cont.kernels["cpu"] = NodeKernel(calls)
+cont.kernels["cpu"] = NodeKernel(calls, portable=True)

@@ -17,4 +17,4 @@ def calls(node: Node, context: Context) -> Sequence[Call]:
     return [zero_call(node, node.index_map), copy_call(node, x, target=along)]
 
 
-diag.kernels["cpu"] = NodeKernel(calls)
+diag.kernels["cpu"] = NodeKernel(calls, portable=True)

@@ -43,4 +43,4 @@ def backwards(index_map: IndexMap, axis: int, first: Extent, n: Extent) -> Index
     return IndexMap(tuple(shape), tuple(strides), index_map.offset + first * step)
 
 
-pad.kernels["cpu"] = NodeKernel(calls)
+pad.kernels["cpu"] = NodeKernel(calls, portable=True)

@@ -26,4 +26,4 @@ def calls(node: Node, context: Context) -> Sequence[Call]:
     return [copy_call(node, x, source, IndexMap.dense(tuple(shape)))]
 
 
-repeat.kernels["cpu"] = NodeKernel(calls)
+repeat.kernels["cpu"] = NodeKernel(calls, portable=True)

@@ -26,4 +26,4 @@ def calls(node: Node, context: Context) -> Sequence[Call]:
     return found
 
 
-roll.kernels["cpu"] = NodeKernel(calls)
+roll.kernels["cpu"] = NodeKernel(calls, portable=True)

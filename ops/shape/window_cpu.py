@@ -52,5 +52,5 @@ def emit_add(k: Kernel, operands: dict[str, Operand]) -> None:
         k.sweep(b.shape[-1], add)
 
 
-set.kernels["cpu"] = NodeKernel(_set_calls)
-acc.kernels["cpu"] = NodeKernel(_acc_calls)
+set.kernels["cpu"] = NodeKernel(_set_calls, portable=True)
+acc.kernels["cpu"] = NodeKernel(_acc_calls, portable=True)

@@ -23,6 +23,7 @@ from tensorgraph.tools.conformance.case_text import Recorder, case_text, parse_c
 from tensorgraph.tools.conformance.check import Report, run_drawn
 from tensorgraph.tools.conformance.criterion import judge
 from tensorgraph.tools.conformance.draw import draw_case
+from tensorgraph.tools.conformance.here import others
 from tests.core.devices import StrictDevice
 from tests.ops import kernel_devices as planted
 from tests.ops.kernel_devices import Float32Device, KernelDevice, registered
@@ -31,7 +32,7 @@ from tests.tools.commands import as_json, tg
 Array = np.ndarray[Any, Any]
 
 OPS = list(registry.ops)
-BACKENDS = [name for name in registry.backends if name != "reference"] or ["reference"]
+BACKENDS = others()
 TARGETS = [f"cpu:{name}" for name, target in cpu_targets.TARGETS.items() if cpu_targets.can_run(target)]
 
 
@@ -46,7 +47,7 @@ def test_op(op: str, backend: str) -> None:
 @pytest.mark.parametrize("backend", [*BACKENDS, *TARGETS])
 @pytest.mark.parametrize("op", OPS)
 def test_op_deeply(op: str, backend: str) -> None:
-    report = check(op, backend, examples=60 if backend in TARGETS else 150)
+    report = check(op, backend, examples=60 if backend in (*TARGETS, "cuda-host") else 150)
     assert report.ok, str(report)
 
 

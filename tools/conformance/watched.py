@@ -76,13 +76,13 @@ class Watched:
         Raises: Overwritten.
         """
         memory, pattern = self.plan.memory.get(self.device.name, MemoryPlan()), next(self._patterns)
-        if hasattr(self.device, "arena") and len(self.device.arena) < memory.peak_bytes:
+        fill, look = getattr(self.device, "fill_arena", None), getattr(self.device, "arena_bytes", None)
+        if fill is not None and not fill(memory.peak_bytes, pattern):
             self.bound.run(self._given, dims=self.dims)  # which makes room
-        arena: Array = getattr(self.device, "arena", np.zeros(0, np.uint8))[: memory.peak_bytes]
-        arena[...] = pattern
+            fill(memory.peak_bytes, pattern)
         results = self.bound.run(self._given, dims=self.dims)
-        if len(arena):
-            self._look(arena != pattern, memory)
+        if look is not None:
+            self._look(look(memory.peak_bytes) != pattern, memory)
         for name, before in self._before.items():
             found = {"the array of the input": self._given[name], "the copy of the input": results.get(f"{name} copied", before)}
             for what, now in found.items():

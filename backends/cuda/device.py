@@ -1,0 +1,160 @@
+"""The CUDA device: kernels of a runtime, one arena in its memory, and programs that launch them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from tensorgraph import registry
+from tensorgraph.backends.cpu.grouping import context_of, group_nodes
+from tensorgraph.backends.cpu.kernel import NodeKernel, kernel_of
+from tensorgraph.backends.cpu.operands import is_stored
+from tensorgraph.backends.cuda.launches import Written
+from tensorgraph.backends.cuda.pages import DevicePages
+from tensorgraph.backends.cuda.program import Program
+from tensorgraph.backends.cuda.runtime import Memory, Runtime
+from tensorgraph.backends.cuda.spread import TARGET
+from tensorgraph.backends.cuda.weights import LAYOUT, codes_of, pack, planes_of, tile_readers, unpack
+from tensorgraph.device import Device, Part, Run, Values
+from tensorgraph.dtypes import DType
+from tensorgraph.graph import STRUCTURAL, Graph, Node
+from tensorgraph.memory import Group
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """A constant on the device."""
+
+    memory: Memory
+    layout: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def address(self) -> int:
+        return self.memory.address
+
+
+class CudaDevice(Device):
+    """A GPU, or with another runtime what stands for one."""
+
+    takes_constants = False
+
+    def __init__(self, name: str, make: Callable[[], Runtime]) -> None:
+        super().__init__()
+        self.name, self._make = name, make
+        self.arena = self.scratch = Memory(0, 0, None)
+        self.version = 0  # how often memory has moved
+
+    @cached_property
+    def runtime(self) -> Runtime:
+        """Made when something is first to lie or run there: plans need no GPU.
+
+        Raises: UnsupportedError: there is none.
+        """
+        return self._make()
+
+    def supports(self, node: Node) -> bool:
+        if node.op in STRUCTURAL:
+            return True
+        kernel = self.kernel_of(node)
+        return kernel is not None and all(is_stored(v.dtype) for v in (node, *node.inputs)) and kernel.supports(node)
+
+    @staticmethod
+    def kernel_of(node: Node) -> NodeKernel | None:
+        """How a node is computed: by kernels of its own here, or as described for the CPU where that holds anywhere."""
+        return kernel_of(node, "cuda")
+
+    def _reads(self, user: Node, slot: str) -> tuple[str, ...]:
+        kernel = None if user.op in STRUCTURAL else self.kernel_of(user)
+        return kernel.reads(user, slot) if kernel is not None else ()
+
+    def groups(self, nodes: Sequence[Node], graph: Graph, options: Any) -> Sequence[Group]:
+        context = context_of(self, graph, options, TARGET, self._reads, "cuda")
+        return group_nodes(nodes, graph, context, fuse=options is None or options.fuse)
+
+    def constant_layout(self, constant: Node, graph: Graph) -> str:
+        able = [self._reads(user, slot) for user, slot in tile_readers(graph, constant)]
+        held = codes_of(constant.dtype) is not None and able and all(LAYOUT in each for each in able)
+        return LAYOUT if held else "dense"
+
+    def upload(self, array: np.ndarray, dtype: DType, *, constant: bool = False, layout: str = "dense") -> Any:
+        if layout == LAYOUT:
+            return self._in_planes(array, dtype)
+        value = np.ascontiguousarray(_in_dtype(array, dtype))
+        if not constant:
+            return value
+        memory = self.runtime.take(max(value.nbytes, 1))
+        self.runtime.write(memory.address, value)
+        return Held(memory, "dense", value.shape, value.dtype)
+
+    def _in_planes(self, array: np.ndarray, dtype: DType) -> Held:
+        planes = planes_of(array, dtype)
+        memory = self.runtime.take(max(planes.size_bytes, 1))
+        pack(array, dtype, lambda at, content: self.runtime.write(memory.address + at, content))
+        return Held(memory, LAYOUT, (*array.shape[:-1], planes.width), np.dtype(np.uint8))
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> DevicePages:
+        return DevicePages.zeros(self.runtime, shape, dtype)
+
+    def download(self, value: Any, dtype: DType) -> np.ndarray:
+        if isinstance(value, Held) and value.layout == LAYOUT:
+            return unpack(self.runtime.read([(value.address, value.memory.size_bytes)])[0], dtype, value.shape)
+        if isinstance(value, Held):
+            n_bytes = int(np.prod(value.shape)) * value.dtype.itemsize
+            value = self.runtime.read([(value.address, n_bytes)])[0].view(value.dtype).reshape(value.shape)
+        return np.array(value, np.float32 if dtype.is_block else dtype.numpy, order="C")
+
+    def compile(self, part: Part) -> Callable[[Values, Run], None]:
+        return Program(self, part)
+
+    # What programs ask for.
+
+    def kernels(self, written: Sequence[Written]) -> Mapping[str, int]:
+        """Kernels by name."""
+        return self.runtime.kernels({each.name: each.source for each in written})
+
+    def require(self, arena_bytes: int) -> None:
+        """Make room in the arena; what is there moves."""
+        if arena_bytes > self.arena.size_bytes:
+            self.version += 1
+            self.arena = self.runtime.take(arena_bytes)
+
+    def scratch_for(self, size_bytes: int) -> int:
+        """The address of memory that kernels share one after another."""
+        if size_bytes > self.scratch.size_bytes:
+            self.version += 1
+            self.scratch = self.runtime.take(size_bytes)
+        return self.scratch.address
+
+    def free_bytes(self) -> int | None:
+        """How much memory can be taken; None where there is no limit."""
+        return self.runtime.free_bytes()
+
+    def fill_arena(self, n_bytes: int, value: int) -> bool:
+        """Fill the arena's beginning, for checks of what is written where; False where there is no room yet."""
+        room = n_bytes <= self.arena.size_bytes
+        if room and n_bytes:
+            self.runtime.write(self.arena.address, np.full(n_bytes, value, np.uint8))
+        return room
+
+    def arena_bytes(self, n_bytes: int) -> np.ndarray:
+        """The arena's beginning."""
+        return self.runtime.read([(self.arena.address, n_bytes)])[0]
+
+    def pages_at(self, pages: Any) -> int:
+        """Where a stream's pages lie."""
+        return int(pages.memory.address)
+
+
+def _in_dtype(array: np.ndarray, dtype: DType) -> np.ndarray:
+    """As the device holds it: block types as f32."""
+    value = np.asarray(array)
+    if not dtype.is_block:
+        return value if value.dtype == dtype.numpy else value.astype(dtype.numpy)
+    decoded: np.ndarray = registry.decoders.get(dtype.name)(value) if value.dtype == np.uint8 else value.astype(np.float32)
+    return decoded

@@ -1,0 +1,193 @@
+"""The runtime of a GPU, by CuPy: machine code from NVRTC, kept on disk; steps recorded into CUDA graphs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tensorgraph.backends.cpu.code_cache import CodeCache, default_folder
+from tensorgraph.backends.cuda import nvrtc
+from tensorgraph.backends.cuda.launches import prelude
+from tensorgraph.backends.cuda.runtime import Bytes, LaunchOf, Memory, Mirror, OutOfMemoryError, Runtime
+from tensorgraph.errors import UnsupportedError
+
+INSTALL = "pip install 'cupy-cuda13x[ctk]'"
+OLDEST = (8, 0)
+"""Compute capability: mma of 16-bit floats and asynchronous copies."""
+WAVES = 8
+"""Blocks of a grid for each multiprocessor, at most."""
+TO_DEVICE, TO_HOST, ON_DEVICE = 1, 2, 3
+
+
+def _cupy() -> Any:
+    """CuPy.
+
+    Raises: UnsupportedError: it is not installed, or finds no GPU that it can use.
+    """
+    try:
+        import cupy
+    except ImportError as error:
+        raise UnsupportedError(f"[cuda] wanted CuPy; it is not installed ({INSTALL})") from error
+    try:
+        found = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        said = "a driver of NVIDIA's for CUDA 13 (580 or newer)" if "InsufficientDriver" in str(error) else "a GPU"
+        raise UnsupportedError(f"[cuda] wanted {said}; got {error}; the backend cpu needs none") from error
+    if not found:
+        raise UnsupportedError("[cuda] wanted a GPU; found none; the backend cpu needs none")
+    return cupy
+
+
+class CupyRuntime(Runtime):
+    """One GPU.
+
+    Args:
+        index: which one.
+    Raises: UnsupportedError: it is not there, or too old.
+    """
+
+    def __init__(self, index: int = 0) -> None:
+        self.cupy = cupy = _cupy()
+        count = cupy.cuda.runtime.getDeviceCount()
+        if not 0 <= index < count:
+            raise UnsupportedError(f"[cuda] wanted GPU {index}; there are {count}, from 0 on")
+        self.index = index
+        about = cupy.cuda.runtime.getDeviceProperties(index)
+        self.title = about["name"].decode()
+        capability = about["major"], about["minor"]
+        if capability < OLDEST:
+            wanted, got = (".".join(map(str, each)) for each in (OLDEST, capability))
+            raise UnsupportedError(f"[cuda] wanted a GPU of compute capability {wanted} or newer; {self.title} has {got}")
+        self.arch = f"sm_{capability[0]}{capability[1]}"
+        self.name = f"{self.arch} {about['multiProcessorCount']}"
+        self.most_blocks = WAVES * int(about["multiProcessorCount"])
+        self.total_bytes = int(about["totalGlobalMem"])
+        with cupy.cuda.Device(index):
+            self.stream = cupy.cuda.Stream(non_blocking=True)
+        folder = default_folder("cuda")
+        self._disk = CodeCache(folder) if folder is not None else None
+        self._kernels: list[Any] = []
+        self._found: dict[str, int] = {}
+
+    def take(self, size_bytes: int) -> Memory:
+        try:
+            with self.cupy.cuda.Device(self.index):
+                held = self.cupy.cuda.alloc(max(size_bytes, 1))
+        except self.cupy.cuda.memory.OutOfMemoryError as error:
+            free, total = self._memory()
+            wanted = f"{size_bytes / 2**20:,.0f} MiB on {self.title}"
+            help = "fewer layers there (--gpu-layers), experts on the CPU (--cpu-experts), or a smaller context (-c) take less"
+            message = f"[cuda] wanted {wanted}; {free / 2**20:,.0f} of {total / 2**20:,.0f} MiB are free; {help}"
+            raise OutOfMemoryError(message) from error
+        return Memory(int(held.ptr), size_bytes, held)
+
+    def free_bytes(self) -> int | None:
+        return self._memory()[0]
+
+    def _memory(self) -> tuple[int, int]:
+        with self.cupy.cuda.Device(self.index):
+            free, total = self.cupy.cuda.runtime.memGetInfo()
+        return int(free), int(total)
+
+    def _pinned(self, size_bytes: int) -> Bytes:
+        """Memory of the host's that the device copies from and to by itself."""
+        held = self.cupy.cuda.alloc_pinned_memory(max(size_bytes, 1))
+        return np.frombuffer(held, np.uint8, max(size_bytes, 1))[:size_bytes]
+
+    def write(self, address: int, content: NDArray[Any]) -> None:
+        flat = np.ascontiguousarray(content)
+        copy = self.cupy.cuda.runtime.memcpyAsync
+        copy(address, flat.ctypes.data, flat.nbytes, TO_DEVICE, self.stream.ptr)
+        if flat.nbytes > 1 << 16:  # what is smaller has been copied aside when the call returns, as memory that is not pinned is
+            self.stream.synchronize()
+
+    def copy(self, to: int, source: int, n_bytes: int) -> None:
+        if n_bytes:
+            self.cupy.cuda.runtime.memcpyAsync(to, source, n_bytes, ON_DEVICE, self.stream.ptr)
+
+    def clear(self, address: int, n_bytes: int) -> None:
+        if n_bytes:
+            self.cupy.cuda.runtime.memsetAsync(address, 0, n_bytes, self.stream.ptr)
+
+    def read(self, places: Sequence[tuple[int, int]]) -> list[Bytes]:
+        found = [self._pinned(n_bytes) for _, n_bytes in places]
+        for (address, n_bytes), to in zip(places, found, strict=True):
+            if n_bytes:
+                self.cupy.cuda.runtime.memcpyAsync(to.ctypes.data, address, n_bytes, TO_HOST, self.stream.ptr)
+        self.stream.synchronize()
+        return found
+
+    def mirror(self, size_bytes: int) -> Mirror:
+        host = self._pinned(size_bytes)
+        host[:] = 0
+        return Mirror(host, self.take(size_bytes))
+
+    def recorded(self, mirror: Mirror, launches: Sequence[LaunchOf]) -> Callable[[], None]:
+        return _Recorded(self, mirror, launches)
+
+    def start(self, mirror: Mirror, launches: Sequence[LaunchOf]) -> None:
+        """Copy a mirror, and start kernels, on the stream."""
+        size_bytes, copy = mirror.memory.size_bytes, self.cupy.cuda.runtime.memcpyAsync
+        copy(mirror.memory.address, mirror.host.ctypes.data, size_bytes, TO_DEVICE, self.stream.ptr)
+        for each in launches:
+            kernel = self._kernels[each.kernel]
+            if each.shared_bytes > 48 << 10:
+                kernel.max_dynamic_shared_size_bytes = each.shared_bytes
+            kernel((each.blocks,), (each.threads,), tuple(each.args.tolist()), shared_mem=each.shared_bytes)
+
+    # Code.
+
+    def kernels(self, sources: Mapping[str, str]) -> dict[str, int]:
+        missing = {name: prelude() + source for name, source in sources.items() if name not in self._found}
+        if missing:
+            keys = {name: self._key(source) for name, source in missing.items()}
+            kept = {name: self._disk.get(key) if self._disk is not None else None for name, key in keys.items()}
+            new = {name: source for name, source in missing.items() if kept[name] is None}
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                made = dict(zip(new, pool.map(lambda s: nvrtc.compile_source(s, self.arch).content, new.values()), strict=True))
+            for name, content in made.items():
+                if self._disk is not None:
+                    self._disk.put(keys[name], content)
+            for name in missing:
+                self._load(name, made.get(name) or kept[name] or b"")
+        return {name: self._found[name] for name in sources}
+
+    def _key(self, source: str) -> str:
+        said = "|".join((self.arch, *nvrtc.OPTIONS, nvrtc.version(), source))
+        return hashlib.sha256(said.encode()).hexdigest()
+
+    def _load(self, name: str, content: bytes) -> None:
+        with tempfile.TemporaryDirectory() as folder, self.cupy.cuda.Device(self.index):
+            path = Path(folder) / f"{name}.cubin"
+            path.write_bytes(content)
+            self._kernels.append(self.cupy.RawModule(path=str(path)).get_function(name))
+        self._found[name] = len(self._kernels) - 1
+
+
+class _Recorded:
+    """Launches that are made as they are the first time, and recorded the second: most lengths of a prompt come but once."""
+
+    def __init__(self, runtime: CupyRuntime, mirror: Mirror, launches: Sequence[LaunchOf]) -> None:
+        self.runtime, self.mirror, self.launches = runtime, mirror, launches
+        self._runs = 0
+        self._graph: Any = None
+
+    def __call__(self) -> None:
+        runtime, self._runs = self.runtime, self._runs + 1
+        with runtime.cupy.cuda.Device(runtime.index), runtime.stream:
+            if self._runs == 1:
+                runtime.start(self.mirror, self.launches)
+                return
+            if self._graph is None:
+                runtime.stream.begin_capture()
+                runtime.start(self.mirror, self.launches)
+                self._graph = runtime.stream.end_capture()
+            self._graph.launch(runtime.stream)

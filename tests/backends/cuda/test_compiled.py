@@ -1,0 +1,95 @@
+"""Every kernel compiled by NVRTC for three architectures: what it takes of a processor, and that nothing is put on a stack."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tensorgraph.backends.cuda import nvrtc
+from tensorgraph.backends.cuda.launches import Written, prelude
+from tensorgraph.errors import UnsupportedError
+from tests.backends.cuda import catalogue
+
+ARCHS = ("sm_80", "sm_90", "sm_120")
+GOLDEN = Path(__file__).resolve().parents[2] / "golden"
+VERSION = "13.0"
+"""Of the compiler that the golden tables are of."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def there() -> None:
+    try:
+        nvrtc.library()
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+
+
+@cache
+def of_models() -> dict[str, Written]:
+    return by_label(catalogue.of_models().values())
+
+
+def by_label(kernels: Iterable[Written]) -> dict[str, Written]:
+    """One of those that differ in numbers alone."""
+    found: dict[str, Written] = {}
+    for kernel in kernels:
+        found.setdefault(re.sub(r"\s+", " ", kernel.label), kernel)
+    return found
+
+
+def usage(kernel: Written, arch: str) -> nvrtc.Usage:
+    return nvrtc.compile_source(prelude() + kernel.source, arch).usage[kernel.name]
+
+
+def assert_in_registers(found: dict[str, nvrtc.Usage]) -> None:
+    spilled = [label for label, used in found.items() if used.stack_bytes or used.spill_bytes]
+    assert spilled == []
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_kernels_of_models(arch: str, request: pytest.FixtureRequest) -> None:
+    """Those of all small models' steps, with the registers and the shared memory that each takes."""
+    found = {label: usage(kernel, arch) for label, kernel in of_models().items()}
+    assert_in_registers(found)
+    lines = [f"{used.registers:4} {used.shared_bytes:6}  {label}" for label, used in sorted(found.items())]
+    text = "\n".join([f"registers, bytes of shared memory, kernel ({arch}, {len(lines)} kernels, no stack, no spills)", *lines, ""])
+    path = GOLDEN / f"cuda-{arch}.txt"
+    if request.config.option.update_golden:
+        path.write_text(text)
+    if nvrtc.version() == VERSION:
+        assert text == path.read_text()
+
+
+@pytest.mark.parametrize("arch", ["sm_90", *(pytest.param(arch, marks=pytest.mark.deep) for arch in ("sm_80", "sm_120"))])
+def test_kernels_of_ops(arch: str) -> None:
+    """Those of a few cases of each op."""
+    kernels = by_label(catalogue.of_ops().values())
+    assert len(kernels) > 200
+    assert_in_registers({label: usage(kernel, arch) for label, kernel in kernels.items()})
+
+
+def test_usage_is_read_from_what_the_compiler_says() -> None:
+    body = "int i = x[0]; float a[64] = {}; for (int j = 0; j < 64; ++j) a[x[j] & 63] += y[j * i]; y[0] = a[i & 63];"
+    source = f'extern "C" __global__ void k(int* x, float* y) {{ __shared__ float s[32]; s[x[1]] = 1; {body} y[1] = s[i]; }}'
+    used = nvrtc.compile_source(source, "sm_90").usage["k"]
+    assert used.stack_bytes == 256 and used.shared_bytes == 128 and used.registers > 8
+
+
+def test_what_does_not_compile_is_said() -> None:
+    with pytest.raises(nvrtc.KernelError, match=r'does not compile for sm_90:\n.*identifier "y" is undefined'):
+        nvrtc.compile_source('extern "C" __global__ void k(int* x) { x[0] = y; }', "sm_90")
+
+
+def test_without_the_compiler_the_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvrtc, "find_spec", lambda name: None)
+    monkeypatch.setattr(nvrtc.ctypes, "CDLL", lambda *_: (_ for _ in ()).throw(OSError()))
+    nvrtc.library.cache_clear()
+    try:
+        with pytest.raises(UnsupportedError, match=r"wanted NVRTC.*pip install 'nvidia-cuda-nvrtc==13\.0\.\*'"):
+            nvrtc.library()
+    finally:
+        nvrtc.library.cache_clear()

@@ -1,0 +1,135 @@
+"""Models on two kinds of device: what lies where, what is copied, and that logits are the same wherever layers run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tensorgraph.backends.cpu.device import CpuDevice
+from tensorgraph.backends.cuda.host import HostDevice
+from tensorgraph.compiler import CompileOptions, PlanCache
+from tensorgraph.device import Device
+from tensorgraph.dtypes import as_dtype
+from tensorgraph.engine import Engine
+from tensorgraph.errors import InputError, UnsupportedError
+from tensorgraph.models.text import offload
+from tensorgraph.models.text.model import load
+from tensorgraph.models.text.offload import Parts, place
+from tensorgraph.session import Session
+from tests.backends.cuda.conftest import compiler  # noqa: F401  (a fixture)
+from tests.models import tiny
+from tests.reference import reference_path
+from tests.tools.commands import tg
+
+pytestmark = pytest.mark.usefixtures("compiler")
+LARGEST = 1e-9
+
+
+def devices(memory_bytes: int | None = None) -> tuple[Device, ...]:
+    return HostDevice("cuda-host", memory_bytes), CpuDevice("cpu")
+
+
+def engine(architecture: str, parts: Parts, given: Sequence[Device]) -> Engine:
+    model, cache = tiny.model(architecture), PlanCache()
+    options = place(model, given, CompileOptions(exact=True), as_dtype("f32"), cache, parts)
+    return Engine(model, given, kv_dtype="f32", options=options, cache=cache)
+
+
+def devices_of(engine: Engine, session: Session, op: str) -> list[str]:
+    """Where nodes of an op run, in order."""
+    plan = engine.executable(session.extents()).plan
+    return [split.device for split in plan.scheduled.splits for node in split.nodes if node.op == op]
+
+
+@pytest.mark.parametrize(("layers", "where"), [(0, ["cpu", "cpu"]), (1, ["cpu", "cuda-host"]), (2, ["cuda-host", "cuda-host"])])
+def test_the_last_layers_run_on_the_first_device(layers: int, where: list[str]) -> None:
+    stored, on = tiny.reference("llama"), engine("llama", Parts(layers), devices())
+    with Session(on) as session:
+        assert devices_of(on, session, "flash_attn") == where
+        logits = session.eval(stored["input_ids"][:20], all_logits=True)
+        assert tiny.nmse(logits, stored["logits"][:20]) <= LARGEST
+        logits = np.stack([session.eval([int(i)]) for i in stored["input_ids"][20:23]])
+        assert tiny.nmse(logits, stored["logits"][20:23]) <= LARGEST
+
+
+@pytest.mark.parametrize("architecture", ["deepseek_v3", pytest.param("deepseek_v4", marks=pytest.mark.deep)])
+def test_experts_on_the_second_device(architecture: str) -> None:
+    stored, on = tiny.reference(architecture), engine(architecture, Parts(cpu_experts=True), devices())
+    with Session(on) as session:
+        assert set(devices_of(on, session, "mul_mat_id")) == {"cpu"}
+        assert set(devices_of(on, session, "flash_attn")) == {"cuda-host"}
+        logits = session.eval(stored["input_ids"][:20], all_logits=True)
+        assert tiny.nmse(logits, stored["logits"][:20]) <= LARGEST
+        assert tiny.nmse(session.eval([int(stored["input_ids"][20])]), stored["logits"][20]) <= LARGEST
+        plan = on.executable(session.extents()).plan
+        report = plan.report({"T": 1, "O": 1, "S": 21, **dict.fromkeys(plan.graph.dims, 1)})
+        assert 0 < report.copies <= 3 * len(devices_of(on, session, "top_k")) + 3
+
+
+def sizes_of(architecture: str) -> offload.Sizes:
+    from tensorgraph.extents import Extents
+
+    model, given = tiny.model(architecture), devices()
+    extents = Extents(512, min(4096, model.context), 1)
+    graph = model.graph(extents, as_dtype("f32"))
+    plan = PlanCache().get(graph, given[0], CompileOptions(exact=True))
+    return offload.sizes(model, graph, plan, extents, as_dtype("f32"), 2)
+
+
+def test_sizes_are_those_of_the_file() -> None:
+    """Of weights: each tensor once; of state: two streams of f32 rows."""
+    found, model = sizes_of("llama"), tiny.model("llama")
+    assert model.file is not None
+    tensors = {name: model.weight(name).nbytes for name in ("token_embd.weight", "output.weight", "output_norm.weight")}
+    of_layers = [sum(model.weight(f"blk.{i}.{name}.weight").nbytes for name in LLAMA) for i in range(2)]
+    assert list(found.layers) == of_layers and list(found.experts) == [0, 0]
+    assert found.rest == sum(tensors.values())
+    rows = model.states()["blk.0.k"].row_shape
+    assert list(found.states) == [2 * min(4096, model.context) * int(np.prod(rows)) * 4] * 2
+
+
+LLAMA = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
+
+
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_as_many_layers_as_fit(n: int) -> None:
+    """By the numbers of the plan: with a byte less than n layers take, one fewer."""
+    wanted = sizes_of("llama").taken(n, False) + offload.SPARE_BYTES
+    for spare, fitting in ((0, n), (-1, max(n - 1, 0))):
+        on = engine("llama", Parts(), devices(wanted + spare))
+        with Session(on) as session:
+            assert devices_of(on, session, "flash_attn").count("cuda-host") == fitting
+
+
+def test_what_cannot_be() -> None:
+    with pytest.raises(InputError, match="the model has 2 layers; got --gpu-layers 3"):
+        engine("llama", Parts(3), devices())
+    with pytest.raises(UnsupportedError, match="want two devices, such as cuda,cpu; got cpu"):
+        load(reference_path("llama/llama-f32.gguf"), backend="cpu", gpu_layers=1)
+
+
+def test_a_device_without_room_says_so() -> None:
+    from tensorgraph.backends.cuda.runtime import OutOfMemoryError
+
+    given: Any = devices(100_000)[0]
+    with pytest.raises(OutOfMemoryError, match="wanted .* bytes; .* of 100000 are free"):
+        Session(Engine(tiny.model("llama"), given, kv_dtype="f32")).eval([1, 2, 3])
+    on = engine("llama", Parts(), (given, CpuDevice("cpu")))  # which finds no room for a layer
+    with Session(on) as session:
+        assert set(devices_of(on, session, "flash_attn")) == {"cpu"}
+
+
+def test_the_command_takes_both(tmp_path: Any) -> None:
+    file = reference_path("llama/llama-f32.gguf")
+    (tmp_path / "ids.json").write_text("[1, 5, 9, 13]")
+    given = ("--ids", tmp_path / "ids.json", "--exact", "--kv-type", "f32", "--backend", "cuda-host,cpu", "--gpu-layers", 1)
+    ran = tg("logits", file, *given, "--out", tmp_path / "two.npz")
+    assert ran.exit_code == 0, ran.stderr
+    assert tg("logits", file, *given[:5], "--out", tmp_path / "one.npz").exit_code == 0
+    two, one = (np.load(tmp_path / f"{name}.npz")["logits"] for name in ("two", "one"))
+    assert tiny.nmse(two, one) <= LARGEST
+    wrong = tg("logits", file, *given[:-1], "many", "--out", tmp_path / "no.npz")
+    assert wrong.exit_code == 2 and "[gpu-layers] wanted a number of layers, or auto; got 'many'" in wrong.stderr
