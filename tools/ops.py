@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tensorgraph.op import Op
     from tensorgraph.tools.op_pages import Declared, Runs
 
-EVERYWHERE = ("cpu", "reference")
+EVERYWHERE = ("cpu", "cuda", "reference")
 """Backends that run on any machine: what a document says must not depend on where it was written."""
 CALL_WIDTH = 44
 """Characters of a call that leave room for a summary on its line."""

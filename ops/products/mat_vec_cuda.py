@@ -25,6 +25,8 @@ class VecPlan:
     Attributes:
         x: the type of its rows in shared memory.
         chunk: units of a row that it holds at once.
+        units: of a whole row.
+        unit_bytes: of a unit of all rows.
     """
 
     lanes: int
@@ -33,6 +35,13 @@ class VecPlan:
     x: str
     chunk: int
     shared_bytes: int
+    units: int
+    unit_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether rows are held whole."""
+        return self.chunk >= self.units
 
     @property
     def per_block(self) -> int:
@@ -61,7 +70,7 @@ def plan_vec(dtype: DType, planes: bool, exact: bool, height: Extent, width: Ext
     if chunk < units:  # whole turns of all lanes
         chunk = max(chunk // (lanes * depth) * (lanes * depth), min(chunk, lanes))
     kind = f"Quantised<{tokens}>" if rounded else f"Floats<{tokens}, {unit}>"
-    return VecPlan(lanes, depth, 1 + both, kind, chunk, chunk * unit_bytes)
+    return VecPlan(lanes, depth, 1 + both, kind, chunk, chunk * unit_bytes, units, unit_bytes)
 
 
 def _lanes(rows: int, units: int) -> int:

@@ -1,5 +1,5 @@
 // y[*B, N, M] = b[*B, N, K] @ a[*A, M, K]^T. Few rows of b: `mul_mat_few`, which reads the weights once and is limited by that
-// (mat_vec.cuh). Many: `mul_mat_rows` puts b into 16 bits for `mul_mat_many`, by tensor cores; or `mul_mat_exact` in f32
+// (mat_vec.cuh); rows that are too long for shared memory are made ready by `mul_mat_x`. Many: `mul_mat_rows` puts b into 16 bits for `mul_mat_many`, by tensor cores; or `mul_mat_exact` in f32
 // (tiles.cuh). SINGLE: there is one matrix, and all axes of b but the last count as rows.
 #include "tensorgraph.ops.products:tiles.cuh"
 
@@ -18,15 +18,29 @@ __device__ __forceinline__ auto matrix_of(const A& a, const B& b, unsigned numbe
     else return tg_matrix_of(a, b, number);
 }
 
-template <int LANES, int DEPTH, int ROWS, typename X, bool SINGLE, typename A, typename T, int N>
-__device__ __forceinline__ void mul_mat_few(const A a, const Tensor<T, N> b, const Tensor<float, N> y, i64 chunk) {
+constexpr int MUL_MAT_PIECE = 64;  // units of a row that a block makes ready
+
+template <typename X, bool SINGLE, typename T, int N>
+__device__ __forceinline__ void mul_mat_x(const Tensor<T, N> b, const Tensor<u8, 1> to) {
+    const Batch<SINGLE, T, N> batch(b);
+    const int n_units = (int)((b.shape[N - 1] + X::unit - 1) / X::unit);
+    const unsigned pieces = (unsigned)((n_units + MUL_MAT_PIECE - 1) / MUL_MAT_PIECE), tokens = (unsigned)batch.tokens;
+    for (i64 item = blockIdx.x; item < batch.count * tokens * pieces; item += gridDim.x) {
+        const unsigned row = (unsigned)item / pieces, number = row / tokens;
+        const int first = (int)((unsigned)item - row * pieces) * MUL_MAT_PIECE;
+        const X x(to.data + (i64)number * (X::tokens * X::unit_bytes) * n_units, n_units);
+        x.from((int)(row - number * tokens), first).fill(RowsFrom<T, N>{b, row}, 1, first, min(MUL_MAT_PIECE, n_units - first));
+    }
+}
+
+template <int LANES, int DEPTH, int ROWS, typename X, bool SINGLE, typename A, typename T, int N, typename Ready>
+__device__ __forceinline__ void mul_mat_few(const A a, const Tensor<T, N> b, const Ready ready, const Tensor<float, N> y, i64 chunk) {
     TG_DYNAMIC_SHARED(shared);
     __shared__ float exchange[tg_exchange_floats<LANES, ROWS, X::tokens>()];
     const Batch<SINGLE, T, N> batch(b);
     const unsigned height = (unsigned)y.shape[N - 1], per_block = Team<LANES>::teams() * ROWS;
     const unsigned tiles = (height + per_block - 1) / per_block;
     const int n_units = (int)((b.shape[N - 1] + X::unit - 1) / X::unit), tokens = (int)batch.tokens;
-    const X x(shared, (int)chunk);
     i64 held = -1;
     for (i64 item = blockIdx.x; item < tiles * batch.count; item += gridDim.x) {
         const unsigned number = (unsigned)item / tiles, tile = (unsigned)item - number * tiles;
@@ -34,14 +48,20 @@ __device__ __forceinline__ void mul_mat_few(const A a, const Tensor<T, N> b, con
         const auto matrix = matrix_of<SINGLE>(a, b, number);
         const RowsFrom<T, N> rows{b, number * (unsigned)tokens};
         float sums[ROWS][X::tokens] = {};
-        tg_mat_vec<LANES, DEPTH>(sums, matrix, first_row, height, x, n_units, (int)chunk, [&](int first, int count) {
-            i64 wanted = (i64)number * n_units + first;
-            if (wanted == held) return;
-            __syncthreads();
-            x.fill(rows, tokens, first, count);
-            __syncthreads();
-            held = wanted;
-        });
+        if constexpr (tg_is_absent((const Ready*)nullptr)) {
+            const X x(shared, (int)chunk);
+            tg_mat_vec<LANES, DEPTH>(sums, matrix, first_row, height, x, n_units, (int)chunk, [&](int first, int count) {
+                i64 wanted = (i64)number * n_units + first;
+                if (wanted == held) return;
+                __syncthreads();
+                x.fill(rows, tokens, first, count);
+                __syncthreads();
+                held = wanted;
+            });
+        } else {
+            const X x(ready.data + (i64)number * (X::tokens * X::unit_bytes) * n_units, n_units);
+            tg_mat_vec<LANES, DEPTH>(sums, matrix, first_row, height, x, n_units, n_units, [](int, int) {});
+        }
         float* to = y.data + (i64)number * tokens * height;
         tg_finish<LANES>(sums, first_row, height, tokens, exchange,
                          [&](int token, i64 row, float sum) { to[token * (i64)height + row] = sum; });

@@ -20,6 +20,8 @@ STEP = 32
 SIDE = 64
 """Rows of either operand in a tile of f32."""
 ROWS_THREADS = 256
+PIECE = 64
+"""Units of a row that a block makes ready for mat-vec kernels."""
 
 
 def reads(node: Node, slot: str) -> tuple[str, ...]:
@@ -37,9 +39,15 @@ def calls(node: Node, context: Context) -> Sequence[Call]:
     for tokens, guard in token_counts(n_rows) if vec else ():
         plan = plan_vec(a.dtype, planes, context.exact, a.shape[-2], b.shape[-1], tokens)
         function = f"mul_mat_few<{plan.lanes}, {plan.depth}, {plan.rows}, {plan.x}, {literal(single)}>"
-        items = batch * up(a.shape[-2], plan.per_block)
+        items, ready = batch * up(a.shape[-2], plan.per_block), None
+        if not plan.fits:
+            ready = Ref(Buffer(batch * (plan.units * plan.unit_bytes), "x"))
+            template = Template(FILE, f"mul_mat_x<{plan.x}, {literal(single)}>")
+            pieces = batch * n_rows * up(plan.units, PIECE)
+            found += guarded(Launch(template, {"b": operands["b"], "to": ready}, items=pieces, threads=THREADS), guard, node)
         template = Template(FILE, function, (str(plan.chunk),), resident=2)
-        few = Launch(template, operands, items=items, threads=THREADS, shared_bytes=plan.shared_bytes)
+        given = {"a": operands["a"], "b": operands["b"], "ready": ready, "y": operands["y"]}
+        few = Launch(template, given, items=items, threads=THREADS, shared_bytes=plan.shared_bytes if plan.fits else 0)
         found += guarded(few, guard, node)
     many = n_rows > FEW if vec else True
     if context.exact or not (vec and (planes or a.dtype.block_bytes == 2)):

@@ -24,8 +24,8 @@ template <typename T, typename I> struct Pairs {
     __device__ __forceinline__ unsigned source(unsigned pair) const { return pair / each; }
 };
 
-// How pairs are ordered, as ints: the number of pieces; from the fourth on, of each piece its expert, its first place and how many
-// places it has; behind the most pieces that there can be, the pair at each place.
+// How pairs are ordered, as ints: the number of pieces; from the fourth on, of each piece its expert, its first place and how
+// many places it has; behind the most pieces that there can be, the pair at each place.
 struct Order {
     int* words;
     i64 most;

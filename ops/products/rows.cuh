@@ -66,7 +66,9 @@ template <typename T, int N> struct RowsFrom {
     __device__ __forceinline__ Row<T> row(int token) const { return tg_row(x, first + token); }
 };
 
-// --- rows in shared memory -------------------------------------------------------------------------------------------------
+// --- rows for products -----------------------------------------------------------------------------------------------------
+
+// They lie in shared memory, or where they do not fit, in memory, from which all blocks read them through their first caches.
 
 // Blocks of 32 elements of each of TOKENS rows, rounded: x ~ d * code, d = max |x| / 127. A block is two times 16 bytes of codes,
 // d, and the sums of the codes of both halves (s16). Halves lie apart, so that neighbouring threads read neighbouring 16 bytes.
@@ -79,6 +81,13 @@ template <int TOKENS> struct Quantised {
 
     __device__ __forceinline__ Quantised(unsigned char* shared, int units)
         : codes((uint4*)shared), tails((uint2*)(shared + TOKENS * 32 * units)), units(units) {}
+
+    // From a unit of a row on.
+    __device__ __forceinline__ Quantised from(int token, int unit) const {
+        Quantised to = *this;
+        to.codes += 2 * token * units + unit, to.tails += token * units + unit;
+        return to;
+    }
 
     // Units `first` to `first + count - 1` of some rows, by all threads of a block; waiting before and after is the caller's.
     template <typename Rows> __device__ __forceinline__ void fill(const Rows& rows, int n_rows, int first, int count) const {
@@ -128,6 +137,12 @@ template <int TOKENS, int UNIT> struct Floats {
     int units;
 
     __device__ __forceinline__ Floats(unsigned char* shared, int units) : fours((float4*)shared), units(units) {}
+
+    __device__ __forceinline__ Floats from(int token, int unit) const {
+        Floats to = *this;
+        to.fours += token * (UNIT / 4) * units + unit;
+        return to;
+    }
 
     template <typename Rows> __device__ __forceinline__ void fill(const Rows& rows, int n_rows, int first, int count) const {
         constexpr int each = UNIT / 4;

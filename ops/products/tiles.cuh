@@ -33,8 +33,8 @@ __device__ __forceinline__ float tg_scaled(float v, int n) { return v * tg_power
 
 // --- rows in 16 bits -------------------------------------------------------------------------------------------------------
 
-// Rows of activations one after another, `padded` elements of 2 bytes each, zeros behind their ends, and then an int for each, its
-// exponent: elements in f16 are those of the row times 2^-exponent, so that the largest is below 2^14 and no less than 2^13.
+// Rows of activations one after another, `padded` elements of 2 bytes each, zeros behind their ends, and then an int for each,
+// its exponent: elements in f16 are those of the row times 2^-exponent, so that the largest is below 2^14 and no less than 2^13.
 struct Prepared {
     u16* rows;
     int* exponents;

@@ -56,7 +56,8 @@ def test_kernels_of_models(arch: str, request: pytest.FixtureRequest) -> None:
     found = {label: usage(kernel, arch) for label, kernel in of_models().items()}
     assert_in_registers(found)
     lines = [f"{used.registers:4} {used.shared_bytes:6}  {label}" for label, used in sorted(found.items())]
-    text = "\n".join([f"registers, bytes of shared memory, kernel ({arch}, {len(lines)} kernels, no stack, no spills)", *lines, ""])
+    head = f"registers, bytes of shared memory, kernel ({arch}, {len(lines)} kernels, no stack, no spills)"
+    text = "\n".join([head, *lines, ""])
     path = GOLDEN / f"cuda-{arch}.txt"
     if request.config.option.update_golden:
         path.write_text(text)
