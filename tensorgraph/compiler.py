@@ -39,8 +39,7 @@ class CompileOptions:
 
     @property
     def key(self) -> str:
-        named = sorted(self.placement.items()), sorted(self.layouts.items())
-        return repr((*named, self.scratch_bytes, self.lowerings, self.fuse, self.exact, self.without))
+        return repr((sorted(self.placement.items()), sorted(self.layouts.items()), self.scratch_bytes, self.lowerings, self.fuse, self.exact, self.without))
 
 
 def compile(

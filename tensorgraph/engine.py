@@ -110,10 +110,9 @@ class Engine:
 
     def store(self, extents: Extents) -> StateStore:
         """A store of the model's streams: in the layouts of `layouts`, on the devices that append to them."""
-        specs, layouts, first = self.model.states(), self.layouts(extents), self.devices[0]
-        zeros = dict.fromkeys(specs, first.zeros)
-        if len(self.devices) > 1:
+        zeros = dict.fromkeys(specs := self.model.states(), self.devices[0].zeros)
+        if specs and len(self.devices) > 1:
             with self.lock:
                 plan, named = self.executable(extents).plan, {device.name: device for device in self.devices}
                 zeros = {name: named[plan.scheduled.device[node]].zeros for name, node in plan.graph.streams.items()}
-        return StateStore(specs, kv_dtype=self.kv_dtype, layouts=layouts, zeros=zeros)
+        return StateStore(specs, kv_dtype=self.kv_dtype, layouts=self.layouts(extents), zeros=zeros)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -172,8 +172,7 @@ class Executable:
         self._programs: dict[tuple[int, ...], list[Program]] = {}
         self._constants: dict[str, dict[Node, Any]] = {name: {} for name in self._devices}
         self._outputs = tuple(plan.graph.outputs.items())
-        locks = [d.lock for d in sorted(plan.devices, key=lambda d: d.name)]
-        self._lock: AbstractContextManager[Any] = locks[0] if len(locks) == 1 else _All(locks)
+        self._locks = tuple(d.lock for d in sorted(plan.devices, key=lambda d: d.name))  # always taken in the same order
         self._attach(weights)
 
     def _attach(self, weights: Weights) -> None:
@@ -234,7 +233,8 @@ class Executable:
 
     def step(self, inputs: Mapping[str, np.ndarray], dims: Bindings, state: StateAccess | None) -> dict[str, np.ndarray]:
         """`run` unchecked: of the inputs, those that are `needed`, in their dtype; the values of all Dims."""
-        with self._lock:
+        with ExitStack() as held:
+            list(map(held.enter_context, self._locks))
             values: Values = {}
             run = Run(dims, state)
             for device, program, fixed, needs in self._program(self.plan.choose(dims)):
@@ -321,21 +321,6 @@ class Executable:
             needs = tuple((n.attrs["name"], n) for n in read if n.op == "input")
             fixed = {n: held[n] for n in read if n.op == "constant" and device.takes_constants}
             yield device, _after_copies(device, copies, device.compile(part)), fixed, needs
-
-
-class _All(AbstractContextManager[None]):
-    """Several locks at once, always taken in the same order."""
-
-    def __init__(self, locks: Sequence[Any]) -> None:
-        self._locks = tuple(locks)
-
-    def __enter__(self) -> None:
-        for lock in self._locks:
-            lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        for lock in reversed(self._locks):
-            lock.release()
 
 
 def _after_copies(device: Device, copies: Sequence[tuple[Node, Device]], compute: Compute) -> Compute:

@@ -76,7 +76,8 @@ class Session:
         self._extents: dict[int, Extents] = {}
         self._decoding: Decoding | None = None
         self._store = store or engine.store(self.extents())
-        self._seq: int | None = seq if seq is not None else self._new()
+        with engine.lock:
+            self._seq: int | None = seq if seq is not None else self._store.new()
         self._ids: list[int] = list(ids)  # may run ahead of the state for a moment; `length` says how many count
 
     @property
@@ -197,10 +198,6 @@ class Session:
         if n_sessions not in self._extents:
             self._extents[n_sessions] = Extents(self.step_tokens, self.context, 1 << (n_sessions - 1).bit_length())
         return self._extents[n_sessions]
-
-    @_alone
-    def _new(self) -> int:
-        return self._store.new()
 
     def _another(self, seq: int, ids: Iterable[int]) -> Self:
         return type(self)(self.engine, context=self.context, step_tokens=self.step_tokens, store=self._store, seq=seq, ids=ids)

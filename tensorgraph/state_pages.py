@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from tensorgraph.state import StreamClass
 
-Zeros = Callable[[tuple[int, ...], Any], Any]
-"""`zeros(shape, dtype)`: an array, or what stands for one in a device's memory."""
+Zeros = Callable[[tuple[int, ...], Any], Any]  # `Device.zeros`
 
 
 @dataclass(frozen=True, eq=False)

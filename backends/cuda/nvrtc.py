@@ -13,7 +13,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from tensorgraph.errors import TensorGraphError, UnsupportedError
+from tensorgraph.errors import KernelError, UnsupportedError
 
 INSTALL = "pip install 'nvidia-cuda-nvrtc==13.0.*'"
 OPTIONS = ("-std=c++17", "--fmad=false", "-default-device", "--ptxas-options=-v", "--no-source-include")
@@ -21,10 +21,6 @@ _ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers")
 _SHARED = re.compile(r"(\d+) bytes smem")
-
-
-class KernelError(TensorGraphError):
-    """A kernel that cannot be compiled or run."""
 
 
 @dataclass(frozen=True)

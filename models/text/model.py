@@ -79,7 +79,8 @@ def load(
     model = open_model(path)
     try:
         cache = devices[0].plan_cache() if hasattr(devices[0], "plan_cache") else None
-        if gpu_layers is not None or cpu_experts or (len(devices) == 2 and hasattr(devices[0], "free_bytes")):
+        two = len(devices) == 2 and hasattr(devices[0], "free_bytes") and not model.encodes
+        if gpu_layers is not None or cpu_experts or two:
             from tensorgraph.models.text.offload import Parts, place
 
             cache, taken = cache or PlanCache(), options or CompileOptions()

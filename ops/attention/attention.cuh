@@ -155,7 +155,7 @@ template <typename C> __device__ __forceinline__ Piece piece_of(const C& cut, un
 // candidates from..to-1.
 template <typename N> struct View {
     N lo_min, lo_max, hi_min, hi_max, seq;
-    int from, to;
+    int from, to, n_rows;
     bool one_seq;
 };
 
@@ -200,6 +200,7 @@ __device__ __forceinline__ View<N> survey(const S& segment, const Q& queries, co
     View<N> v;
     v.seq = narrow<N>(queries.sequence(p.token));
     v.one_seq = true;
+    v.n_rows = (int)segment.k.shape[0];
     if constexpr (C::TOKENS == 1) {
         bounds_of<N>(segment, queries, p.token, v.lo_min, v.hi_max);
         v.lo_max = v.lo_min, v.hi_min = v.hi_max;
@@ -230,7 +231,7 @@ __device__ __forceinline__ View<N> survey(const S& segment, const Q& queries, co
         bool any = v.lo_min <= v.hi_max;
         v.from = any ? (int)v.lo_min : 0, v.to = any ? (int)v.hi_max + 1 : 0;
     } else {
-        v.from = 0, v.to = (int)segment.k.shape[0];
+        v.from = 0, v.to = v.n_rows;
     }
     return v;
 }
@@ -310,7 +311,7 @@ __device__ __forceinline__ Candidate look(const S& segment, const Q& queries, co
     Candidate found = {0, c, nullptr, nullptr};
     if constexpr (S::LISTED) {
         i64 id = listed(segment.ids, segment.count, p.token, c);
-        if (id < 0 || id >= segment.k.shape[0]) return found;
+        if (id < 0 || id >= view.n_rows) return found;
         found.number = (int)id;
     }
     int s = found.number;

@@ -70,11 +70,17 @@ __device__ __forceinline__ void attend(const Chain<First, Next>& chain, const Q&
                 shared.k[i][lane] = there ? tg_float(((const T*)shared.keys[i])[(k + lane) * k_step]) : 0.0f;
             }
             __syncthreads();
-#pragma unroll 8
-            for (int i = 0; i < BLOCK; ++i) {
-                float x = shared.k[lane][i];
+#pragma unroll 1
+            for (int at = 0; at < BLOCK; at += 8) {  // sums of eight: a few sums of many terms lose less than one of all
+                float part[4] = {};
 #pragma unroll
-                for (int j = 0; j < 4; ++j) s[j] = fmaf(shared.q[4 * warp + j][i], x, s[j]);
+                for (int i = at; i < at + 8; ++i) {
+                    float x = shared.k[lane][i];
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) part[j] = fmaf(shared.q[4 * warp + j][i], x, part[j]);
+                }
+#pragma unroll
+                for (int j = 0; j < 4; ++j) s[j] += part[j];
             }
             __syncthreads();
         }

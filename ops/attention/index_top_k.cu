@@ -90,7 +90,8 @@ template <int PARTS, int COLUMNS> struct ByMatrices {
     template <typename T, typename Q, typename W>
     __device__ __forceinline__ static void stage(Shared& shared, const Q& q, const W& w, i64 t, int first, int heads) {
         using Four = Quad<typename Q::type>;
-        const bool whole = q.strides[2] == 1 && ((q.strides[0] | q.strides[1]) & 3) == 0 && ((u64)q.data & (sizeof(Four) - 1)) == 0;
+        const i64 by = q.strides[2];
+        const bool whole = by == 1 && ((q.strides[0] | q.strides[1]) & 3) == 0 && ((u64)q.data & (sizeof(Four) - 1)) == 0;
 #pragma unroll 2
         for (int i = threadIdx.x; i < heads * WIDTH / 8; i += INDEX_THREADS) {
             const int head = i / (WIDTH / 8), at = i % (WIDTH / 8);
@@ -99,9 +100,9 @@ template <int PARTS, int COLUMNS> struct ByMatrices {
                 const auto* from = q.at(t, first + head, 8 * at);
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
-                    if (whole) four[j] = *(const Four*)(from + 4 * j);
-                    else four[j] = {from[4 * j * q.strides[2]], from[(4 * j + 1) * q.strides[2]], from[(4 * j + 2) * q.strides[2]],
-                                    from[(4 * j + 3) * q.strides[2]]};
+                    if (whole) four[j] = *(const Four*)from;
+                    else four[j] = {from[0], from[by], from[2 * by], from[3 * by]};
+                    from += 4 * by;
                 }
             }
             T x[8];

@@ -1,6 +1,7 @@
 // y[*B, N, M] = b[*B, N, K] @ a[*A, M, K]^T. Few rows of b: `mul_mat_few`, which reads the weights once and is limited by that
-// (mat_vec.cuh); rows that are too long for shared memory are made ready by `mul_mat_x`. Many: `mul_mat_rows` puts b into 16 bits for `mul_mat_many`, by tensor cores; or `mul_mat_exact` in f32
-// (tiles.cuh). SINGLE: there is one matrix, and all axes of b but the last count as rows.
+// (mat_vec.cuh); rows that are too long for shared memory are made ready by `mul_mat_x`. Many: `mul_mat_rows` puts b into 16 bits
+// for `mul_mat_many`, by tensor cores; or `mul_mat_exact` in f32 (tiles.cuh). SINGLE: there is one matrix, and all axes of b but
+// the last count as rows.
 #include "tensorgraph.ops.products:tiles.cuh"
 
 template <bool SINGLE, typename T, int N> struct Batch {
@@ -34,7 +35,8 @@ __device__ __forceinline__ void mul_mat_x(const Tensor<T, N> b, const Tensor<u8,
 }
 
 template <int LANES, int DEPTH, int ROWS, typename X, bool SINGLE, typename A, typename T, int N, typename Ready>
-__device__ __forceinline__ void mul_mat_few(const A a, const Tensor<T, N> b, const Ready ready, const Tensor<float, N> y, i64 chunk) {
+__device__ __forceinline__ void mul_mat_few(const A a, const Tensor<T, N> b, const Ready ready, const Tensor<float, N> y,
+                                            i64 chunk) {
     TG_DYNAMIC_SHARED(shared);
     __shared__ float exchange[tg_exchange_floats<LANES, ROWS, X::tokens>()];
     const Batch<SINGLE, T, N> batch(b);

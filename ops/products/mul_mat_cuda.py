@@ -82,13 +82,14 @@ def token_counts(n_rows: Extent) -> Sequence[tuple[int, Guard | bool]]:
 @dataclass(frozen=True)
 class Tiling:
     """A tile of a product (`tg_mma_tile`): rows of activations and of weights, warps along the former, steps that are on their
-    way of either."""
+    way of either, and blocks of a multiprocessor."""
 
     tokens: int
     rows: int
     warps: int
     stages: int
     depth: int
+    resident: int
 
     @property
     def constants(self) -> str:
@@ -98,14 +99,10 @@ class Tiling:
     def threads(self) -> int:
         return 2 * self.rows
 
-    @property
-    def resident(self) -> int:
-        return 512 // self.threads
-
 
 def tilings(n_rows: Extent, many: Guard | bool) -> Sequence[tuple[Tiling, Guard | bool]]:
     """Tiles, and when each is taken."""
-    small, middle, large = Tiling(32, 64, 1, 4, 4), Tiling(64, 64, 2, 4, 2), Tiling(128, 128, 2, 2, 1)
+    small, middle, large = Tiling(32, 64, 1, 4, 4, 3), Tiling(64, 64, 2, 4, 2, 3), Tiling(128, 128, 2, 2, 0, 2)
     return [(small, many & (n_rows <= 32)), (middle, (n_rows > 32) & (n_rows <= 256)), (large, n_rows > 256)]
 
 

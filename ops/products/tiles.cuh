@@ -136,13 +136,15 @@ template <typename T> __device__ __forceinline__ DenseTile<T> tg_tile_of(const D
 }
 
 // A tile of BN rows of activations by BM rows of weights, 2 * BM threads in WARPS_N times as many warps as are side by side. Of
-// activations STAGES steps are in shared memory or on the way there, of weights DEPTH are on the way to registers.
+// activations STAGES steps are in shared memory or on the way there, of weights DEPTH are on the way to registers; none while
+// weights are decoded where that is 0, for which fewer registers do.
 // `place(token)`: the number of its row in `x`; tokens from `count` on are not there. Then `epilogue(token, row, value, next)`:
 // results of a token, of a row and the next, to be multiplied by 2 to the exponents of both; rows count from the tile's first.
 template <int BN, int BM, int WARPS_N, int STAGES, int DEPTH, typename Tile, typename Place, typename Epilogue>
 __device__ __forceinline__ void tg_mma_tile(const Tile& weights, const Prepared& x, int n_steps, int count, const Place& place,
                                             const Epilogue& epilogue) {
-    static_assert(STAGES % 2 == 0 && STAGES % DEPTH == 0, "steps take turns with what they hold");
+    constexpr int kept = DEPTH > 0 ? DEPTH : 1, turns = DEPTH > 0 ? STAGES : 1;
+    static_assert(STAGES % 2 == 0 && STAGES % kept == 0, "steps take turns with what they hold");
     constexpr int threads = 2 * BM, warps_m = threads / 32 / WARPS_N, wn = BN / WARPS_N, wm = BM / warps_m;
     constexpr int copies = BN * 4 / threads;
     __shared__ __align__(16) u16 rows_of[STAGES][BN * TG_PITCH], columns_of[2][BM * TG_PITCH];
@@ -173,28 +175,29 @@ __device__ __forceinline__ void tg_mma_tile(const Tile& weights, const Prepared&
             for (int e = 0; e < 4; ++e) sums[i][j][e] = 0.0f;
 
     __syncthreads();  // a tile before may still be read
-    typename Tile::Held held[DEPTH];
+    typename Tile::Held held[kept];
 #pragma unroll
-    for (int i = 0; i < DEPTH; ++i)
+    for (int i = 0; i < kept; ++i)
         if (i < n_steps) weights.fetch(held[i], i);
 #pragma unroll
     for (int i = 0; i < STAGES - 1; ++i) copy(i, i);
-    auto put = [&](int step, typename Tile::Held& one) {  // a step's weights where the step will find them; and ask for later ones
+    auto put = [&](int step, typename Tile::Held& one) {  // a step's weights to where it will find them; and asks for later ones
         if (step >= n_steps) return;
         weights.put(one, columns_of[step & 1]);
-        if (step + DEPTH < n_steps) weights.fetch(one, step + DEPTH);
+        if (DEPTH > 0 && step + DEPTH < n_steps) weights.fetch(one, step + DEPTH);
     };
     put(0, held[0]);
 #pragma unroll 1
-    for (int first = 0; first < n_steps; first += STAGES)
+    for (int first = 0; first < n_steps; first += turns)
 #pragma unroll
-    for (int turn = 0; turn < STAGES; ++turn) {
-        const int step = first + turn;
+    for (int turn = 0; turn < turns; ++turn) {
+        const int step = first + turn, stage = turns > 1 ? turn : step % STAGES;
         if (step >= n_steps) break;
         tg_cp_async_wait<STAGES - 2>();
         __syncthreads();
-        copy(step + STAGES - 1, (turn + STAGES - 1) % STAGES);
-        const u16 *a = &rows_of[turn][first_n * TG_PITCH], *b = &columns_of[turn & 1][first_m * TG_PITCH];
+        copy(step + STAGES - 1, (stage + STAGES - 1) % STAGES);
+        if (DEPTH == 0 && step + 1 < n_steps) weights.fetch(held[0], step + 1);
+        const u16 *a = &rows_of[stage][first_n * TG_PITCH], *b = &columns_of[stage & 1][first_m * TG_PITCH];
 #pragma unroll
         for (int k = 0; k < TG_STEP; k += 16) {
             unsigned rows[2][4], columns[wm / 16][4];  // of two tiles of 16 rows by turns: these are volatile, and stay in order
@@ -214,7 +217,7 @@ __device__ __forceinline__ void tg_mma_tile(const Tile& weights, const Prepared&
                 }
             }
         }
-        put(step + 1, held[(turn + 1) % DEPTH]);
+        put(step + 1, held[(turn + 1) % kept]);
     }
     tg_cp_async_wait<0>();
 

@@ -33,7 +33,7 @@ in place   the result may lie where x does
 tolerance  an NMSE of at most 1e-10
 laws       unit_root_mean_square
 source     arXiv:1910.07467
-backends   cpu: yes, reference: yes
+backends   cpu: yes, cuda: yes, cuda-host: yes, reference: yes
 module     tensorgraph.ops.norms.norms
 kernels    norms_cpu.py
 """
@@ -92,9 +92,10 @@ def test_a_page_as_json() -> None:
     (page,) = as_json("ops", "index_top_k")["ops"]
     assert page["family"] == "attention" and page["module"] == "tensorgraph.ops.attention.index_top_k"
     assert page["expands_to"] == ["mul_mat", "relu", "mul", "sum_rows", "attn_mask", "add", "top_k"]
-    assert page["backends"] == {"cpu": "by expansion", "reference": "yes"} and page["tolerance"] == 0
+    assert page["backends"] == dict.fromkeys(("cpu", "cuda", "cuda-host"), "by expansion") | {"reference": "yes"}
+    assert page["tolerance"] == 0
     assert page["attributes"][1] == {"name": "every", "type": "int", "required": False, "default": "1", "allowed": "at least 1"}
-    assert page["text"].startswith(page["summary"]) and page["kernels"] == ["index_top_k_cpu.py"] and not page["unknown"]
+    assert page["text"].startswith(page["summary"]) and page["kernels"] == ["index_top_k_cpu.py", "index_top_k_cuda.py"] and not page["unknown"]
 
 
 def test_every_call_and_signature_can_be_read_back() -> None:

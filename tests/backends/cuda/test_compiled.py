@@ -11,7 +11,7 @@ import pytest
 
 from tensorgraph.backends.cuda import nvrtc
 from tensorgraph.backends.cuda.launches import Written, prelude
-from tensorgraph.errors import UnsupportedError
+from tensorgraph.errors import KernelError, UnsupportedError
 from tests.backends.cuda import catalogue
 
 ARCHS = ("sm_80", "sm_90", "sm_120")
@@ -81,7 +81,7 @@ def test_usage_is_read_from_what_the_compiler_says() -> None:
 
 
 def test_what_does_not_compile_is_said() -> None:
-    with pytest.raises(nvrtc.KernelError, match=r'does not compile for sm_90:\n.*identifier "y" is undefined'):
+    with pytest.raises(KernelError, match=r'does not compile for sm_90:\n.*identifier "y" is undefined'):
         nvrtc.compile_source('extern "C" __global__ void k(int* x) { x[0] = y; }', "sm_90")
 
 
