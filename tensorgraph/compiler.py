@@ -39,7 +39,8 @@ class CompileOptions:
 
     @property
     def key(self) -> str:
-        return repr((sorted(self.placement.items()), sorted(self.layouts.items()), self.scratch_bytes, self.lowerings, self.fuse, self.exact, self.without))
+        named = sorted(self.placement.items()), sorted(self.layouts.items())
+        return repr((*named, self.scratch_bytes, self.lowerings, self.fuse, self.exact, self.without))
 
 
 def compile(

@@ -64,6 +64,7 @@ class Device(ABC):
     """A place that holds values and runs nodes."""
 
     name: str
+    zeros: Any = staticmethod(np.zeros)  # pages of a stream: an array, or what stands for one in this device's memory
     takes_constants = True  # whether programs find constants among their values, too, not only in their part
 
     def __init__(self) -> None:
@@ -93,10 +94,6 @@ class Device(ABC):
     def groups(self, nodes: Sequence[Node], graph: Graph, options: CompileOptions) -> Sequence[Group]:
         """The nodes of a split joined into what is computed in one go."""
         return [Group.of(node) for node in nodes]
-
-    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        """Pages of a stream, filled with zeros: an array, or what stands for one in this device's memory."""
-        return np.zeros(shape, dtype)
 
     @abstractmethod
     def upload(self, array: np.ndarray, dtype: DType, *, constant: bool = False, layout: str = "dense") -> Any:

@@ -95,7 +95,8 @@ def test_a_page_as_json() -> None:
     assert page["backends"] == dict.fromkeys(("cpu", "cuda", "cuda-host"), "by expansion") | {"reference": "yes"}
     assert page["tolerance"] == 0
     assert page["attributes"][1] == {"name": "every", "type": "int", "required": False, "default": "1", "allowed": "at least 1"}
-    assert page["text"].startswith(page["summary"]) and page["kernels"] == ["index_top_k_cpu.py", "index_top_k_cuda.py"] and not page["unknown"]
+    assert page["text"].startswith(page["summary"]) and not page["unknown"]
+    assert page["kernels"] == ["index_top_k_cpu.py", "index_top_k_cuda.py"]
 
 
 def test_every_call_and_signature_can_be_read_back() -> None:

@@ -241,7 +241,7 @@ def test_the_order_of_threads_changes_nothing(name: str) -> None:
     b, ids = input("b", (T, 3, WIDTH)), input("ids", (T, 3), "i32")
     device = HostDevice(BACKEND)
     step = bind({"y": mul_mat(a, b.permute(1, 0, 2)), "z": mul_mat_id(a, b, ids)}, False, {"a": raw}, device)
-    for n in (1, 40):
+    for n in (1, 12, 40, 260):
         rng = np.random.default_rng(n)
         given = {"b": activations(rng, n, 3, WIDTH), "ids": rng.integers(-1, 3, (n, 3)).astype(np.int32)}
         found = []
