@@ -8,26 +8,29 @@ Within a block of 32 elements words stand as `Codes` says; a block of 4 bits is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorgraph.backends.cpu.codes import BLOCK, PLANES, Codes
+from tensorgraph.backends.cpu.codes import BLOCK, PLANES, ROWS, Codes
 from tensorgraph.backends.cpu.weights import interleaved, same_tiles, tile_readers
+from tensorgraph.backends.cpu.weights import pack as interleave
 from tensorgraph.dtypes import DType
-from tensorgraph.errors import InputError
 from tensorgraph.graph import Node
+
+if TYPE_CHECKING:
+    from tensorgraph.backends.cpu.device import CpuDevice
 
 __all__ = ["LAYOUT", "Planes", "codes_of", "pack", "reads_planes", "same_tiles", "tile_readers", "traits", "unpack"]
 
 LAYOUT = "planes"
 ALIGNMENT = 256
-_CHUNK = 1 << 21  # elements packed at once
+_CHUNK = 1 << 22  # elements packed at once
 _LOWEST, _HIGHEST = -112, 127  # exponents that are told apart: 2^(14 - e) is a number of f32
 U8 = NDArray[np.uint8]
 Write = Callable[[int, U8], None]
@@ -80,7 +83,7 @@ class Planes:
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """The first and the last but one of rows that are taken at once."""
-        step = max(1, _CHUNK // max(self.width, 1))
+        step = max(ROWS, _CHUNK // max(self.width, 1) // ROWS * ROWS)
         for first in range(0, self.rows if self.width else 0, step):
             yield first, min(first + step, self.rows)
 
@@ -95,27 +98,50 @@ def planes_of(array: NDArray[Any], dtype: DType) -> Planes:
 def pack(array: NDArray[Any], dtype: DType, write: Write) -> None:
     """Put a constant's planes, from `uint8 [..., row_bytes]` as it is in files.
 
+    Codes are made by the processor's own kernels (layout r16), some rows at a time; here they are only put in another order.
+
     Raises: InputError: the array is not of that type.
     """
-    form = interleaved(dtype)
-    codes = form.codes
-    assert codes is not None and form.parts is not None
-    if array.dtype != np.uint8:
-        raise InputError(f"[pack] wanted the bytes of {dtype} as uint8; got {array.dtype}")
     planes, raw = planes_of(array, dtype), array.reshape(prod(array.shape[:-1]), array.shape[-1])
-    n_heads = sum(codes.fields[0])
+    codes, device = planes.codes, _processor()
     for first, stop in planes.chunks():
-        blocks = np.ascontiguousarray(raw[first:stop]).reshape(-1, dtype.block_bytes)
-        units = form.parts(blocks).reshape(-1, codes.row_bytes)
-        heads, inner = units[:, :n_heads], units[:, n_heads:].reshape(len(units) * codes.n_blocks, -1)
-        at = inner.shape[1] - 4 * codes.bits
-        parts, factors = [], inner[:, :at]
-        for bits in PLANES[codes.bits]:
-            parts.append(inner[:, at : at + 4 * bits])
-            at += 4 * bits
-        for n, part in enumerate((*parts, factors, heads, _exponents(codes, heads, stop - first))):
+        held = interleave(raw[first:stop], dtype, "r16", device)
+        device.settle()
+        units = held.data.reshape(-1, planes.width // codes.block, codes.unit_bytes)
+        heads, *parts = _in_rows(codes, units, stop - first)
+        of_rows = _exponents(codes, heads.reshape(-1, sum(codes.fields[0])), stop - first)
+        for n, part in enumerate((*parts, heads, of_rows)):
             if part.size:
-                write(planes.offsets[n] + first * planes.row_bytes[n], np.ascontiguousarray(part).reshape(-1))
+                write(planes.offsets[n] + first * planes.row_bytes[n], part)
+
+
+@cache
+def _processor() -> CpuDevice:
+    from tensorgraph.backends.cpu.device import CpuDevice
+
+    return CpuDevice()
+
+
+def _in_rows(codes: Codes, units: U8, n_rows: int) -> Iterator[U8]:
+    """Of units [tiles, units, bytes], each of 16 rows: heads, planes of codes and factors as they lie row after row."""
+
+    def rows(part: U8, sizes: Sequence[int]) -> U8:
+        """Fields of so many bytes, each of 16 rows one after another."""
+        *lead, _ = part.shape
+        fields = part.reshape(*lead, len(sizes), ROWS * sizes[0]).view(f"<u{sizes[0]}")
+        last = fields.ndim - 1
+        turned = fields.transpose(0, last, *range(1, last)).reshape(len(fields) * ROWS, -1)[:n_rows]
+        return np.ascontiguousarray(turned).reshape(-1).view(np.uint8)
+
+    head, of_block = codes.fields
+    blocks = units[:, :, codes.head_bytes :].reshape(*units.shape[:2], codes.n_blocks, codes.block_bytes)
+    n_factors = len(of_block) - codes.bits
+    yield rows(units[:, :, : codes.head_bytes], head)
+    start = ROWS * n_factors
+    for bits in PLANES[codes.bits]:
+        yield rows(blocks[..., start : start + ROWS * 4 * bits], (4,) * bits)
+        start += ROWS * 4 * bits
+    yield rows(blocks[..., : ROWS * n_factors], (1,) * n_factors) if n_factors else np.empty(0, np.uint8)
 
 
 def _exponents(codes: Codes, heads: U8, n_rows: int) -> U8:

@@ -242,7 +242,8 @@ def _attending(
         widths = _widths(node)
         assert widths is not None
         shape = f"Shape<{t.math}, {t.wm}, {t.wn}, {t.block}, {t.stages}, {widths.d_k}, {widths.d_v}, {str(widths.shared).lower()}>"
-        resident = 4 if t.wm == 1 and max(widths.d_k, widths.d_v) <= 256 else 2
+        masked = widths.d_v > 256 and any(name.startswith("mask") and ref is not None for name, ref in segments.items())
+        resident = 4 if t.wm == 1 and max(widths.d_k, widths.d_v) <= 256 else 1 if masked else 2
         template = Template(f"{HERE}:flash_attn_tiles.cu", f"flash_attn_tiles<{shape}, {cut}, {logits}>", resident=resident)
         items, threads, shared_bytes = product((tiles, parts)), 32 * t.wm * t.wn, widths.shared_bytes(t)[0]
     else:

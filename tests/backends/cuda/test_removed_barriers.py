@@ -57,11 +57,14 @@ def wide(op: str, **attrs: Any) -> tuple[str, dict[str, Array], dict[str, Any]]:
     return op, {"x": numbers(5, 2500)}, attrs
 
 
+ATTENTION = {"q": numbers(5, 4, 64), "k0": numbers(70, 2, 64, seed=1), "v0": numbers(70, 2, 64, seed=2)}
 CASES: dict[str, tuple[tuple[str, dict[str, Array], dict[str, Any]], str, int]] = {
     "a sum over a block, before it is read": (wide("rms_norm", eps=1e-5), "__global__", 0),
     "a sum over a block, before the next": (wide("norm", eps=1e-5), "__global__", 1),
     "a maximum over a block": (wide("soft_max"), "__global__", 0),
     "what other lanes wrote": (wide("cumsum"), "__global__", 0),
+    "a tile in shared memory": (("mul_mat", {"a": numbers(70, 100), "b": numbers(40, 100, seed=1)}, {}), "tg_fma_tile(", 1),
+    "rows of keys": (("flash_attn", ATTENTION, {"scale": 0.2, "segments": ((1, None, True),)}), "//", 0),
 }
 """An op and its inputs; where in its kernel's source barriers are counted from, and which is left out."""
 
