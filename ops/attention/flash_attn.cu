@@ -35,7 +35,6 @@ __device__ __forceinline__ void attend(const Chain<First, Next>& chain, const Q&
                                        i64 d_v) {
     const First& segment = chain.segment;
     int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    __syncthreads();  // limits may be in use
     const View<N> view = survey<N, C>(segment, queries, p, shared.limits);
     __syncthreads();
     int n = view.to - view.from, begin = max(p.from - before, 0), end = min(p.to - before, n);
@@ -155,7 +154,6 @@ __device__ __forceinline__ void flash_attn(const Q q, const Sinks sinks, const P
 #pragma unroll
         for (int j = 0; j < 4; ++j) tops[j] = nothing();
         attend<N, L, C, CHANNELS>(segments, queries, p, shared, sums, tops, totals, 0, channel, d_v);
-        __syncthreads();
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             int r = 4 * warp + j, t = r / HEADS, h = r % HEADS;

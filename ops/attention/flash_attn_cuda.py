@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tensorgraph.backends.cuda.launches import Buffer, Call, Context, Launch, NodeKernel, Ref, Template
-from tensorgraph.dims import ALWAYS, Extent, Guard, maximum, product
+from tensorgraph.dims import ALWAYS, Guard, maximum, product
 from tensorgraph.graph import Node
 from tensorgraph.ops.attention.attend_cpu import is_of_rows, stored
 from tensorgraph.ops.attention.flash_attn import flash_attn
@@ -18,8 +18,8 @@ from tensorgraph.ops.attention.flash_attn import flash_attn
 HERE = "tensorgraph.ops.attention"
 FEW = 8
 """Tokens up to which tiles are those of a token or two."""
-BLOCKS = 528
-"""Blocks to divide rows among: four for each multiprocessor of an H100."""
+BLOCKS = 528, 264
+"""Blocks to divide rows among, of few tokens and of more: four and two for each multiprocessor of an H100."""
 MOST_SLOTS = 64
 MOST_BYTES = 99 << 10
 """Shared memory of a block that every GPU since Ampere can give."""
@@ -58,9 +58,9 @@ class Tiles:
         heads = rows if group is None else max(1, min(group, rows))
         return replace(self, heads=heads, tokens=1 if listed or group is None else rows // heads)
 
-    def split(self, n_kv: int, group: int) -> Tiles:
+    def split(self, blocks: int, n_kv: int, group: int) -> Tiles:
         parts = max(n_kv * -(-group // self.heads), 1)
-        return replace(self, slots=max(1, min(MOST_SLOTS, BLOCKS // parts)))
+        return replace(self, slots=max(1, min(MOST_SLOTS, blocks // parts)))
 
 
 @dataclass(frozen=True)
@@ -184,9 +184,10 @@ def _ways(node: Node, context: Context) -> list[tuple[Tiles, Guard]]:
     few, many = (None, None) if widths is None or not group else _tiles(widths, _math(node), group, listed)
     if few is None or many is None:
         plain = Tiles("", 1, 1, 32, 1, 1, 16).cut_to(16, group, listed)
-        return [(plain.split(*most), ALWAYS)]
-    few, many = few.split(*most), many.split(*most)
-    if few == many:
+        return [(plain.split(BLOCKS[0], *most), ALWAYS)]
+    same = few == many
+    few, many = (tiles.split(blocks, *most) for tiles, blocks in zip((few, many), BLOCKS, strict=True))
+    if same:
         return [(few, ALWAYS)]
     ways = ((few, node.shape[0] <= FEW), (many, node.shape[0] > FEW))
     return [(tiles, ALWAYS if guard is True else guard) for tiles, guard in ways if guard is not False]
@@ -194,7 +195,8 @@ def _ways(node: Node, context: Context) -> list[tuple[Tiles, Guard]]:
 
 def _math(node: Node) -> str:
     """Of the tensor cores, by the one type of all keys and values; empty where there is none."""
-    found = {"f32" if x.dtype.is_block else x.dtype.name for slot, x in zip(node.slots, node.inputs, strict=True) if slot[0] in "kv"}
+    streams = [x.dtype for slot, x in zip(node.slots, node.inputs, strict=True) if slot[0] in "kv"]
+    found = {"f32" if dtype.is_block else dtype.name for dtype in streams}
     return MATHS.get(found.pop(), "") if len(found) == 1 else ""
 
 
@@ -241,9 +243,11 @@ def _attending(
     if t.math:
         widths = _widths(node)
         assert widths is not None
-        shape = f"Shape<{t.math}, {t.wm}, {t.wn}, {t.block}, {t.stages}, {widths.d_k}, {widths.d_v}, {str(widths.shared).lower()}>"
-        masked = widths.d_v > 256 and any(name.startswith("mask") and ref is not None for name, ref in segments.items())
-        resident = 4 if t.wm == 1 and max(widths.d_k, widths.d_v) <= 256 else 1 if masked else 2
+        both = f"{widths.d_k}, {widths.d_v}, {str(widths.shared).lower()}"
+        shape = f"Shape<{t.math}, {t.wm}, {t.wn}, {t.block}, {t.stages}, {both}>"
+        resident = 4 if t.wm == 1 and max(widths.d_k, widths.d_v) <= 256 else 2
+        if widths.d_v > 256 and not _plain(node):
+            resident = 1
         template = Template(f"{HERE}:flash_attn_tiles.cu", f"flash_attn_tiles<{shape}, {cut}, {logits}>", resident=resident)
         items, threads, shared_bytes = product((tiles, parts)), 32 * t.wm * t.wn, widths.shared_bytes(t)[0]
     else:
@@ -254,11 +258,19 @@ def _attending(
     divided = (n_tokens <= t.tokens * (t.slots // 2)) & guard
     if t.slots == 1 or divided is False:
         return [attend]
+    divided = guard if divided is True else divided
     combine = Template(
         f"{HERE}:attention_combine.cu", f"combine<{t.tokens}, {t.heads}, {t.rows}, {t.slots}, {str(bool(t.math)).lower()}>"
     )
     given = {"partial": partial, "sinks": operands["sinks"], "y": y, "n_kv": Ref(n_kv)}
-    return [attend, Launch(combine, given, items=product(node.shape[:2]), guard=divided, nodes=(node,))]
+    items = product((*node.shape[:2], -(-maximum(d_v) // 128)))
+    return [attend, Launch(combine, given, items=items, guard=divided, nodes=(node,))]
+
+
+def _plain(node: Node) -> bool:
+    """Whether a kernel of wide values gets by with the registers that two blocks of it leave each other."""
+    masked = any(slot.startswith("mask") for slot in node.slots)
+    return not masked and not node.attrs["softcap"] and len(node.attrs["segments"]) <= 2
 
 
 def _group(q: Node, k0: Node) -> int:

@@ -124,28 +124,43 @@ __device__ __forceinline__ void copy_rows(char* to, int row_bytes, const char* c
     }
 }
 
-// Queries of a tile, rounded; those that are not there are 0. `factors` is what logits are multiplied by.
+// Queries of a tile, rounded; those that are not there are 0. `factors` is what logits are multiplied by. A warp has a few
+// queries at a time in registers, so that it waits for memory once for all of them.
 template <typename S, typename C, typename L, typename Q>
 __device__ __forceinline__ void load_queries(const Q& q, const Piece& p, char* to, float* factors) {
-    using Element = typename S::Element;
+    constexpr int EACH = (S::WIDE_K + 31) / 32, AT_ONCE = EACH <= 4 ? 4 : EACH <= 8 ? 2 : 1, WARPS = S::THREADS / 32;
+    static_assert(S::ROWS / WARPS % AT_ONCE == 0, "queries of a warp");
     int lane = threadIdx.x % 32;
-    for (int r = threadIdx.x / 32; r < S::ROWS; r += S::THREADS / 32) {
-        int t = r / C::HEADS, h = r % C::HEADS;
-        bool there = t < p.n_tokens && h < p.n_heads;
-        float by = 1.0f, back = 1.0f;
-        if constexpr (S::Math::SCALED) {
-            float most = 0.0f;
-            for (int i = lane; i < S::D_K; i += 32)
-                if (there) most = fmaxf(most, fabsf(tg_float(*q.at(p.token + t, p.head + h, i))));
+#pragma unroll 1
+    for (int first = threadIdx.x / 32 * AT_ONCE; first < S::ROWS; first += WARPS * AT_ONCE) {
+        float x[AT_ONCE][EACH];
 #pragma unroll
-            for (int other = 16; other > 0; other /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, other));
-            int power = __float_as_int(most) >> 23;  // 0 and 255: nothing to bring anywhere
-            if (power > 0 && power < 254) by = __int_as_float((254 - power) << 23), back = __int_as_float(power << 23);
+        for (int j = 0; j < AT_ONCE; ++j) {
+            int t = (first + j) / C::HEADS, h = (first + j) % C::HEADS;
+            bool there = t < p.n_tokens && h < p.n_heads;
+            const auto* row = q.at(there ? p.token + t : 0, there ? p.head + h : 0);
+#pragma unroll
+            for (int i = 0; i < EACH; ++i)
+                x[j][i] = there && i * 32 + lane < S::D_K ? tg_float(row[(i * 32 + lane) * q.strides[2]]) : 0.0f;
         }
-        Element* row = (Element*)(to + r * S::Q_BYTES);
-        for (int i = lane; i < S::WIDE_K; i += 32)
-            row[i] = S::Math::rounded(there && i < S::D_K ? tg_float(*q.at(p.token + t, p.head + h, i)) * by : 0.0f);
-        if (lane == 0) factors[r] = back * L::scale() * (L::CAPPED ? 1.0f : LOG2_E);
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; ++j) {
+            float by = 1.0f, back = 1.0f;
+            if constexpr (S::Math::SCALED) {
+                float most = 0.0f;
+#pragma unroll
+                for (int i = 0; i < EACH; ++i) most = fmaxf(most, fabsf(x[j][i]));
+#pragma unroll
+                for (int other = 16; other > 0; other /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, other));
+                int power = __float_as_int(most) >> 23;  // 0 and 255: nothing to bring anywhere
+                if (power > 0 && power < 254) by = __int_as_float((254 - power) << 23), back = __int_as_float(power << 23);
+            }
+            auto* row = (typename S::Element*)(to + (first + j) * S::Q_BYTES);
+#pragma unroll
+            for (int i = 0; i < EACH; ++i)
+                if (i * 32 + lane < S::WIDE_K) row[i * 32 + lane] = S::Math::rounded(x[j][i] * by);
+            if (lane == 0) factors[first + j] = back * L::scale() * (L::CAPPED ? 1.0f : LOG2_E);
+        }
     }
 }
 
@@ -390,7 +405,6 @@ template <typename S> __device__ __forceinline__ bool finish(float* exchanged, S
         state.totals[half] = total;
     }
     if constexpr (S::WN > 1) {
-        __syncthreads();
 #pragma unroll
         for (int half = 0; half < 2; ++half)
             if (lane % 4 == 0) exchanged[wn * S::ROWS + wm * 16 + half * 8 + lane / 4] = state.totals[half];
@@ -441,7 +455,7 @@ __device__ __forceinline__ void flash_attn_tiles(const Q q, const Sinks sinks, c
         for (int attempt = -1; attempt < (again ? p.n_tokens : 0); ++attempt) {
             State<S> state = {};
             state.tops[0] = state.tops[1] = nothing();
-            __syncthreads();
+            if (attempt > 0) __syncthreads();  // of the one before, what is left may be being written
             if (thread == 0) small.active = attempt < 0 ? ~0ull : 1ull << attempt;
             attend<S, C, L, N>(segments, queries, places, small, state, 0);
             bool fine = finish<S>(places.tops(), state);

@@ -102,7 +102,7 @@ class Tiling:
 
 def tilings(n_rows: Extent, many: Guard | bool) -> Sequence[tuple[Tiling, Guard | bool]]:
     """Tiles, and when each is taken."""
-    small, middle, large = Tiling(32, 64, 1, 4, 4, 3), Tiling(64, 64, 2, 4, 2, 3), Tiling(128, 128, 2, 2, 0, 2)
+    small, middle, large = Tiling(32, 64, 1, 4, 4, 3), Tiling(64, 64, 2, 4, 2, 2), Tiling(128, 128, 2, 2, 0, 2)
     return [(small, many & (n_rows <= 32)), (middle, (n_rows > 32) & (n_rows <= 256)), (large, n_rows > 256)]
 
 

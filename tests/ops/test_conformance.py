@@ -39,7 +39,7 @@ TARGETS = [f"cpu:{name}" for name, target in cpu_targets.TARGETS.items() if cpu_
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("op", OPS)
 def test_op(op: str, backend: str) -> None:
-    report = check(op, backend, examples=8)
+    report = check(op, backend, examples=3 if backend == "cuda-host" else 8)  # whose kernels are compiled for each case
     assert report.ok, str(report)
 
 
