@@ -23,6 +23,13 @@ class WatchedArena(ReferenceDevice):
         self.arena, self.threads, self.compute = np.zeros(1 << 24, np.uint8), 1, compute
         self.buffers: dict[Any, Any] = {}
 
+    def fill_arena(self, n_bytes: int, value: int) -> bool:
+        self.arena[:n_bytes] = value
+        return True
+
+    def arena_bytes(self, n_bytes: int) -> Any:
+        return self.arena[:n_bytes]
+
     def set_threads(self, threads: Any) -> None:
         self.threads = threads
 
