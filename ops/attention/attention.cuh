@@ -63,10 +63,12 @@ struct Segment {
 
 struct End {
     static constexpr bool OWN_VALUES = false, WIDE = false;
+    static constexpr int COUNT = 0;
 };
 template <typename First, typename Next> struct Chain {
     static constexpr bool OWN_VALUES = First::OWN_VALUES || Next::OWN_VALUES;
     static constexpr bool WIDE = is_wide<decltype(First::pos)> || is_wide<decltype(First::seq)> || Next::WIDE;
+    static constexpr int COUNT = 1 + Next::COUNT;
     First segment;
     Next next;
 };
@@ -77,6 +79,14 @@ __device__ __forceinline__ auto chain(Rules<R, Rs...>, const K k, const V v, con
                                       const Count count, const Mask mask, const Rest... rest) {
     auto next = chain(Rules<Rs...>{}, rest...);
     return Chain<Segment<R, K, V, Pos, Seq, Ids, Count, Mask>, decltype(next)>{{k, v, pos, seq, ids, count, mask}, next};
+}
+
+// How many rows each segment has, to be kept in shared memory: extents are read from global memory at a kernel's beginning, and
+// would be in registers to its end.
+__device__ __forceinline__ void note_rows(const End&, int*) {}
+template <typename First, typename Next> __device__ __forceinline__ void note_rows(const Chain<First, Next>& chain, int* to) {
+    *to = (int)chain.segment.k.shape[0];
+    note_rows(chain.next, to + 1);
 }
 
 template <typename Q_, typename Pos, typename Seq> struct Queries {
@@ -103,8 +113,8 @@ template <int TOKENS_, int HEADS_, int ROWS_, int SLOTS_> struct Cut {
     int n_tokens;
     unsigned n_heads, group, pieces, parts, tiles, splits;
 
-    __device__ __forceinline__ Cut(i64 n_tokens_, i64 n_heads_, i64 n_kv) {
-        n_tokens = (int)n_tokens_;
+    __device__ __forceinline__ Cut(int n_tokens_, i64 n_heads_, i64 n_kv) {
+        n_tokens = n_tokens_;
         n_heads = (unsigned)n_heads_;
         group = n_heads / (unsigned)(n_kv > 0 ? n_kv : 1);
         pieces = (group + HEADS - 1) / HEADS;
@@ -196,11 +206,11 @@ __device__ __forceinline__ void bounds_of(const S& segment, const Q& queries, in
 
 // Every warp finds the same; `limits` (shared memory: lo, hi, sequence of each token) is written by the first.
 template <typename N, typename C, typename S, typename Q>
-__device__ __forceinline__ View<N> survey(const S& segment, const Q& queries, const Piece& p, N (*limits)[3]) {
+__device__ __forceinline__ View<N> survey(const S& segment, int n_rows, const Q& queries, const Piece& p, N (*limits)[3]) {
     View<N> v;
     v.seq = narrow<N>(queries.sequence(p.token));
     v.one_seq = true;
-    v.n_rows = (int)segment.k.shape[0];
+    v.n_rows = n_rows;
     if constexpr (C::TOKENS == 1) {
         bounds_of<N>(segment, queries, p.token, v.lo_min, v.hi_max);
         v.lo_max = v.lo_min, v.hi_min = v.hi_max;
@@ -220,8 +230,10 @@ __device__ __forceinline__ View<N> survey(const S& segment, const Q& queries, co
         }
 #pragma unroll
         for (int by = 16; by > 0; by /= 2) {
-            v.lo_min = min(v.lo_min, __shfl_xor_sync(~0u, v.lo_min, by)), v.lo_max = max(v.lo_max, __shfl_xor_sync(~0u, v.lo_max, by));
-            v.hi_min = min(v.hi_min, __shfl_xor_sync(~0u, v.hi_min, by)), v.hi_max = max(v.hi_max, __shfl_xor_sync(~0u, v.hi_max, by));
+            v.lo_min = min(v.lo_min, __shfl_xor_sync(~0u, v.lo_min, by));
+            v.lo_max = max(v.lo_max, __shfl_xor_sync(~0u, v.lo_max, by));
+            v.hi_min = min(v.hi_min, __shfl_xor_sync(~0u, v.hi_min, by));
+            v.hi_max = max(v.hi_max, __shfl_xor_sync(~0u, v.hi_max, by));
         }
         v.one_seq = __all_sync(~0u, same);
     }
@@ -350,23 +362,25 @@ __device__ __forceinline__ Candidate look(const S& segment, const Q& queries, co
 
 // --- all segments ----------------------------------------------------------------------------------------------------------
 
-template <typename N, typename C, typename Q> __device__ __forceinline__ int candidates(const End&, const Q&, const Piece&, N (*)[3]) {
+template <typename N, typename C, typename Q>
+__device__ __forceinline__ int candidates(const End&, const int*, const Q&, const Piece&, N (*)[3]) {
     return 0;
 }
 template <typename N, typename C, typename Q, typename First, typename Next>
-__device__ __forceinline__ int candidates(const Chain<First, Next>& chain, const Q& queries, const Piece& p, N (*limits)[3]) {
-    View<N> view = survey<N, C>(chain.segment, queries, p, limits);
-    return view.to - view.from + candidates<N, C>(chain.next, queries, p, limits);
+__device__ __forceinline__ int candidates(const Chain<First, Next>& chain, const int* rows, const Q& queries, const Piece& p,
+                                          N (*limits)[3]) {
+    const View<N> view = survey<N, C>(chain.segment, rows[0], queries, p, limits);
+    return view.to - view.from + candidates<N, C>(chain.next, rows + 1, queries, p, limits);
 }
 
 // The piece of an item, which takes its split's share of the candidates, in whole tiles of BLOCK.
 template <int BLOCK, typename N, typename C, typename Q, typename Segments>
-__device__ __forceinline__ Piece shared_out(const C& cut, unsigned item, i64 width, const Segments& segments, const Q& queries,
-                                            N (*limits)[3]) {
+__device__ __forceinline__ Piece shared_out(const C& cut, unsigned item, i64 width, const Segments& segments, const int* rows,
+                                            const Q& queries, N (*limits)[3]) {
     unsigned split;
     Piece p = piece_of(cut, item, width, split);
     if (p.divided) {
-        unsigned n = (unsigned)candidates<N, C>(segments, queries, p, limits);
+        unsigned n = (unsigned)candidates<N, C>(segments, rows, queries, p, limits);
         unsigned each = ((n + cut.splits - 1) / cut.splits + BLOCK - 1) / BLOCK * BLOCK;
         p.from = (int)min(split * each, n);
         p.to = (int)min(p.from + each, n);

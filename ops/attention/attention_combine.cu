@@ -8,7 +8,7 @@ template <int TOKENS, int HEADS, int ROWS, int SLOTS, bool TWOS, typename Sinks>
 __device__ __forceinline__ void combine(const Tensor<u8, 1> partial, const Sinks sinks, const Tensor<float, 3> y, i64 n_kv) {
     constexpr int WARPS = 4, CHANNELS = 128;
     __shared__ float weights[SLOTS], sums[WARPS][CHANNELS];
-    const Cut<TOKENS, HEADS, ROWS, SLOTS> cut(y.shape[0], y.shape[1], n_kv);
+    const Cut<TOKENS, HEADS, ROWS, SLOTS> cut((int)y.shape[0], y.shape[1], n_kv);
     if (cut.splits <= 1) return;
     i64 d_v = y.shape[2], apart = (i64)cut.parts * ROWS;  // partial results of neighbouring splits
     unsigned chunks = (unsigned)((d_v + CHANNELS - 1) / CHANNELS), n_items = (unsigned)cut.n_tokens * cut.n_heads * chunks;

@@ -15,7 +15,9 @@ template <int CHANNELS> struct Sums {
     float of[N][EACH];
 };
 
-template <typename N> struct Shared {
+template <typename N, int SEGMENTS> struct Shared {
+    static constexpr int COUNT = SEGMENTS;
+    int rows[SEGMENTS];
     float q[ROWS][BLOCK], k[BLOCK][BLOCK + 1], weights[BLOCK][ROWS], factors[ROWS];
     u64 seen[BLOCK];
     const char *keys[BLOCK], *values[BLOCK];
@@ -23,19 +25,19 @@ template <typename N> struct Shared {
     N limits[ROWS][3];
 };
 
-template <typename N, typename L, typename C, int CHANNELS, typename Q>
-__device__ __forceinline__ void attend(const End&, const Q&, const Piece&, Shared<N>&, Sums<CHANNELS>&, float (&)[4], float (&)[4],
+template <typename N, typename L, typename C, int CHANNELS, typename Q, typename Room>
+__device__ __forceinline__ void attend(const End&, const Q&, const Piece&, Room&, Sums<CHANNELS>&, float (&)[4], float (&)[4],
                                        int, i64, i64) {}
 
 // A piece's candidates of the segments that are left, `before` being those of the others. `tops`, `totals`: of the queries
 // 4 w + i of warp w.
-template <typename N, typename L, typename C, int CHANNELS, typename Q, typename First, typename Next>
-__device__ __forceinline__ void attend(const Chain<First, Next>& chain, const Q& queries, const Piece& p, Shared<N>& shared,
+template <typename N, typename L, typename C, int CHANNELS, typename Q, typename Room, typename First, typename Next>
+__device__ __forceinline__ void attend(const Chain<First, Next>& chain, const Q& queries, const Piece& p, Room& shared,
                                        Sums<CHANNELS>& sums, float (&tops)[4], float (&totals)[4], int before, i64 channel,
                                        i64 d_v) {
     const First& segment = chain.segment;
     int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    const View<N> view = survey<N, C>(segment, queries, p, shared.limits);
+    const View<N> view = survey<N, C>(segment, shared.rows[Room::COUNT - Chain<First, Next>::COUNT], queries, p, shared.limits);
     __syncthreads();
     int n = view.to - view.from, begin = max(p.from - before, 0), end = min(p.to - before, n);
     i64 d_k = queries.q.shape[2];
@@ -140,14 +142,16 @@ __device__ __forceinline__ void flash_attn(const Q q, const Sinks sinks, const P
     const auto segments = chain(R{}, given...);
     const Queries<Q, Pos, Seq> queries = {q, pos, seq};
     using N = typename Chosen<decltype(segments)::WIDE || decltype(queries)::WIDE, i64, int>::type;
-    __shared__ Shared<N> shared;
-    const C cut(q.shape[0], q.shape[1], n_kv);
+    __shared__ Shared<N, decltype(segments)::COUNT> shared;
+    const C cut((int)q.shape[0], q.shape[1], n_kv);
     i64 d_v = y.shape[2];
     unsigned chunks = (unsigned)((d_v + CHANNELS - 1) / CHANNELS), n_items = cut.tiles * cut.splits * cut.parts * chunks;
     int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     int at = thread % CHANNELS, first = thread / CHANNELS * Sums<CHANNELS>::N;
+    if (thread == 0) note_rows(segments, shared.rows);
+    __syncthreads();
     for (unsigned item = blockIdx.x; item < n_items; item += gridDim.x) {
-        const Piece p = shared_out<BLOCK, N>(cut, item / chunks, d_v, segments, queries, shared.limits);
+        const Piece p = shared_out<BLOCK, N>(cut, item / chunks, d_v, segments, shared.rows, queries, shared.limits);
         i64 channel = (i64)(item % chunks) * CHANNELS;
         Sums<CHANNELS> sums = {};
         float tops[4], totals[4] = {};

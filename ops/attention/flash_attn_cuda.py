@@ -80,7 +80,7 @@ class Widths:
         longer = max(wide_k, wide_v) if self.shared else wide_k
         stage = t.block * (longer * self.size + 16 + (wide_v * self.size + 16 if self.own else 0))
         exchanged = t.rows * (t.block * self.size + 16) + 4 * t.wn * t.rows if t.wn > 1 else 0
-        small = t.block * (3 * 12 + 16) + 4 * t.rows + 24 * t.tokens + 64
+        small = t.block * (3 * 12 + 16) + 4 * t.rows + 24 * t.tokens + 256
         return t.rows * (wide_k * self.size + 16) + exchanged + t.stages * stage, small
 
 
@@ -176,8 +176,7 @@ def _ways(node: Node, context: Context) -> list[tuple[Tiles, Guard]]:
     """Tiles for few tokens and for more, and when each are taken."""
     q, k0, n = node.at("q"), node.at("k0"), range(len(node.attrs["segments"]))
     assert q is not None and k0 is not None
-    n_heads, n_kv = q.shape[1], k0.shape[1]
-    group = n_heads // max(n_kv, 1) if isinstance(n_heads, int) and isinstance(n_kv, int) else None
+    n_heads, n_kv, group = q.shape[1], k0.shape[1], _group(q, k0)
     listed = any(node.at(f"ids{i}") is not None for i in n)
     most = maximum(n_kv), maximum(n_heads) if group is None else group
     widths = None if context.exact or group is None else _widths(node)
@@ -233,9 +232,8 @@ def _attending(
     """What leaves the result, or parts of it and the launch that puts those together."""
     q, k0, y = node.at("q"), node.at("k0"), Ref(node)
     assert q is not None and k0 is not None
-    n_tokens, n_kv, d_v = q.shape[0], k0.shape[1], node.shape[2]
-    pieces = -(-maximum(q.shape[1]) // t.heads) if not (t.math or t.tokens > 1) else -(-_group(q, k0) // t.heads)
-    parts = product((n_kv, pieces))
+    n_tokens, n_kv, d_v, group = q.shape[0], k0.shape[1], node.shape[2], _group(q, k0)
+    parts = product((n_kv, -(-(maximum(q.shape[1]) if group is None else group) // t.heads)))
     partial = Ref(Buffer(t.slots * maximum(parts) * t.rows * (maximum(d_v) + 2) * 4, "partial")) if t.slots > 1 else None
     own = {**operands, "y": y, "partial": partial, "n_kv": Ref(n_kv), **segments}
     tiles = (n_tokens + (t.tokens - 1)) // t.tokens
@@ -273,10 +271,10 @@ def _plain(node: Node) -> bool:
     return not masked and not node.attrs["softcap"] and len(node.attrs["segments"]) <= 2
 
 
-def _group(q: Node, k0: Node) -> int:
+def _group(q: Node, k0: Node) -> int | None:
+    """Query heads of a kv head, where they are known."""
     n_heads, n_kv = q.shape[1], k0.shape[1]
-    assert isinstance(n_heads, int) and isinstance(n_kv, int)
-    return n_heads // max(n_kv, 1)
+    return n_heads // max(n_kv, 1) if isinstance(n_heads, int) and isinstance(n_kv, int) else None
 
 
 flash_attn.kernels["cuda"] = NodeKernel(calls, reads=reads)

@@ -32,10 +32,6 @@ from tensorgraph.ops.attention import Segment, flash_attn, flash_attn_cuda
 from tensorgraph.ops.attention.visibility import visible
 from tensorgraph.ops.select import top_k
 from tensorgraph.plan import Executable
-from tensorgraph.state_store import StateStore
-from tests.backends.cpu import attention_streams
-from tests.backends.cpu.attention_streams import Attention, History, Stream
-from tests.backends.cpu.test_attention_streams import CASES as STREAMS
 
 Array = NDArray[Any]
 pytestmark = pytest.mark.usefixtures("compiler")
@@ -328,63 +324,3 @@ def test_what_selects_rows_lists_none_twice() -> None:
     assert launched(executables(CASES["lists"])[False], T=1, S0=9) == ["listed_rows", "flash_attn_tiles", "combine"]
     assert launched(executables(CASES["heads alone"])[False], T=1, S0=9) == ["flash_attn_tiles", "combine"]
     assert launched(executables(CASES["heads alone"])[True], T=1, S0=9) == ["flash_attn", "combine"]
-
-
-# Streams.
-
-
-class Steps(History):
-    """Steps in both ways, of numbers that rounding does not change; pages are the device's."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        specs, kv_dtype = self.attention.specs, as_dtype(self.attention.dtype)
-        self.store = StateStore(specs, kv_dtype=kv_dtype, slack=16, initial_pages=1, zeros=dict.fromkeys(specs, device().zeros))
-        self.seqs = [self.store.new() for _ in range(2)]
-
-    def step(self, counts: Mapping[int, int]) -> None:
-        with self.store.begin(list(counts.items())) as step:
-            given, dims = self.attention.inputs(step, self.rng)
-            dtype = self.attention.dtype
-            inputs = {name: rounded(x, dtype) if x.dtype == np.float32 else x for name, x in given.items()}
-            found = {exact: of_streams(self.attention, exact).run(inputs, state=step, dims=dims)["y"] for exact in (False, True)}
-            held = {name: np.array(step.read(name)) for name in self.store.specs}
-            wanted = attention_streams.executable(self.attention, "reference").run(inputs, state=step, dims=dims)["y"]
-            for name, rows in held.items():
-                np.testing.assert_array_equal(rows, step.read(name), err_msg=name)
-            most = max((float(np.abs(rows.astype(float)).max(initial=0)) for rows in held.values()), default=0)
-            for exact, y in found.items():
-                bound = (EXACT if exact else UNIT[dtype] + EXACT) * most
-                np.testing.assert_allclose(y, wanted, rtol=0, atol=bound, err_msg=f"{exact=} {dict(counts)}")
-            step.commit()
-
-
-@cache
-def of_streams(attention: Attention, exact: bool) -> Executable:
-    return executable(attention.graph(), exact)
-
-
-@pytest.mark.parametrize("name", ["segments", "latent", "heads and values", "groups"])
-def test_streams(name: str) -> None:
-    attention = STREAMS[name] if name != "groups" else Attention((Stream("kv", window=20),), d_k=64, d_v=64, heads=6)
-    device().set_threads(1)
-    Steps(attention, "cuda-host", np.random.default_rng(4)).go(7)
-
-
-def test_rows_are_read_in_place() -> None:
-    """Then positions and sequences of rows follow from the store's tables: the inputs are not read."""
-    run = of_streams(STREAMS["segments"], False)
-    assert run.needed and not [name for name in run.needed if name.startswith("rows.")]
-
-
-@pytest.mark.parametrize("name", ["segments", "latent"])
-def test_a_sequence_that_is_not_in_the_batch_sees_nothing(name: str) -> None:
-    attention = STREAMS[name]
-    history = Steps(attention, "cuda-host", np.random.default_rng(1))
-    with history.store.begin([(seq, 20) for seq in history.seqs]) as step:
-        inputs, dims = attention.inputs(step, history.rng)
-        inputs["seqs"] = inputs["seqs"].copy()
-        inputs["seqs"][[3, 21, 39]] = -1, 2, 1 << 30
-        for exact in (False, True):
-            y = of_streams(attention, exact).run(inputs, state=step, dims=dims)["y"]
-            assert not y[[3, 21, 39]].any() and y[[4, 20, 38]].any(axis=(1, 2)).all()
