@@ -29,6 +29,11 @@ template <typename F> struct CodedRow {
     const i8* exponent;
 };
 
+// The same as bytes from where the first row of a matrix begins: half the registers.
+struct CodedOffset {
+    unsigned low, high, factors, heads;
+};
+
 __device__ __forceinline__ i64 tg_whole_256(i64 n) { return (n + 255) & ~(i64)255; }
 
 template <typename F, int N> __device__ __forceinline__ CodedRow<F> tg_coded_row(const Weights<F, N>& w, i64 row) {
@@ -115,9 +120,17 @@ template <typename F, int PAIRS> struct Coded {
     unsigned low[n_low], high[n_high > 0 ? n_high : 1], factors, head;
 
     __device__ __forceinline__ void load(const CodedRow<F>& row, int block, int first = 0) {
-        tg_load_plane<F::low_bits, PAIRS>(low, row.low + block * (4 * F::low_bits), first);
-        if (F::high_bits) tg_load_plane<F::high_bits, PAIRS>(high, row.high + block * (4 * F::high_bits), first);
-        const u8 *f = row.factors + block * F::factor_bytes, *h = row.heads + block / F::n_blocks * F::head_bytes;
+        load(row.low + block * (4 * F::low_bits), row.high + block * (4 * F::high_bits), row.factors + block * F::factor_bytes,
+             row.heads + block / F::n_blocks * F::head_bytes, first);
+    }
+    __device__ __forceinline__ void load(const CodedRow<F>& from, const CodedOffset& row, unsigned block, int first) {
+        load(from.low + (row.low + block * (4 * F::low_bits)), from.high + (row.high + block * (4 * F::high_bits)),
+             from.factors + (row.factors + block * F::factor_bytes),
+             from.heads + (row.heads + block / F::n_blocks * F::head_bytes), first);
+    }
+    __device__ __forceinline__ void load(const u8* from_low, const u8* from_high, const u8* f, const u8* h, int first) {
+        tg_load_plane<F::low_bits, PAIRS>(low, from_low, first);
+        if (F::high_bits) tg_load_plane<F::high_bits, PAIRS>(high, from_high, first);
         factors = F::factor_bytes == 1 ? __ldg(f) : F::factor_bytes == 2 ? __ldg((const u16*)f) : 0u;
         head = F::head_bytes == 1 ? __ldg(h) : F::head_bytes == 2 ? __ldg((const u16*)h) : __ldg((const unsigned*)h);
     }

@@ -27,6 +27,7 @@ class VecPlan:
         chunk: units of a row that it holds at once.
         units: of a whole row.
         unit_bytes: of a unit of all rows.
+        resident: blocks that a multiprocessor is to hold.
     """
 
     lanes: int
@@ -37,6 +38,7 @@ class VecPlan:
     shared_bytes: int
     units: int
     unit_bytes: int
+    resident: int
 
     @property
     def fits(self) -> bool:
@@ -64,13 +66,15 @@ def plan_vec(dtype: DType, planes: bool, exact: bool, height: Extent, width: Ext
     codes = codes_of(dtype) if planes else None
     size_bytes = 4 * codes.bits if codes is not None else 16
     steps = -(-units // lanes)
-    depth = min(max(steps, 1), 4 if not planes else 2 if not rounded or both or tokens > 4 or size_bytes > 24 else 3)
+    few = both or tokens > 4 or size_bytes > 24 or (planes and not rounded)
+    depth = min(max(steps, 1), 2 if few else 3 if planes else 4)
     unit_bytes = tokens * (40 if rounded else 4 * unit)
     chunk = min(max(units, 1), _ROOM // unit_bytes)
     if chunk < units:  # whole turns of all lanes
         chunk = max(chunk // (lanes * depth) * (lanes * depth), min(chunk, lanes))
+    resident = 1 if not rounded and tokens > 2 else 2
     kind = f"Quantised<{tokens}>" if rounded else f"Floats<{tokens}, {unit}>"
-    return VecPlan(lanes, depth, 1 + both, kind, chunk, chunk * unit_bytes, units, unit_bytes)
+    return VecPlan(lanes, depth, 1 + both, kind, chunk, chunk * unit_bytes, units, unit_bytes, resident)
 
 
 def _lanes(rows: int, units: int) -> int:

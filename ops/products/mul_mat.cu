@@ -107,9 +107,7 @@ __device__ __forceinline__ void mul_mat_many(const A a, const Tensor<T, N> b, co
         const auto weights = tg_tile_of(matrix, row, height);
         const int count = tokens - token < BN ? (int)(tokens - token) : BN;
         auto place = [&](int n) { return first + n; };
-        auto store = [&](int n, int m, float u, float v) {
-            tg_store_two(y.data + (first + n) * height, row + m, height, weights, x.exponents[first + n], u, v);
-        };
+        auto store = [&](int n, int m, float u, float v) { tg_store_two(y.data + (first + n) * height, row + m, height, u, v); };
         tg_mma_tile<BN, BM, WARPS_N, STAGES, DEPTH>(weights, x, (int)(padded / TG_STEP), count, place, store);
     }
 }

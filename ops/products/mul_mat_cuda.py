@@ -15,6 +15,8 @@ from tensorgraph.ops.products.mul_mat import mul_mat
 FILE = "tensorgraph.ops.products:mul_mat.cu"
 FEW = 8
 """Rows up to which each weight is read once and multiplied by all of them."""
+FEW_EXACT = 4
+"""Where they are decoded to f32: of more rows, there would be no registers to hold."""
 STEP = 32
 """Elements of K that tiles take at once."""
 SIDE = 64
@@ -36,7 +38,10 @@ def calls(node: Node, context: Context) -> Sequence[Call]:
     operands = {"a": Ref(a, LAYOUT if planes else "dense", known), "b": Ref(b, known=known), "y": Ref(node, known=known)}
     found: list[Call] = []
     vec = planes or a.index_map.strides[-1] == 1
+    most = FEW_EXACT if planes and context.exact else FEW
     for tokens, guard in token_counts(n_rows) if vec else ():
+        if tokens > most:
+            continue
         plan = plan_vec(a.dtype, planes, context.exact, a.shape[-2], b.shape[-1], tokens)
         function = f"mul_mat_few<{plan.lanes}, {plan.depth}, {plan.rows}, {plan.x}, {literal(single)}>"
         items, ready = batch * up(a.shape[-2], plan.per_block), None
@@ -45,14 +50,14 @@ def calls(node: Node, context: Context) -> Sequence[Call]:
             template = Template(FILE, f"mul_mat_x<{plan.x}, {literal(single)}>")
             pieces = batch * n_rows * up(plan.units, PIECE)
             found += guarded(Launch(template, {"b": operands["b"], "to": ready}, items=pieces, threads=THREADS), guard, node)
-        template = Template(FILE, function, (str(plan.chunk),), resident=2)
+        template = Template(FILE, function, (str(plan.chunk),), resident=plan.resident)
         given = {"a": operands["a"], "b": operands["b"], "ready": ready, "y": operands["y"]}
         few = Launch(template, given, items=items, threads=THREADS, shared_bytes=plan.shared_bytes if plan.fits else 0)
         found += guarded(few, guard, node)
-    many = n_rows > FEW if vec else True
+    many = n_rows > most if vec else True
     if context.exact or not (vec and (planes or a.dtype.block_bytes == 2)):
         tiles = batch * up(n_rows, SIDE) * up(a.shape[-2], SIDE)
-        whole = Launch(Template(FILE, f"mul_mat_exact<{literal(single)}>", resident=3), operands, items=tiles, threads=2 * SIDE)
+        whole = Launch(Template(FILE, f"mul_mat_exact<{literal(single)}>", resident=2), operands, items=tiles, threads=2 * SIDE)
         return found + guarded(whole, many, node)
     padded = -(-maximum(b.shape[-1]) // STEP) * STEP
     brain = a.dtype.name == "bf16"
@@ -64,7 +69,7 @@ def calls(node: Node, context: Context) -> Sequence[Call]:
         threads=ROWS_THREADS,
     )
     found += guarded(written, many, node)
-    for tiling, guard in tilings(n_rows, many):
+    for tiling, guard in tilings(n_rows, many, known):
         function = f"mul_mat_many<{tiling.constants}, {literal(single)}>"
         items = batch * up(n_rows, tiling.tokens) * up(a.shape[-2], tiling.rows)
         operands_of = {"a": operands["a"], "b": operands["b"], "rows": rows, "y": operands["y"]}
@@ -100,9 +105,11 @@ class Tiling:
         return 2 * self.rows
 
 
-def tilings(n_rows: Extent, many: Guard | bool) -> Sequence[tuple[Tiling, Guard | bool]]:
-    """Tiles, and when each is taken."""
-    small, middle, large = Tiling(32, 64, 1, 4, 4, 3), Tiling(64, 64, 2, 4, 2, 2), Tiling(128, 128, 2, 2, 0, 2)
+def tilings(n_rows: Extent, many: Guard | bool, known: bool) -> Sequence[tuple[Tiling, Guard | bool]]:
+    """Tiles, and when each is taken; large ones leave no registers for strides of matrices that are not known."""
+    small, middle, large = Tiling(32, 64, 1, 4, 4, 2), Tiling(64, 64, 2, 4, 2, 2), Tiling(128, 128, 2, 2, 0, 2)
+    if not known:
+        return [(small, many & (n_rows <= 32)), (middle, n_rows > 32)]
     return [(small, many & (n_rows <= 32)), (middle, (n_rows > 32) & (n_rows <= 256)), (large, n_rows > 256)]
 
 

@@ -145,16 +145,16 @@ __device__ __forceinline__ void mul_mat_id_many(const A a, const Tensor<T, 3> b,
     const Pairs<T, I> pairs(b, ids);
     const Prepared x(rows.data, b.shape[0] * b.shape[1], padded);
     const unsigned across = (unsigned)((height + BM - 1) / BM);
-    for (i64 item = blockIdx.x; item < (i64)order.n_pieces() * across; item += gridDim.x) {
-        const unsigned number = (unsigned)item / across;
+    for (unsigned item = blockIdx.x; item < (unsigned)order.n_pieces() * across; item += gridDim.x) {
+        const unsigned number = item / across;
         const int4 piece = *order.piece(number);
-        const i64 row = (i64)((unsigned)item - number * across) * BM;
+        const unsigned row = (item - number * across) * BM;
         const int* mine = order.pairs() + piece.y;
         const auto matrix = tg_matrix(a, piece.x * tg_step(a, 0));
         const auto weights = tg_tile_of(matrix, row, height);
         auto place = [&](int n) { return (i64)pairs.source((unsigned)mine[n]); };
         auto store = [&](int n, int m, float u, float v) {
-            tg_store_two(y.data + (unsigned)mine[n] * height, row + m, height, weights, x.exponents[place(n)], u, v);
+            tg_store_two(y.data + (unsigned)mine[n] * height, row + m, height, u, v);
         };
         tg_mma_tile<BN, BM, WARPS_N, STAGES, DEPTH>(weights, x, (int)(padded / TG_STEP), piece.z, place, store);
     }

@@ -33,7 +33,7 @@ def calls(node: Node, context: Context) -> Sequence[Call]:
     function = f"mul_mat_id_few<{plan.lanes}, {plan.depth}, {plan.rows}, {plan.x}>"
     found = guarded(
         Launch(
-            Template(FILE, function, (str(plan.chunk),), MESSAGES, resident=2),
+            Template(FILE, function, (str(plan.chunk),), MESSAGES, resident=plan.resident),
             operands,
             items=pairs * up(height, plan.per_block),
             threads=THREADS,
@@ -44,7 +44,7 @@ def calls(node: Node, context: Context) -> Sequence[Call]:
     )
     if context.exact or not (planes or a.dtype.block_bytes == 2 and a.index_map.strides[-1] == 1):
         order, sort = sorted_pairs(a, ids, SIDE)
-        template = Template(FILE, "mul_mat_id_exact", resident=3)
+        template = Template(FILE, "mul_mat_id_exact", resident=2)
         tiles = most_pieces(a.shape[0], pairs, SIDE) * up(height, SIDE)
         given = {"a": operands["a"], "b": operands["b"], "ids": operands["ids"], "order": order, "y": operands["y"]}
         whole = Launch(template, given, items=tiles, threads=2 * SIDE)
@@ -60,7 +60,7 @@ def calls(node: Node, context: Context) -> Sequence[Call]:
     )
     found += guarded(written, many, node)
     each = pairs // max(n_experts, 1)  # of an expert, where all have as many
-    for tiling, guard in tilings(each, many):
+    for tiling, guard in tilings(each, many, known):
         guard = guard & many if not isinstance(guard, bool) else many if guard else False
         order, sort = sorted_pairs(a, ids, tiling.tokens)
         given = {name: operands[name] for name in ("a", "b", "ids")} | {"order": order, "rows": rows, "y": operands["y"]}

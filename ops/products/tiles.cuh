@@ -77,15 +77,21 @@ template <typename F> struct PlanesTile {
     static constexpr bool brain = false;
     using Held = Coded<F, 2>;
     const PlanesOf<F>& matrix;
-    CodedRow<F> row;
+    CodedOffset row;
     float by;
+    int exponent;  // of the row's results
 
     __device__ __forceinline__ PlanesTile(const PlanesOf<F>& matrix, i64 first_row, i64 height) : matrix(matrix) {
         i64 m = first_row + threadIdx.x / 2;
-        row = matrix.row(m < height ? m : height - 1);
-        by = tg_power(14 - __ldg(row.exponent));
+        if (m >= height) m = height - 1;
+        row = {(unsigned)(m * matrix.low), (unsigned)(m * matrix.high), (unsigned)(m * matrix.factors),
+               (unsigned)(m * matrix.heads)};
+        exponent = __ldg(matrix.first.exponent + m) - 14;
+        by = tg_power(-exponent);
     }
-    __device__ __forceinline__ void fetch(Held& held, int step) const { held.load(row, step, 2 * (threadIdx.x & 1)); }
+    __device__ __forceinline__ void fetch(Held& held, int step) const {
+        held.load(matrix.first, row, step, 2 * (threadIdx.x & 1));
+    }
     __device__ __forceinline__ void put(const Held& held, u16* tile) const {
         unsigned first[2], second[2];
 #pragma unroll
@@ -98,7 +104,6 @@ template <typename F> struct PlanesTile {
         float4 a = tg_elements<F>(values[0], scale, least), b = tg_elements<F>(values[1], scale, least);
         return make_uint4(tg_halves(a.x, a.y), tg_halves(a.z, a.w), tg_halves(b.x, b.y), tg_halves(b.z, b.w));
     }
-    __device__ __forceinline__ int exponent(i64 m) const { return __ldg(matrix.first.exponent + m) - 14; }
 };
 
 // The same of Half or Brain elements, as they are.
@@ -108,6 +113,7 @@ template <typename T> struct DenseTile {
         DenseUnit<T> units[2];
     };
     typename DenseOf<T>::RowOf row;
+    static constexpr int exponent = 0;
 
     __device__ __forceinline__ DenseTile(const DenseOf<T>& matrix, i64 first_row, i64 height) {
         i64 m = first_row + threadIdx.x / 2;
@@ -125,7 +131,6 @@ template <typename T> struct DenseTile {
             to[i] = make_uint4(words[0], words[1], words[2], words[3]);
         }
     }
-    __device__ __forceinline__ int exponent(i64 m) const { return 0; }
 };
 
 template <typename F> __device__ __forceinline__ PlanesTile<F> tg_tile_of(const PlanesOf<F>& matrix, i64 first_row, i64 height) {
@@ -138,12 +143,12 @@ template <typename T> __device__ __forceinline__ DenseTile<T> tg_tile_of(const D
 // A tile of BN rows of activations by BM rows of weights, 2 * BM threads in WARPS_N times as many warps as are side by side. Of
 // activations STAGES steps are in shared memory or on the way there, of weights DEPTH are on the way to registers; none while
 // weights are decoded where that is 0, for which fewer registers do.
-// `place(token)`: the number of its row in `x`; tokens from `count` on are not there. Then `epilogue(token, row, value, next)`:
-// results of a token, of a row and the next, to be multiplied by 2 to the exponents of both; rows count from the tile's first.
+// `place(token)`: the number of its row in `x`; tokens from `count` on are not there. Then `epilogue(token, row, u, v)`: results
+// of a token, of a row and the next; rows count from the tile's first.
 template <int BN, int BM, int WARPS_N, int STAGES, int DEPTH, typename Tile, typename Place, typename Epilogue>
 __device__ __forceinline__ void tg_mma_tile(const Tile& weights, const Prepared& x, int n_steps, int count, const Place& place,
                                             const Epilogue& epilogue) {
-    constexpr int kept = DEPTH > 0 ? DEPTH : 1, turns = DEPTH > 0 ? STAGES : 1;
+    constexpr int kept = DEPTH > 0 ? DEPTH : 1, turns = DEPTH > 0 ? STAGES : 1, at_once = DEPTH > 0 ? 2 : 1;
     static_assert(STAGES % 2 == 0 && STAGES % kept == 0, "steps take turns with what they hold");
     constexpr int threads = 2 * BM, warps_m = threads / 32 / WARPS_N, wn = BN / WARPS_N, wm = BM / warps_m;
     constexpr int copies = BN * 4 / threads;
@@ -175,6 +180,10 @@ __device__ __forceinline__ void tg_mma_tile(const Tile& weights, const Prepared&
             for (int e = 0; e < 4; ++e) sums[i][j][e] = 0.0f;
 
     __syncthreads();  // a tile before may still be read
+    __shared__ int exponents[BM], exponents_of[BN];  // of rows and tokens; where these lie is then forgotten
+    if (thread % 2 == 0) exponents[thread / 2] = weights.exponent;
+    if (thread < BN) exponents_of[thread] = x.exponents[place(thread < count ? thread : count - 1)];
+    if (n_steps == 0) __syncthreads();
     typename Tile::Held held[kept];
 #pragma unroll
     for (int i = 0; i < kept; ++i)
@@ -198,9 +207,10 @@ __device__ __forceinline__ void tg_mma_tile(const Tile& weights, const Prepared&
         copy(step + STAGES - 1, (stage + STAGES - 1) % STAGES);
         if (DEPTH == 0 && step + 1 < n_steps) weights.fetch(held[0], step + 1);
         const u16 *a = &rows_of[stage][first_n * TG_PITCH], *b = &columns_of[stage & 1][first_m * TG_PITCH];
-#pragma unroll
+#pragma unroll(at_once)
         for (int k = 0; k < TG_STEP; k += 16) {
-            unsigned rows[2][4], columns[wm / 16][4];  // of two tiles of 16 rows by turns: these are volatile, and stay in order
+            constexpr int by_turns = DEPTH > 0 ? 2 : 1;  // tiles of 16 rows: these are volatile, and stay in order
+            unsigned rows[by_turns][4], columns[wm / 16][4];
             const u16* row = a + lane % 16 * TG_PITCH + k + lane / 16 * 8;
             tg_ldmatrix_x4(rows[0], row);
 #pragma unroll
@@ -208,12 +218,13 @@ __device__ __forceinline__ void tg_mma_tile(const Tile& weights, const Prepared&
                 tg_ldmatrix_x4(columns[j], b + (16 * j + lane / 16 * 8 + lane % 8) * TG_PITCH + k + lane / 8 % 2 * 8);
 #pragma unroll
             for (int i = 0; i < wn / 16; ++i) {
-                if (i + 1 < wn / 16) tg_ldmatrix_x4(rows[(i + 1) % 2], row + 16 * (i + 1) * TG_PITCH);
+                int next = by_turns > 1 ? i + 1 : i;
+                if (next > 0 && next < wn / 16) tg_ldmatrix_x4(rows[next % by_turns], row + 16 * next * TG_PITCH);
 #pragma unroll
                 for (int j = 0; j < wm / 8; ++j) {
                     const unsigned column[2] = {columns[j / 2][j % 2 * 2], columns[j / 2][j % 2 * 2 + 1]};
-                    if constexpr (Tile::brain) tg_mma_bf16_16816(sums[i][j], rows[i % 2], column);
-                    else tg_mma_f16_16816(sums[i][j], rows[i % 2], column);
+                    if constexpr (Tile::brain) tg_mma_bf16_16816(sums[i][j], rows[i % by_turns], column);
+                    else tg_mma_f16_16816(sums[i][j], rows[i % by_turns], column);
                 }
             }
         }
@@ -226,26 +237,26 @@ __device__ __forceinline__ void tg_mma_tile(const Tile& weights, const Prepared&
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             int token = first_n + 16 * i + 8 * half + lane / 4;
-            if (token < count)
+            if (token >= count) continue;
+            const int own = exponents_of[token];
 #pragma unroll
-                for (int j = 0; j < wm / 8; ++j)
-                    epilogue(token, first_m + 8 * j + lane % 4 * 2, sums[i][j][2 * half], sums[i][j][2 * half + 1]);
+            for (int j = 0; j < wm / 8; ++j) {
+                int m = first_m + 8 * j + lane % 4 * 2;
+                float u = tg_scaled(sums[i][j][2 * half], exponents[m] + own);
+                float v = tg_scaled(sums[i][j][2 * half + 1], exponents[m + 1] + own);
+                epilogue(token, m, u, v);
+            }
         }
 }
 
 // Two results of a token, of rows m and m + 1, which lie side by side.
-template <typename Tile>
-__device__ __forceinline__ void tg_store_two(float* to, i64 m, i64 height, const Tile& weights, int shift, float u, float v) {
-    if (m + 1 < height) {
-        u = tg_scaled(u, shift + weights.exponent(m)), v = tg_scaled(v, shift + weights.exponent(m + 1));
-        if (height % 2 == 0) {
-            *(float2*)(to + m) = make_float2(u, v);
-        } else {
-            to[m] = u, to[m + 1] = v;
-        }
-    } else if (m < height) {
-        to[m] = tg_scaled(u, shift + weights.exponent(m));
+__device__ __forceinline__ void tg_store_two(float* to, i64 m, i64 height, float u, float v) {
+    if (height % 2 == 0) {
+        if (m < height) *(float2*)(to + m) = make_float2(u, v);
+        return;
     }
+    if (m < height) to[m] = u;
+    if (m + 1 < height) to[m + 1] = v;
 }
 
 // --- f32 -------------------------------------------------------------------------------------------------------------------
