@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cmath
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensorgraph.dims import Dim
+from tensorgraph.dtypes import as_dtype
 from tensorgraph.errors import AttributeValueError, DTypeError, ShapeError
 from tensorgraph.graph import input
 from tensorgraph.ops.position import llama3_freq_factors, rope
+from tensorgraph.tools.conformance.evaluate import Meaning
 
 Array = np.ndarray[Any, Any]
 
@@ -159,3 +162,18 @@ def test_shapes_and_errors() -> None:
         rope(x, pos, ext_factor=1.0, freq_scale=0.1)
     with pytest.raises(AttributeValueError, match="layout must be one of"):
         rope(x, pos, layout="neox")
+
+
+def test_what_an_expansion_is_has_not_been_rounded() -> None:
+    """A result in f16 is compared with numbers that are not rounded to f16, also where the op's f32 table keeps f64 out."""
+    rng = np.random.default_rng(5)
+    slots = {
+        "x": rng.standard_normal((3, 64)).astype(np.float16),
+        "pos": np.arange(3, dtype=np.int32),
+        "freq_factors": rng.uniform(1, 2, 32).astype(np.float32),
+    }
+    meaning = Meaning(rope, {"n_dims": 64}, {slot: as_dtype(x.dtype) for slot, x in slots.items()}, expanded=True)
+    exact, rounded = meaning(slots), replace(meaning, rounds=True)(slots, np.float32)
+    np.testing.assert_allclose(exact, rotated(np.float64(slots["x"]), slots["pos"], slots["freq_factors"]), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(rounded, rounded.astype(np.float16))
+    assert np.any(exact != exact.astype(np.float16))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,8 +63,9 @@ def runner(op: Op, backend: str | Device = "reference") -> Callable[..., Array]:
 class Meaning:
     """What an op's result is for some inputs: by its reference, or by its expansion on the reference backend.
 
-    `dtypes` are the inputs' own, which an expansion is given where the op wants just those. With `rounds`, what is computed in
-    float32 is the expansion, over inputs of their own dtypes and rounded to its own after each op.
+    `dtypes` are the inputs' own, which an expansion is given where the op wants just those; floats are f32 where it takes
+    these. With `rounds`, what is computed in float32 is the expansion, over inputs of their own dtypes and rounded to its own
+    after each op.
     """
 
     op: Op
@@ -87,9 +89,12 @@ class Meaning:
     def _expand(self, given: Mapping[str, Array]) -> Array:
         if self.op.expansion is None:
             raise GraphError(f"[{self.op.name}] wanted a reference or an expansion, to compare with; it has neither")
-        try:
-            node = node_of(self.op, given, self.attrs)
-        except DTypeError:
-            given = {slot: x.astype(self.dtypes[slot].numpy) for slot, x in given.items()}
-            node = node_of(self.op, given, self.attrs)
-        return evaluate(self.op.rebuild(self.op.expansion, node), given)
+        own = {slot: x.astype(self.dtypes[slot].numpy) for slot, x in given.items()}
+        wide = {slot: x.astype(np.float32) if as_dtype(x.dtype).is_float else x for slot, x in own.items()}  # rounds no result
+        for values in (given, wide):
+            with suppress(DTypeError):
+                node = node_of(self.op, values, self.attrs)
+                break
+        else:
+            values, node = own, node_of(self.op, own, self.attrs)
+        return evaluate(self.op.rebuild(self.op.expansion, node), values)
