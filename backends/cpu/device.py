@@ -17,22 +17,20 @@ from tensorgraph import registry
 from tensorgraph.backends.cpu.code_cache import CodeCache, default_folder
 from tensorgraph.backends.cpu.constants import ConstantMemory, Held, aligned, forget
 from tensorgraph.backends.cpu.executor import Executor, ThreadCounters, usable_cores
-from tensorgraph.backends.cpu.grouping import context_of, group_nodes
 from tensorgraph.backends.cpu.jit import Jit
-from tensorgraph.backends.cpu.kernel import Call, Kernel, NodeKernel, code_of
+from tensorgraph.backends.cpu.kernel import Call, Kernel, code_of
+from tensorgraph.backends.cpu.kernel_device import KernelDevice, held_array
 from tensorgraph.backends.cpu.measured import all_kept
-from tensorgraph.backends.cpu.operands import is_stored
 from tensorgraph.backends.cpu.packing import Packing
 from tensorgraph.backends.cpu.program import Program, Recipe, write_kernel
 from tensorgraph.backends.cpu.recipes import Entry, keys_of, read_entry
 from tensorgraph.backends.cpu.target import Target, find_target, host
-from tensorgraph.backends.cpu.weights import LAYOUTS, pack, tile_readers, unpack
+from tensorgraph.backends.cpu.weights import LAYOUTS, pack, unpack
 from tensorgraph.compiler import PlanCache
-from tensorgraph.device import Device, Part, Run, Values
+from tensorgraph.device import Part, Run, Values
 from tensorgraph.dtypes import DType
 from tensorgraph.errors import InputError
 from tensorgraph.graph import STRUCTURAL, Graph, Node
-from tensorgraph.memory import Group
 from tensorgraph.state import Layout, StateSpec
 
 if TYPE_CHECKING:
@@ -112,10 +110,11 @@ def code_for(target: Target) -> Code:
     return Code(target)
 
 
-class CpuDevice(Device):
+class CpuDevice(KernelDevice):
     """This machine's processor. `cpu` makes code for it as it is, `cpu:avx2` (or another target's name) for less."""
 
-    takes_constants = False
+    family = "cpu"
+    weight_layouts = LAYOUTS
 
     def __init__(self, name: str = "cpu") -> None:
         super().__init__()
@@ -141,33 +140,15 @@ class CpuDevice(Device):
             self.threads = threads
             self.require(0, 0)
 
-    def supports(self, node: Node) -> bool:
-        if node.op in STRUCTURAL:
-            return True
-        kernel: NodeKernel | None = registry.ops.get(node.op).kernel("cpu")
-        return kernel is not None and all(is_stored(v.dtype) for v in (node, *node.inputs)) and kernel.supports(node)
-
-    def constant_layout(self, constant: Node, graph: Graph) -> str:
-        able = [self._reads(user, slot) for user, slot in tile_readers(graph, constant)]
-        return next((layout for layout in LAYOUTS if able and all(layout in each for each in able)), "dense")
-
     def stream_layout(self, spec: StateSpec, users: Sequence[tuple[Node, str]]) -> Layout:
-        able = [self._reads(user, slot) for user, slot in users]
+        able = [self.reads(user, slot) for user, slot in users]
         layouts: tuple[Layout, ...] = get_args(Layout)
         return next((layout for layout in layouts[1:] if able and all(layout in each for each in able)), "rows")
-
-    def _reads(self, user: Node, slot: str) -> tuple[str, ...]:
-        kernel: NodeKernel | None = None if user.op in STRUCTURAL else registry.ops.get(user.op).kernel("cpu")
-        return kernel.reads(user, slot) if kernel is not None else ()
-
-    def groups(self, nodes: Sequence[Node], graph: Graph, options: Any) -> Sequence[Group]:
-        context = context_of(self, graph, options, self.target, self._reads, "cpu")
-        return group_nodes(nodes, graph, context, fuse=options is None or options.fuse)
 
     def upload(self, array: np.ndarray, dtype: DType, *, constant: bool = False, layout: str = "dense") -> Any:
         if constant:
             return pack(array, dtype, layout, self) if layout != "dense" else self._hold(array, dtype)
-        return np.ascontiguousarray(_in_dtype(array, dtype))
+        return np.ascontiguousarray(held_array(array, dtype))
 
     def plan_cache(self) -> PlanCache:
         """Plans, on disk where code is."""
@@ -200,7 +181,7 @@ class CpuDevice(Device):
         return save
 
     def _hold(self, array: np.ndarray, dtype: DType) -> Held:
-        value = _in_dtype(array, dtype)
+        value = held_array(array, dtype)
         held = self.dense.take(value.nbytes)
         np.ndarray(value.shape, value.dtype, held)[...] = value
         forget(array)  # weights are held once
@@ -296,12 +277,3 @@ class CpuDevice(Device):
         self.refuse(refused, messages)
         if self.note is not None:
             self.note(calls, dims, seconds, spent_s)
-
-
-def _in_dtype(array: np.ndarray, dtype: DType) -> np.ndarray:
-    """As the CPU holds it: block types as f32."""
-    value = np.asarray(array)
-    if not dtype.is_block:
-        return value if value.dtype == dtype.numpy else value.astype(dtype.numpy)
-    decoded: np.ndarray = registry.decoders.get(dtype.name)(value) if value.dtype == np.uint8 else value.astype(np.float32)
-    return decoded

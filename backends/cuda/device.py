@@ -5,24 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import numpy as np
 
-from tensorgraph import registry
-from tensorgraph.backends.cpu.grouping import context_of, group_nodes
-from tensorgraph.backends.cpu.kernel import NodeKernel, kernel_of
-from tensorgraph.backends.cpu.operands import is_stored
+from tensorgraph.backends.cpu.kernel_device import KernelDevice, held_array
 from tensorgraph.backends.cuda.launches import Written
 from tensorgraph.backends.cuda.pages import DevicePages
 from tensorgraph.backends.cuda.program import Program
 from tensorgraph.backends.cuda.runtime import Memory, Runtime
 from tensorgraph.backends.cuda.spread import TARGET
-from tensorgraph.backends.cuda.weights import LAYOUT, codes_of, pack, planes_of, tile_readers, unpack
-from tensorgraph.device import Device, Part, Run, Values
+from tensorgraph.backends.cuda.weights import LAYOUT, codes_of, elements, pack, planes_of, unpack
+from tensorgraph.device import Part, Run, Values
+from tensorgraph.dims import evaluate
 from tensorgraph.dtypes import DType
-from tensorgraph.graph import STRUCTURAL, Graph, Node
-from tensorgraph.memory import Group
+from tensorgraph.graph import Graph, Node
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,10 +37,12 @@ class Held:
         return self.memory.address
 
 
-class CudaDevice(Device):
+class CudaDevice(KernelDevice):
     """A GPU, or with another runtime what stands for one."""
 
-    takes_constants = False
+    family = "cuda"
+    target = TARGET
+    weight_layouts = (LAYOUT,)
 
     def __init__(self, name: str, make: Callable[[], Runtime]) -> None:
         super().__init__()
@@ -58,34 +58,20 @@ class CudaDevice(Device):
         """
         return self._make()
 
-    def supports(self, node: Node) -> bool:
-        if node.op in STRUCTURAL:
-            return True
-        kernel = self.kernel_of(node)
-        return kernel is not None and all(is_stored(v.dtype) for v in (node, *node.inputs)) and kernel.supports(node)
-
-    @staticmethod
-    def kernel_of(node: Node) -> NodeKernel | None:
-        """How a node is computed: by kernels of its own here, or as described for the CPU where that holds anywhere."""
-        return kernel_of(node, "cuda")
-
-    def _reads(self, user: Node, slot: str) -> tuple[str, ...]:
-        kernel = None if user.op in STRUCTURAL else self.kernel_of(user)
-        return kernel.reads(user, slot) if kernel is not None else ()
-
-    def groups(self, nodes: Sequence[Node], graph: Graph, options: Any) -> Sequence[Group]:
-        context = context_of(self, graph, options, TARGET, self._reads, "cuda")
-        return group_nodes(nodes, graph, context, fuse=options is None or options.fuse)
-
     def constant_layout(self, constant: Node, graph: Graph) -> str:
-        able = [self._reads(user, slot) for user, slot in tile_readers(graph, constant)]
-        held = codes_of(constant.dtype) is not None and able and all(LAYOUT in each for each in able)
-        return LAYOUT if held else "dense"
+        return super().constant_layout(constant, graph) if codes_of(constant.dtype) is not None else "dense"
+
+    def constant_bytes(self, constant: Node, graph: Graph) -> int:
+        """How much memory a constant takes."""
+        shape = [evaluate(extent, {}) for extent in constant.shape]
+        if self.constant_layout(constant, graph) == LAYOUT:
+            return planes_of(shape, constant.dtype).size_bytes
+        return prod(shape) * (4 if constant.dtype.is_block else constant.dtype.block_bytes)
 
     def upload(self, array: np.ndarray, dtype: DType, *, constant: bool = False, layout: str = "dense") -> Any:
         if layout == LAYOUT:
             return self._in_planes(array, dtype)
-        value = np.ascontiguousarray(_in_dtype(array, dtype))
+        value = np.ascontiguousarray(held_array(array, dtype))
         if not constant:
             return value
         memory = self.runtime.take(max(value.nbytes, 1))
@@ -93,10 +79,10 @@ class CudaDevice(Device):
         return Held(memory, "dense", value.shape, value.dtype)
 
     def _in_planes(self, array: np.ndarray, dtype: DType) -> Held:
-        planes = planes_of(array, dtype)
-        memory = self.runtime.take(max(planes.size_bytes, 1))
+        shape = elements(array, dtype)
+        memory = self.runtime.take(max(planes_of(shape, dtype).size_bytes, 1))
         pack(array, dtype, lambda at, content: self.runtime.write(memory.address + at, content))
-        return Held(memory, LAYOUT, (*array.shape[:-1], planes.width), np.dtype(np.uint8))
+        return Held(memory, LAYOUT, shape, np.dtype(np.uint8))
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> DevicePages:
         return DevicePages.zeros(self.runtime, shape, dtype)
@@ -149,12 +135,3 @@ class CudaDevice(Device):
     def pages_at(self, pages: Any) -> int:
         """Where a stream's pages lie."""
         return int(pages.memory.address)
-
-
-def _in_dtype(array: np.ndarray, dtype: DType) -> np.ndarray:
-    """As the device holds it: block types as f32."""
-    value = np.asarray(array)
-    if not dtype.is_block:
-        return value if value.dtype == dtype.numpy else value.astype(dtype.numpy)
-    decoded: np.ndarray = registry.decoders.get(dtype.name)(value) if value.dtype == np.uint8 else value.astype(np.float32)
-    return decoded

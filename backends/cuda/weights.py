@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorgraph.backends.cpu.codes import BLOCK, PLANES, ROWS, Codes
-from tensorgraph.backends.cpu.weights import interleaved, same_tiles, tile_readers
+from tensorgraph.backends.cpu.weights import interleaved, same_tiles
 from tensorgraph.backends.cpu.weights import pack as interleave
 from tensorgraph.dtypes import DType
 from tensorgraph.graph import Node
@@ -26,7 +26,7 @@ from tensorgraph.graph import Node
 if TYPE_CHECKING:
     from tensorgraph.backends.cpu.device import CpuDevice
 
-__all__ = ["LAYOUT", "Planes", "codes_of", "pack", "reads_planes", "same_tiles", "tile_readers", "traits", "unpack"]
+__all__ = ["LAYOUT", "Planes", "codes_of", "elements", "pack", "planes_of", "reads_planes", "same_tiles", "traits", "unpack"]
 
 LAYOUT = "planes"
 ALIGNMENT = 256
@@ -88,11 +88,16 @@ class Planes:
             yield first, min(first + step, self.rows)
 
 
-def planes_of(array: NDArray[Any], dtype: DType) -> Planes:
-    """Of a constant that comes as `uint8 [..., row_bytes]`."""
+def planes_of(shape: Sequence[int], dtype: DType) -> Planes:
+    """Of a constant [..., M, K]."""
     codes = codes_of(dtype)
     assert codes is not None
-    return Planes(codes, prod(array.shape[:-1]), array.shape[-1] // dtype.block_bytes * dtype.block_size)
+    return Planes(codes, prod(shape[:-1]), shape[-1])
+
+
+def elements(array: NDArray[Any], dtype: DType) -> tuple[int, ...]:
+    """The shape of a constant that comes as `uint8 [..., row_bytes]`."""
+    return (*array.shape[:-1], array.shape[-1] // dtype.block_bytes * dtype.block_size)
 
 
 def pack(array: NDArray[Any], dtype: DType, write: Write) -> None:
@@ -102,7 +107,7 @@ def pack(array: NDArray[Any], dtype: DType, write: Write) -> None:
 
     Raises: InputError: the array is not of that type.
     """
-    planes, raw = planes_of(array, dtype), array.reshape(prod(array.shape[:-1]), array.shape[-1])
+    planes, raw = planes_of(elements(array, dtype), dtype), array.reshape(prod(array.shape[:-1]), array.shape[-1])
     codes, device = planes.codes, _processor()
     for first, stop in planes.chunks():
         held = interleave(raw[first:stop], dtype, "r16", device)
@@ -167,13 +172,11 @@ def _heads(codes: Codes, heads: U8) -> tuple[NDArray[np.float64], NDArray[np.flo
 
 def unpack(memory: U8, dtype: DType, shape: tuple[int, ...]) -> NDArray[np.float32]:
     """The elements of a constant whose planes are given: those that the type's decoder gives."""
-    codes = codes_of(dtype)
-    assert codes is not None
-    planes, found = Planes(codes, prod(shape[:-1]), shape[-1]), np.empty((prod(shape[:-1]), shape[-1]), np.float32)
+    planes, found = planes_of(shape, dtype), np.empty((prod(shape[:-1]), shape[-1]), np.float32)
     for first, stop in planes.chunks():
         parts = [memory[at + first * n : at + stop * n] for at, n in zip(planes.offsets, planes.row_bytes, strict=False)]
         *bits, factors, heads, _ = parts
-        found[first:stop] = _decode(codes, bits, factors, heads).reshape(stop - first, -1)
+        found[first:stop] = _decode(planes.codes, bits, factors, heads).reshape(stop - first, -1)
     return found.reshape(shape)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -133,3 +134,18 @@ def test_the_command_takes_both(tmp_path: Any) -> None:
     assert tiny.nmse(two, one) <= LARGEST
     wrong = tg("logits", file, *given[:-1], "many", "--out", tmp_path / "no.npz")
     assert wrong.exit_code == 2 and "[gpu-layers] wanted a number of layers, or auto; got 'many'" in wrong.stderr
+
+
+def test_sizes_are_what_weights_take(tmp_path: Path) -> None:
+    """In planes of their own bits, and of NVFP4, which has none, as f32: the device's memory that is taken for them."""
+    path = str(tmp_path / "model.gguf")
+    tg("quantize", str(reference_path("llama/llama-f32.gguf")), path, "--type", "q8_0", "--type", "*ffn_up*=nvfp4")
+    with load(path, backend="cuda-host") as loaded, loaded.session() as session:
+        session.eval([1, 2, 3])
+        plan = loaded.engine.executable(session.extents()).plan
+        found = offload.sizes(loaded.model, plan.graph, plan, session.extents(), as_dtype("f16"), 2)
+        held = [one.memory.size_bytes for one in loaded.engine._uploaded.values()]
+        assert sum(found.layers) + found.rest == sum(held)
+        up = found.layers[0] - sum(loaded.model.weight(f"blk.0.{name}.weight").nbytes for name in LLAMA if name != "ffn_up")
+        n_rows, row_bytes = loaded.model.weight("blk.0.ffn_up.weight").shape
+        assert up >= 4 * n_rows * row_bytes // 36 * 64 and loaded.model.file.tensors["blk.0.ffn_up.weight"].dtype.name == "nvfp4"
