@@ -9,19 +9,19 @@ from tensorgraph.errors import GraphError
 
 
 def compiled(extents: Sequence[Extent]) -> Callable[[Mapping[str, int]], tuple[int, ...]]:
-    """A function from the values of Dims to those of extents."""
+    """A function from the values of Dims to those of extents; from arrays of values, to arrays."""
     listed = "".join(f"{_source(e)}, " for e in extents)
     made: Callable[[Mapping[str, int]], tuple[int, ...]] = eval(f"lambda d: ({listed})")  # from extents, no text of a user's
     return made
 
 
 def compiled_guards(guards: Sequence[Guard]) -> Callable[[Mapping[str, int]], tuple[bool, ...]]:
-    """A function from the values of Dims to whether guards hold."""
+    """A function from the values of Dims to whether guards hold; from arrays of values, to arrays."""
     texts = []
     for guard in guards:
-        bounds = [f"{low} <= {_source(e)}" for e, low, _ in guard.bounds if low is not None]
-        bounds += [f"{_source(e)} <= {high}" for e, _, high in guard.bounds if high is not None]
-        texts.append(f"({' and '.join(bounds) or 'True'}), ")
+        bounds = [f"({low} <= {_source(e)})" for e, low, _ in guard.bounds if low is not None]
+        bounds += [f"({_source(e)} <= {high})" for e, _, high in guard.bounds if high is not None]
+        texts.append(f"({' & '.join(bounds) or 'True'}), ")
     made: Callable[[Mapping[str, int]], tuple[bool, ...]] = eval(f"lambda d: ({''.join(texts)})")
     return made
 

@@ -131,7 +131,3 @@ class CudaDevice(KernelDevice):
     def arena_bytes(self, n_bytes: int) -> np.ndarray:
         """The arena's beginning."""
         return self.runtime.read([(self.arena.address, n_bytes)])[0]
-
-    def pages_at(self, pages: Any) -> int:
-        """Where a stream's pages lie."""
-        return int(pages.memory.address)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tensorgraph.backends.cpu.code_cache import CodeCache, default_folder
 from tensorgraph.backends.cuda import nvrtc
 from tensorgraph.backends.cuda.launches import prelude
-from tensorgraph.backends.cuda.runtime import Bytes, LaunchOf, Memory, Mirror, OutOfMemoryError, Runtime
+from tensorgraph.backends.cuda.runtime import Bytes, LaunchOf, Memory, Mirror, OutOfMemoryError, Reads, Runtime
 from tensorgraph.errors import UnsupportedError
 
 INSTALL = "pip install 'cupy-cuda13x[ctk]'"
@@ -117,21 +117,28 @@ class CupyRuntime(Runtime):
         if n_bytes:
             self.cupy.cuda.runtime.memsetAsync(address, 0, n_bytes, self.stream.ptr)
 
-    def read(self, places: Sequence[tuple[int, int]]) -> list[Bytes]:
-        found = [self._pinned(n_bytes) for _, n_bytes in places]
+    def read(self, places: Reads) -> list[Bytes]:
+        found = self.room_for(places)
+        self.fetch(places, found)
+        self.stream.synchronize()
+        return found
+
+    def room_for(self, places: Reads) -> list[Bytes]:
+        return [self._pinned(n_bytes) for _, n_bytes in places]
+
+    def fetch(self, places: Reads, found: Sequence[Bytes]) -> None:
+        """Copy to the host, on the stream."""
         for (address, n_bytes), to in zip(places, found, strict=True):
             if n_bytes:
                 self.cupy.cuda.runtime.memcpyAsync(to.ctypes.data, address, n_bytes, TO_HOST, self.stream.ptr)
-        self.stream.synchronize()
-        return found
 
     def mirror(self, size_bytes: int) -> Mirror:
         host = self._pinned(size_bytes)
         host[:] = 0
         return Mirror(host, self.take(size_bytes))
 
-    def recorded(self, mirror: Mirror, launches: Sequence[LaunchOf]) -> Callable[[], None]:
-        return _Recorded(self, mirror, launches)
+    def recorded(self, mirror: Mirror, launches: Sequence[LaunchOf], places: Reads = ()) -> Callable[[], list[Bytes]]:
+        return _Recorded(self, mirror, launches, places)
 
     def start(self, mirror: Mirror, launches: Sequence[LaunchOf]) -> None:
         """Copy a mirror, and start kernels, on the stream."""
@@ -175,19 +182,27 @@ class CupyRuntime(Runtime):
 class _Recorded:
     """Launches that are made as they are the first time, and recorded the second: most lengths of a prompt come but once."""
 
-    def __init__(self, runtime: CupyRuntime, mirror: Mirror, launches: Sequence[LaunchOf]) -> None:
-        self.runtime, self.mirror, self.launches = runtime, mirror, launches
+    def __init__(self, runtime: CupyRuntime, mirror: Mirror, launches: Sequence[LaunchOf], places: Reads) -> None:
+        self.runtime, self.mirror, self.launches, self.places = runtime, mirror, launches, places
+        self._found = runtime.room_for(places)
         self._runs = 0
         self._graph: Any = None
 
-    def __call__(self) -> None:
+    def __call__(self) -> list[Bytes]:
         runtime, self._runs = self.runtime, self._runs + 1
         with runtime.cupy.cuda.Device(runtime.index), runtime.stream:
-            if self._runs == 1:
-                runtime.start(self.mirror, self.launches)
-                return
-            if self._graph is None:
+            if self._runs == 2:
                 runtime.stream.begin_capture()
-                runtime.start(self.mirror, self.launches)
+                self._start()
                 self._graph = runtime.stream.end_capture()
-            self._graph.launch(runtime.stream)
+            if self._graph is None:
+                self._start()
+            else:
+                self._graph.launch(runtime.stream)
+            if self.places:
+                runtime.stream.synchronize()
+        return self._found
+
+    def _start(self) -> None:
+        self.runtime.start(self.mirror, self.launches)
+        self.runtime.fetch(self.places, self._found)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tensorgraph.backends.cuda.device import CudaDevice
 from tensorgraph.backends.cuda.host_compiler import HostCompiler
 from tensorgraph.backends.cuda.launches import prelude
-from tensorgraph.backends.cuda.runtime import Bytes, LaunchOf, Memory, Mirror, OutOfMemoryError, Runtime
+from tensorgraph.backends.cuda.runtime import Bytes, LaunchOf, Memory, Mirror, OutOfMemoryError, Reads, Runtime
 
 
 class HostRuntime(Runtime):
@@ -52,7 +52,7 @@ class HostRuntime(Runtime):
     def clear(self, address: int, n_bytes: int) -> None:
         _at(address, n_bytes)[:] = 0
 
-    def read(self, places: Sequence[tuple[int, int]]) -> list[Bytes]:
+    def read(self, places: Reads) -> list[Bytes]:
         return [_at(address, n_bytes).copy() for address, n_bytes in places]
 
     def kernels(self, sources: Mapping[str, str]) -> dict[str, int]:
@@ -64,12 +64,17 @@ class HostRuntime(Runtime):
     def mirror(self, size_bytes: int) -> Mirror:
         return Mirror(np.zeros(size_bytes, np.uint8), self.take(size_bytes))
 
-    def recorded(self, mirror: Mirror, launches: Sequence[LaunchOf]) -> Callable[[], None]:
-        def run() -> None:
+    def recorded(self, mirror: Mirror, launches: Sequence[LaunchOf], places: Reads = ()) -> Callable[[], list[Bytes]]:
+        found = [np.empty(n_bytes, np.uint8) for _, n_bytes in places]
+
+        def run() -> list[Bytes]:
             self.write(mirror.memory.address, mirror.host)
             for each in launches:
                 blocks, threads = (each.blocks, 1, 1), (each.threads, 1, 1)
                 self.compiler.launch(each.kernel, each.args, blocks, threads, each.shared_bytes, self.schedule)
+            for to, (address, n_bytes) in zip(found, places, strict=True):
+                to[:] = _at(address, n_bytes)
+            return found
 
         return run
 

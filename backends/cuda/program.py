@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +12,8 @@ from tensorgraph.backends.cpu.kernel import MESSAGES, Call, Ref, lay_out
 from tensorgraph.backends.cpu.places import Output, Place, Places, root
 from tensorgraph.backends.cuda import launches
 from tensorgraph.backends.cuda.launches import Launch, OperandKey, Part, Recipe, Template, Written, write
-from tensorgraph.backends.cuda.runtime import LaunchOf, Memory
+from tensorgraph.backends.cuda.replay import Given, Prepared, Replay, prepare
+from tensorgraph.backends.cuda.runtime import Bytes, LaunchOf, Memory, Reads
 from tensorgraph.backends.cuda.spread import WARP
 from tensorgraph.backends.cuda.tables import DeviceTable
 from tensorgraph.device import Part as PlanPart
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from tensorgraph.backends.cuda.device import CudaDevice
 
 Found = dict[tuple[str, Any], Any]
+Recorded = Callable[[], list[Bytes]]
 STATUS_BYTES = 64
 MOST_SEQUENCES = 16
 """For which there is room in tables at first."""
@@ -51,17 +53,16 @@ class Program(Places):
         device.require(part.memory.peak_bytes)
         self.outputs = [self.output(n) for n in part.keep if n.op not in ("input", "constant") and not self.stays(n)]
         self.evaluate: Callable[[Mapping[str, int]], tuple[int, ...]] = compiled(list(self._numbers))
-        self._dims = {d.name: d.max for e in (*self._numbers, *self._items()) if isinstance(e, Symbol) for d in e.dims()}
-        self._large: dict[Node, Memory] = {}
+        items = [items for items, _ in self._blocks.values()]
+        self._dims = {d.name: d.max for e in (*self._numbers, *items) if isinstance(e, Symbol) for d in e.dims()}
+        self.large: dict[Node, Memory] = {}
         self.tables: dict[str, DeviceTable] = {}
         self._room = MOST_SEQUENCES
         self._lay_out()
-        self._runs: dict[tuple[tuple[bool, ...], tuple[int, ...]], Callable[[], None]] = {}
-        self._seen: Any = None
+        self._runs: dict[tuple[tuple[bool, ...], tuple[int, ...], tuple[tuple[int, int], ...]], Recorded] = {}
+        self.seen: Any = None  # the state of memory in which recorded runs hold
+        self.owner: Replay | None = None  # whose numbers stand in the mirror, if they are not those of a run
         self._store: Any = None
-
-    def _items(self) -> list[Extent]:
-        return [items for items, _ in self._blocks.values()]
 
     def _lay_out(self) -> None:
         """Where what is written before a run lies."""
@@ -70,13 +71,13 @@ class Program(Places):
         rooms |= {f"table {name}": 8 * (8 + 8 * self._room) for name in self.tables}
         small = [node for node, buffer in self.external.items() if buffer.nbytes <= MOST_MIRRORED]
         rooms |= {f"input {i}": self.external[node].nbytes for i, node in enumerate(small)}
-        self._large = {n: self.device.runtime.take(b.nbytes) for n, b in self.external.items() if b.nbytes > MOST_MIRRORED}
+        self.large = {n: self.device.runtime.take(b.nbytes) for n, b in self.external.items() if b.nbytes > MOST_MIRRORED}
         at, size_bytes = lay_out(rooms)
         self.mirror = self.device.runtime.mirror(size_bytes)
         host = self.mirror.host
         self._at = at | {node: at[f"input {i}"] for i, node in enumerate(small)}
-        self._extents = host[at["extents"] : at["extents"] + rooms["extents"]].view(np.int64)
-        self._tables = {n: host[at[f"table {n}"] : at[f"table {n}"] + rooms[f"table {n}"]].view(np.int64) for n in self.tables}
+        self.extents = host[at["extents"] : at["extents"] + rooms["extents"]].view(np.int64)
+        self.table_rows = {n: host[at[f"table {n}"] : at[f"table {n}"] + rooms[f"table {n}"]].view(np.int64) for n in self.tables}
         for node in small:
             buffer = self.external[node]
             self.external[node] = host[self._at[node] : self._at[node] + buffer.nbytes].view(buffer.dtype)
@@ -87,27 +88,36 @@ class Program(Places):
         dims, device = run.dims, self.device
         if self.checks:
             self.check(dims)
+        self.owner = None
         if self.streams:
-            self._bind_streams(run)
-        self._extents[:] = self.evaluate(dims)
+            self.bind_streams(run.state)
+        self.extents[:] = self.evaluate(dims)
         for node, buffer in self.external.items():
             given = values[node]
             buffer[: given.size] = given if given.ndim == 1 else given.reshape(-1)
-            if node in self._large and given.size:
-                device.runtime.write(self._large[node].address, buffer[: given.size])
-        holds, wide = self.holds(dims), self._class_of(dims)
-        if self._seen != (device.version, self._store):
-            self._runs.clear()
-            self._seen = device.version, self._store
-        key = holds, tuple(wide.values())
-        if key not in self._runs:
-            launches = self._launches(holds, wide)
-            if device.version != self._seen[0]:  # making them has moved memory, of which the others do not know
-                self._runs.clear()
-            self._runs[key] = device.runtime.recorded(self.mirror, launches)
-            self._seen = device.version, self._store
-        self._runs[key]()
+            if node in self.large and given.size:
+                device.runtime.write(self.large[node].address, buffer[: given.size])
+        self.recorded(self.holds(dims), dims)()
         self._finish(values, dims)
+
+    def recorded(self, holds: tuple[bool, ...], dims: Mapping[str, int], places: Reads = ()) -> Recorded:
+        """What makes a run of these extents once the mirror is written, and reads places."""
+        device, wide = self.device, self._class_of(dims)
+        if self.seen != (device.version, self._store):
+            self._runs.clear()
+            self.seen = device.version, self._store
+        key = holds, tuple(wide.values()), tuple(places)
+        if key not in self._runs:
+            made = self._launches(holds, wide)
+            if device.version != self.seen[0]:  # making them has moved memory, of which the others do not know
+                self._runs.clear()
+            self._runs[key] = device.runtime.recorded(self.mirror, made, places)
+            self.seen = device.version, self._store
+        return self._runs[key]
+
+    def replay(self, runs: Sequence[Given], varying: Node) -> Prepared | None:
+        """Several runs prepared at once, with one element of one input left open; None where they are not alike."""
+        return prepare(self, runs, varying)
 
     def _class_of(self, dims: Mapping[str, int]) -> dict[str, int]:
         """The largest extents of runs for which the same launches are made as for these: grids hold for all of them."""
@@ -115,27 +125,38 @@ class Program(Places):
 
     def _finish(self, values: Values, dims: Mapping[str, int]) -> None:
         """Read the outputs, and what kernels that refused their input left."""
-        arena = self.device.arena.address
-        places = [(self.mirror.memory.address + self._at["status"], STATUS_BYTES)]
-        seen: list[tuple[Output, int]] = []
         for output in self.outputs:
             if output.buffer is not None:
                 values[output.node] = output.array(output.buffer, dims)
-                continue
+        places, seen = self.places_of(dims)
+        status, *found = self.device.runtime.read(places)
+        self.refuse(status)
+        for (output, at), content in zip(seen, found, strict=True):
+            values[output.node] = output._replace(shift_bytes=-at).array(content, dims)
+
+    def places_of(self, dims: Mapping[str, int]) -> tuple[Reads, Sequence[tuple[Output, int]]]:
+        """Where kernels say why they refused their input, then the outputs that are not as they were given; these outputs,
+        with where in the arena what is read of them begins."""
+        arena = self.device.arena.address
+        places = [(self.mirror.memory.address + self._at["status"], STATUS_BYTES)]
+        seen: list[tuple[Output, int]] = []
+        for output in (each for each in self.outputs if each.buffer is None):
             at, n_bytes = output.offset, int(np.prod(output.shape(dims))) * output.dtype.itemsize
             if output.where is not None:
                 buffer = self.part.memory.buffers[root(output.node, self.part.taken)]
                 at, n_bytes = buffer.offset, buffer.size_bytes
             places.append((arena + at, n_bytes))
             seen.append((output, at))
-        status, *found = self.device.runtime.read(places)
-        self._refuse(status.view(np.int64))
-        for (output, at), content in zip(seen, found, strict=True):
-            values[output.node] = output._replace(shift_bytes=-at).array(content, dims)
+        return places, seen
 
-    def _refuse(self, status: np.ndarray) -> None:
-        if status[0]:
-            raise InputError(MESSAGES[int(status[0])].format(*status[1:4].tolist()))
+    def refuse(self, status: Bytes) -> None:
+        """Say what kernels left, if they left anything.
+
+        Raises: InputError.
+        """
+        numbers = status.view(np.int64)
+        if numbers[0]:
+            raise InputError(MESSAGES[int(numbers[0])].format(*numbers[1:4].tolist()))
 
     def _launches(self, holds: tuple[bool, ...], dims: Mapping[str, int]) -> list[LaunchOf]:
         """What is started, for runs of these extents or less."""
@@ -143,15 +164,15 @@ class Program(Places):
         written = [self._write(call) for call in calls]
         kernels = self.device.kernels(written)
         self.device.scratch_for(max((self._scratch_bytes(call) for call in calls), default=0))
-        launches = []
+        made = []
         for call, each in zip(calls, written, strict=True):
             (items, of_block), recipe = self._blocks[call], self._recipes[call]
             blocks = min(-(-evaluate(items, dims) // of_block), self.device.runtime.most_blocks)
             if blocks > 0:
                 args = [self._argument(call, param.kind, param.name, param.part) for param in each.params]
                 shared_bytes = self._shared_bytes(call)
-                launches.append(LaunchOf(kernels[each.name], blocks, recipe.threads, shared_bytes, np.array(args, np.int64)))
-        return launches
+                made.append(LaunchOf(kernels[each.name], blocks, recipe.threads, shared_bytes, np.array(args, np.int64)))
+        return made
 
     def _write(self, call: Call) -> Written:
         """A call's kernel; as one of a warp for each item where a block's is too much to ask."""
@@ -181,10 +202,10 @@ class Program(Places):
             return given + self._at[f"table {self._store[0].specs[found.of].stream_class.name}"]
         place: Place = self._given[call][name, "place"]
         if place.kind == "external":
-            large = self._large.get(place.of)
+            large = self.large.get(place.of)
             return int(found) + (large.address if large is not None else given + self._at[place.of])
         if place.kind == "stream":
-            return int(found) + self.device.pages_at(self._store[0].pages(place.of))
+            return int(found) + int(self._store[0].pages(place.of).memory.address)
         return int(found) + (self.device.arena.address if place.kind == "arena" else int(place.of))
 
     def _scratch_bytes(self, call: Call) -> int:
@@ -192,10 +213,13 @@ class Program(Places):
         recipe = self._recipes[call]
         if isinstance(call, Launch) or recipe.shared:
             return 0
-        return self.device.runtime.most_blocks * (recipe.threads // recipe.lanes) * (-(-call.scratch_bytes // 64) * 64)
+        return self.device.runtime.most_blocks * _of_teams(call, recipe)
 
-    def _bind_streams(self, run: Run) -> None:
-        step: Any = run.state
+    def bind_streams(self, step: Any) -> None:
+        """Write the tables by which a step's rows are found.
+
+        Raises: StateError.
+        """
         if step is None:
             name = next(iter(self.streams))
             raise StateError(f"[run] the plan uses the stream {name!r}; wanted the step of a state store; got none")
@@ -218,7 +242,7 @@ class Program(Places):
             self._runs.clear()
         for name, table in self.tables.items():
             numbers = table.numbers(step.classes[table.stream_class])
-            self._tables[name][: len(numbers)] = numbers
+            self.table_rows[name][: len(numbers)] = numbers
 
     # Building.
 
@@ -242,7 +266,7 @@ class Program(Places):
         if isinstance(call, Launch):
             return call.shared_bytes
         recipe = self._recipes[call]
-        return -(-call.scratch_bytes // 64) * 64 * (recipe.threads // recipe.lanes) if recipe.shared else 0
+        return _of_teams(call, recipe) if recipe.shared else 0
 
     def _operand(self, name: str, ref: Ref, given: Found) -> OperandKey:
         def part(extent: Extent, known: bool, which: tuple[str, int]) -> Part:
@@ -267,3 +291,8 @@ class Program(Places):
         strides = index_map.strides if dense else ()
         written = tuple(part(s, ref.known or (i == last and s in (0, 1)), ("strides", i)) for i, s in enumerate(strides))
         return OperandKey(name, place.dtype.name, place.layout, shape, written, not static)
+
+
+def _of_teams(call: Call, recipe: Recipe) -> int:
+    """Bytes of scratch of a block's teams."""
+    return lay_out({"scratch": call.scratch_bytes})[1] * (recipe.threads // recipe.lanes)

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from tensorgraph.errors import TensorGraphError
 
 Bytes = NDArray[np.uint8]
+Reads = Sequence[tuple[int, int]]
+"""Addresses, and how many bytes lie at each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +79,8 @@ class Runtime(ABC):
         """Write zeros."""
 
     @abstractmethod
-    def read(self, places: Sequence[tuple[int, int]]) -> list[Bytes]:
-        """What lies at addresses, so many bytes each, once all that was launched has ended."""
+    def read(self, places: Reads) -> list[Bytes]:
+        """What lies there, once all that was launched has ended."""
 
     @abstractmethod
     def kernels(self, sources: Mapping[str, str]) -> dict[str, int]:
@@ -95,8 +97,11 @@ class Runtime(ABC):
         """
 
     @abstractmethod
-    def recorded(self, mirror: Mirror, launches: Sequence[LaunchOf]) -> Callable[[], None]:
-        """What copies a mirror to its memory, then starts kernels one after another, each when the one before has ended."""
+    def recorded(self, mirror: Mirror, launches: Sequence[LaunchOf], places: Reads = ()) -> Callable[[], list[Bytes]]:
+        """What copies a mirror to its memory, then starts kernels one after another, each when the one before has ended.
+
+        Where there are places, they are read as `read` does, into arrays that are the same each time; without any, nobody waits.
+        """
 
 
 class OutOfMemoryError(TensorGraphError):
