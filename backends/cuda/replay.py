@@ -29,6 +29,8 @@ class Replay:
     def __init__(self, program: Program, runs: Sequence[Given], varying: Node) -> None:
         self._program, self._device = program, program.device
         first, second = runs[0], runs[min(1, len(runs) - 1)]
+        if program.streams:
+            program.bind_streams(first[1].state)  # may lay out anew what is written
         dims: dict[str, Any] = {name: np.array([run.dims[name] for _, run in runs]) for name in first[1].dims}
         self._moves: list[tuple[np.ndarray, np.ndarray]] = []  # where numbers go, and a row of them for each run
         extents = [np.broadcast_to(e, len(runs)) for e in program.evaluate(dims)]
@@ -37,8 +39,6 @@ class Replay:
         for node, buffer in program.external.items():
             if node is not varying:
                 self._grows(buffer, first[0][node].reshape(-1), second[0][node].reshape(-1), len(runs))
-        for state in (first[1].state, second[1].state) if program.streams else ():
-            program.bind_streams(state)
         for name, table in program.tables.items():
             steps: list[Any] = [run.state for _, run in (first, second)]
             a, b = (np.array(table.numbers(step.classes[table.stream_class]), np.int64) for step in steps)

@@ -16,7 +16,7 @@ from tests.models import tiny
 
 pytestmark = pytest.mark.usefixtures("compiler")
 Array = np.ndarray[Any, Any]
-KINDS = {"llama": "q8_0", "deepseek_v4": "f32"}
+KINDS = {"llama": "q8_0", "deepseek_v32": "f32"}
 PROMPT, TOKENS = list(range(5, 19)), [int(i) for i in np.random.default_rng(2).integers(3, 200, 24)]
 """From 14 rows to 38: grids are for 16, 32 and 64."""
 
@@ -44,7 +44,7 @@ def unprepared(tokens: list[int], architecture: str = "llama") -> list[Array]:
     return found
 
 
-@pytest.mark.parametrize("architecture", ["llama", pytest.param("deepseek_v4", marks=pytest.mark.deep)])
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("deepseek_v32", marks=pytest.mark.deep)])
 def test_prepared_steps_give_the_bits_of_others(architecture: str) -> None:
     with session_of(architecture) as session:
         kept = [session.eval([token]) for token in TOKENS]
