@@ -69,12 +69,12 @@ class CupyRuntime(Runtime):
         self.arch = f"sm_{capability[0]}{capability[1]}"
         self.name = f"{self.arch} {about['multiProcessorCount']}"
         self.most_blocks = WAVES * int(about["multiProcessorCount"])
-        self.total_bytes = int(about["totalGlobalMem"])
         with cupy.cuda.Device(index):
             self.stream = cupy.cuda.Stream(non_blocking=True)
         folder = default_folder("cuda")
         self._disk = CodeCache(folder) if folder is not None else None
         self._kernels: list[Any] = []
+        self._allowed: dict[int, int] = {}  # dynamic shared memory of kernels that ask for more than others may
         self._found: dict[str, int] = {}
 
     def take(self, size_bytes: int) -> Memory:
@@ -90,7 +90,7 @@ class CupyRuntime(Runtime):
         return Memory(int(held.ptr), size_bytes, held)
 
     def free_bytes(self) -> int | None:
-        return self._memory()[0]
+        return self._memory()[0] + int(self.cupy.get_default_memory_pool().free_bytes())  # which was given back to CuPy alone
 
     def _memory(self) -> tuple[int, int]:
         with self.cupy.cuda.Device(self.index):
@@ -146,8 +146,8 @@ class CupyRuntime(Runtime):
         copy(mirror.memory.address, mirror.host.ctypes.data, size_bytes, TO_DEVICE, self.stream.ptr)
         for each in launches:
             kernel = self._kernels[each.kernel]
-            if each.shared_bytes > 48 << 10:
-                kernel.max_dynamic_shared_size_bytes = each.shared_bytes
+            if each.shared_bytes > max(48 << 10, self._allowed.get(each.kernel, 0)):
+                kernel.max_dynamic_shared_size_bytes = self._allowed[each.kernel] = each.shared_bytes
             kernel((each.blocks,), (each.threads,), tuple(each.args.tolist()), shared_mem=each.shared_bytes)
 
     # Code.
@@ -193,8 +193,11 @@ class _Recorded:
         with runtime.cupy.cuda.Device(runtime.index), runtime.stream:
             if self._runs == 2:
                 runtime.stream.begin_capture()
-                self._start()
-                self._graph = runtime.stream.end_capture()
+                try:
+                    self._start()
+                finally:
+                    graph = runtime.stream.end_capture()
+                self._graph = graph
             if self._graph is None:
                 self._start()
             else:

@@ -77,7 +77,10 @@ class DevicePages:
 
 def _runs(numbers: NDArray[Any]) -> Sequence[tuple[int, int]]:
     """Numbers that follow one another, as the first of them and how many."""
-    if not numbers.size:
-        return []
-    starts = np.concatenate([[0], np.flatnonzero(np.diff(numbers) != 1) + 1, [len(numbers)]])
-    return [(int(numbers[a]), int(b - a)) for a, b in zip(starts, starts[1:], strict=False)]
+    found: list[tuple[int, int]] = []
+    for number in numbers.tolist():  # a few, for which arrays take longer
+        if found and number == sum(found[-1]):
+            found[-1] = found[-1][0], found[-1][1] + 1
+        else:
+            found.append((number, 1))
+    return found

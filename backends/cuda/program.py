@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,7 +54,7 @@ class Program(Places):
         self.outputs = [self.output(n) for n in part.keep if n.op not in ("input", "constant") and not self.stays(n)]
         self.evaluate: Callable[[Mapping[str, int]], tuple[int, ...]] = compiled(list(self._numbers))
         items = [items for items, _ in self._blocks.values()]
-        self._dims = {d.name: d.max for e in (*self._numbers, *items) if isinstance(e, Symbol) for d in e.dims()}
+        self.widest = {d.name: d.max for e in (*self._numbers, *items) if isinstance(e, Symbol) for d in e.dims()}
         self.large: dict[Node, Memory] = {}
         self.tables: dict[str, DeviceTable] = {}
         self._room = MOST_SEQUENCES
@@ -121,7 +121,12 @@ class Program(Places):
 
     def _class_of(self, dims: Mapping[str, int]) -> dict[str, int]:
         """The largest extents of runs for which the same launches are made as for these: grids hold for all of them."""
-        return {name: min(1 << max(dims[name] - 1, 0).bit_length(), most) for name, most in self._dims.items()}
+        return {name: self.widths(name, (dims[name],))[0] for name in self.widest}
+
+    def widths(self, name: str, values: Iterable[int]) -> list[int]:
+        """The classes of an extent's values: the next power of two, or the most that it may be."""
+        most = self.widest[name]
+        return [min(1 << max(n - 1, 0).bit_length(), most) for n in values]
 
     def _finish(self, values: Values, dims: Mapping[str, int]) -> None:
         """Read the outputs, and what kernels that refused their input left."""

@@ -44,11 +44,14 @@ class Replay:
             a, b = (np.array(table.numbers(step.classes[table.stream_class]), np.int64) for step in steps)
             self._grows(program.table_rows[name], a, b, len(runs))
         holds = [np.broadcast_to(h, len(runs)).tolist() for h in program.holds(dims)]
-        self._holds = [tuple(each) for each in zip(*holds, strict=True)] if holds else [()] * len(runs)
+        wide = [program.widths(name, dims[name].tolist()) for name in program.widest]
+        by_guards: list[Any] = [*zip(*holds, strict=True)] or [()] * len(runs)
+        by_extents: list[Any] = [*zip(*wide, strict=True)] or [()] * len(runs)
+        self._keys = [*zip(by_guards, by_extents, strict=True)]  # of runs of which the same is recorded
+        self._recorded: dict[tuple[Any, Any], Callable[[], list[Bytes]]] = {}
         self._dims = [run.dims for _, run in runs]
         self._x = program.external[varying]
         self._places, _ = program.places_of(first[1].dims)
-        self._recorded: list[Callable[[], list[Bytes]] | None] = [None] * len(runs)
         self._dtype = program.outputs[0].dtype
         self._version = self._device.version
         program.owner = self
@@ -68,13 +71,14 @@ class Replay:
             for to, rows in self._moves:
                 to[...] = rows[i]
             self._x[0] = x
-            recorded = self._recorded[i]
+            key = self._keys[i]
+            recorded = self._recorded.get(key)
             if recorded is None:
-                recorded = program.recorded(self._holds[i], self._dims[i], self._places)
+                recorded = program.recorded(key[0], self._dims[i], self._places)
                 if self._device.version != self._version:  # what kernels share has moved, of which the others do not know
-                    self._recorded = [None] * len(self._recorded)
+                    self._recorded.clear()
                     self._version = self._device.version
-                self._recorded[i] = recorded
+                self._recorded[key] = recorded
             status, row = recorded()
             program.refuse(status)
             return row.view(self._dtype).copy()

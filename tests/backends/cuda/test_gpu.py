@@ -1,0 +1,121 @@
+"""The runtime of a GPU over what stands for CuPy: copies, recorded steps, memory, and what is said where something is missing."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tensorgraph.backends.cuda import gpu as gpus
+from tensorgraph.backends.cuda import nvrtc
+from tensorgraph.backends.cuda.device import CudaDevice
+from tensorgraph.backends.cuda.host import HostDevice
+from tensorgraph.backends.cuda.host_compiler import HostCompiler
+from tensorgraph.backends.cuda.runtime import OutOfMemoryError
+from tensorgraph.device import get_devices
+from tensorgraph.engine import Engine
+from tensorgraph.errors import UnsupportedError
+from tensorgraph.session import Session
+from tests.backends.cuda.fake_cupy import CUDARuntimeError, FakeGpu
+from tests.models import tiny
+
+PROMPT, TOKENS = list(range(5, 19)), [int(i) for i in np.random.default_rng(2).integers(3, 200, 24)]
+
+
+@pytest.fixture
+def gpu(compiler: HostCompiler, monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    return installed(FakeGpu(compiler), monkeypatch)
+
+
+def installed(found: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    monkeypatch.setitem(sys.modules, "cupy", found.module)  # type: ignore[arg-type]
+    monkeypatch.setattr(nvrtc, "compile_source", found.compile_source)
+    monkeypatch.setattr(gpus, "default_folder", lambda name: None)  # machine code of others is kept there
+    return found
+
+
+def session_on(device: CudaDevice, **more: Any) -> Session:
+    return Session(Engine(tiny.model("llama", "q8_0"), device), context=256, **more)
+
+
+def logits(device: CudaDevice) -> list[tiny.Array]:
+    """A prompt, tokens one by one, another prompt."""
+    with session_on(device) as session:
+        found = [session.eval(PROMPT), *(session.eval([token]) for token in TOKENS)]
+        return [*found, session.eval(PROMPT[:9], all_logits=True)]
+
+
+def test_the_bits_of_other_machines(gpu: FakeGpu) -> None:
+    """Started as they are, recorded, and replayed; grids for 16, 32 and 64 rows."""
+    for got, wanted in zip(logits(CudaDevice("cuda", gpus.CupyRuntime)), logits(HostDevice("cuda-host")), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+    assert gpu.counts["graphs"] >= len(TOKENS) - 6
+
+
+def test_a_prepared_step_is_one_launch_and_one_wait(gpu: FakeGpu) -> None:
+    with session_on(CudaDevice("cuda", gpus.CupyRuntime)) as session:
+        session.eval(PROMPT)
+        for token in TOKENS[:6]:
+            session.eval([token])
+        before = dict(gpu.counts)
+        for token in TOKENS[6:10]:
+            session.eval([token])
+        assert {name: n - before[name] for name, n in gpu.counts.items()} == {"done": 0, "graphs": 4, "waits": 4}
+
+
+def test_memory_comes_back(gpu: FakeGpu) -> None:
+    device = CudaDevice("cuda", gpus.CupyRuntime)
+    engine = Engine(tiny.model("llama", "q8_0"), device)
+    seen = []
+    for _ in range(4):
+        with Session(engine, context=256) as session:
+            session.eval(PROMPT)
+            for token in TOKENS[:4]:
+                session.eval([token])
+        del session
+        gc.collect()
+        seen.append(gpu.taken["device"])
+    assert seen[1] == seen[2] == seen[3] > 0
+    del engine, device
+    gc.collect()
+    assert gpu.taken == {"device": 0, "pinned": 0}
+
+
+def test_out_of_memory_and_on(compiler: HostCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No room for the weights: the device works on."""
+    gpu = installed(FakeGpu(compiler, memory_bytes=400_000), monkeypatch)
+    device: Any = CudaDevice("cuda", gpus.CupyRuntime)
+    with pytest.raises(OutOfMemoryError, match=r"wanted \d MiB on Fake GPU; 0 of 0 MiB are free; .*--gpu-layers"):
+        session_on(device).eval(PROMPT)
+    memory = device.runtime.take(1000)
+    device.runtime.write(memory.address, np.arange(9))
+    np.testing.assert_array_equal(device.runtime.read([(memory.address, 72)])[0].view(np.int64), np.arange(9))
+    assert device.free_bytes() == 400_000 - gpu.taken["device"]
+
+
+def test_what_is_missing_is_said(compiler: HostCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(UnsupportedError, match="wanted CuPy; it is not installed"):
+        gpus.CupyRuntime()
+    old = installed(FakeGpu(compiler, capability=(7, 5)), monkeypatch)
+    with pytest.raises(UnsupportedError, match=r"wanted a GPU of compute capability 8.0 or newer; Fake GPU has 7.5"):
+        gpus.CupyRuntime()
+
+    def refused(said: str) -> Any:
+        def count() -> int:
+            raise CUDARuntimeError(said)
+
+        return count
+
+    old.module.cuda.runtime.getDeviceCount = refused("cudaErrorInsufficientDriver: CUDA driver version is insufficient")
+    with pytest.raises(UnsupportedError, match=r"wanted a driver of NVIDIA's for CUDA 13 .*; the backend cpu"):
+        gpus.CupyRuntime()
+    old.module.cuda.runtime.getDeviceCount = refused("cudaErrorNoDevice: no CUDA-capable device is detected")
+    with pytest.raises(UnsupportedError, match="wanted a GPU; got .*no CUDA-capable device"):
+        gpus.CupyRuntime()
+    installed(FakeGpu(compiler), monkeypatch)
+    with pytest.raises(UnsupportedError, match="wanted GPU 3; there are 1, from 0 on"):
+        get_devices("cuda:3")[0].runtime  # type: ignore[attr-defined]  # noqa: B018
