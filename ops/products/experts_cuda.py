@@ -16,6 +16,8 @@ from tensorgraph.ops.products.mul_mat_cuda import up
 from tensorgraph.ops.products.mul_mat_id_cuda import MESSAGES
 
 FILE = "tensorgraph.ops.products:experts.cu"
+NO_UNIT = "static __device__ __forceinline__ float tg_unit(float a, float b) { return a * b; }\n"
+"""For kernels without a gate, whose file names it."""
 
 
 def mixture_group(context: Context, m: Found) -> Group:
@@ -35,8 +37,8 @@ def _launches(context: Context, m: Found, n_tokens: Extent) -> list[Launch]:
     refs: Mapping[str, Ref | None] = m.refs
     gate, down = m.gate.weights, m.down.weights
     pairs, size = product(m.operands["ids"].shape), gate.shape[1]
-    units = Ref(Buffer(min_extent(n_tokens) * 4 * product((*m.operands["ids"].shape[1:], size)), "units"))
-    first = _plan(context, gate, m.up.weights)
+    units = Ref(Buffer(_most_tokens(n_tokens) * 4 * product((*m.operands["ids"].shape[1:], size)), "units"))
+    first = _plan(context, gate)  # up's activations are held as gate's: `fusions_cuda` looks at that
     unit = unit_source("tg_unit", m.unit.op, m.unit.attrs)
     of_units = {"x": refs["x"], "ids": refs["ids"], "gate": _ref(context, gate), "up": _ref(context, m.up.weights)}
     of_units |= {name: refs[name] for name in ("gate_bias", "up_bias")} | {"units": units}
@@ -55,7 +57,7 @@ def _launches(context: Context, m: Found, n_tokens: Extent) -> list[Launch]:
             nodes=(*m.gate.nodes, *m.up.nodes, m.unit),
         ),
         Launch(
-            Template(FILE, sums, (str(second.chunk),), resident=2, before=unit),
+            Template(FILE, sums, (str(second.chunk),), resident=2, before=NO_UNIT),
             of_sums,
             items=n_tokens * up(down.shape[1], THREADS // second.lanes),
             threads=THREADS,
@@ -65,15 +67,14 @@ def _launches(context: Context, m: Found, n_tokens: Extent) -> list[Launch]:
     ]
 
 
-def min_extent(n_tokens: Extent) -> int:
+def _most_tokens(n_tokens: Extent) -> int:
     """Tokens that the two launches are made for."""
     return min(n_tokens, FEW) if isinstance(n_tokens, int) else FEW
 
 
-def _plan(context: Context, weights: Node, other: Node | None = None) -> VecPlan:
-    """Of one or two matrices of each expert, whose rows one row of activations is multiplied by."""
+def _plan(context: Context, weights: Node) -> VecPlan:
+    """Of a matrix of each expert, whose rows one row of activations is multiplied by."""
     planes = context.layout(weights) == LAYOUT
-    assert other is None or (context.layout(other) == LAYOUT) == planes
     return narrow(plan_vec(weights.dtype, planes, context.exact, weights.shape[1], weights.shape[2], 1))
 
 

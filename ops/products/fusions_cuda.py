@@ -14,31 +14,40 @@ from tensorgraph.backends.cuda.launches import Call, Launch, Ref, Template
 from tensorgraph.backends.cuda.weights import LAYOUT
 from tensorgraph.dims import Guard
 from tensorgraph.graph import Node
-from tensorgraph.ops.products.experts_cuda import mixture_group
+from tensorgraph.ops.products.experts_cuda import NO_UNIT, mixture_group
 from tensorgraph.ops.products.fusions_cpu import Chain, chains_of, flat
 from tensorgraph.ops.products.mat_vec_cuda import FEW, THREADS, narrow, plan_vec, unit_of
 from tensorgraph.ops.products.mixtures_cpu import mixtures
 from tensorgraph.ops.products.mul_mat_cuda import literal, token_counts
 
 FILE = "tensorgraph.ops.products:linear.cu"
-NO_UNIT = "static __device__ __forceinline__ float tg_unit(float a, float b) { return a * b; }\n"
 
 
 def find_groups(scope: Scope) -> Iterable[Group]:
     """Mixtures of experts, then other products of constant matrices, by what they multiply."""
     for m in mixtures(scope, (LAYOUT, "dense")):
-        yield mixture_group(scope.context, m)
+        if _unit_of(scope, m.gate.weights) == _unit_of(scope, m.up.weights):
+            yield mixture_group(scope.context, m)
     together: dict[tuple[Any, ...], list[Node]] = {}
     for node in scope.nodes:
         if node.op == "mul_mat" and node not in scope.taken and _fits(scope, node):
             a, b = node.inputs
-            layout = scope.context.layout(a)
-            key = b, unit_of(a.dtype, layout == LAYOUT), layout, scope.condition[node]
+            key = b, _unit_of(scope, a), scope.condition[node]
             together.setdefault(key, []).append(node)
     for (b, *_), products in together.items():
-        chains, norm = [*chains_of(scope, products)], _norm(scope, b, products)
-        if norm is not None or len(chains) > 1 or any(len(c.nodes) > 1 for c in chains):
-            yield _group(scope, b, norm, chains)
+        chains = [*chains_of(scope, products)]
+        units: list[Any] = list(dict.fromkeys(c.part.gate for c in chains if c.part.gate is not None)) or [None]
+        norm = _norm(scope, b, products) if len(units) == 1 else None
+        for unit in units:  # a launch has one
+            joined = [c for c in chains if c.part.gate == unit or (c.part.gate is None and unit == units[0])]
+            if norm is not None or len(joined) > 1 or any(len(c.nodes) > 1 for c in joined):
+                yield _group(scope, b, norm, joined)
+
+
+def _unit_of(scope: Scope, weights: Node) -> tuple[str, int]:
+    """How activations are held that a matrix is multiplied by: those of one launch are held in one way."""
+    layout = scope.context.layout(weights)
+    return layout, unit_of(weights.dtype, layout == LAYOUT)
 
 
 def _fits(scope: Scope, node: Node) -> bool:
