@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -11,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorgraph.backends.cuda.device import CudaDevice
-from tensorgraph.backends.cuda.host_compiler import HostCompiler
+from tensorgraph.backends.cuda.host_compiler import HostCompiler, sanitizer_environment
 from tensorgraph.backends.cuda.launches import prelude
 from tensorgraph.backends.cuda.runtime import Bytes, LaunchOf, Memory, Mirror, OutOfMemoryError, Reads, Runtime
+from tensorgraph.errors import UnsupportedError
 
 
 class HostRuntime(Runtime):
@@ -80,20 +82,38 @@ class HostRuntime(Runtime):
 
 
 class HostDevice(CudaDevice):
-    """The kernels of `cuda`, run by the processor. What is a number of threads elsewhere is a schedule here."""
+    """The kernels of `cuda`, run by the processor. What is a number of threads elsewhere is a schedule here.
+
+    `cuda-host:sanitized` runs them under sanitizers of addresses and of undefined behaviour, in a process whose environment is
+    that of `host_compiler.sanitizer_environment`.
+    """
 
     def __init__(self, name: str, memory_bytes: int | None = None) -> None:
         super().__init__(name, self._started)
-        self.threads, self.memory_bytes = 0, memory_bytes
+        self.threads, self.memory_bytes, self.sanitize = 0, memory_bytes, _sanitized(name)
 
     def _started(self) -> HostRuntime:
-        self.host = HostRuntime(self.threads, self.memory_bytes)
+        self.host = HostRuntime(self.threads, self.memory_bytes, self.sanitize)
         return self.host
 
     def set_threads(self, threads: int | Literal["auto"]) -> None:
         self.threads = 0 if threads == "auto" else threads
         if "runtime" in vars(self):
             self.host.schedule = self.threads
+
+
+def _sanitized(name: str) -> bool:
+    """Whether a device's name asks for sanitizers.
+
+    Raises: UnsupportedError: it asks for something else, or the process does not have them.
+    """
+    wanted = name.partition(":")[2]
+    if wanted not in ("", "sanitized"):
+        raise UnsupportedError(f"[cuda-host] wanted cuda-host or cuda-host:sanitized; got {name!r}")
+    if wanted and "libasan" not in os.environ.get("LD_PRELOAD", ""):
+        given = " ".join(f"{key}='{value}'" for key, value in sanitizer_environment().items())
+        raise UnsupportedError(f"[cuda-host] {name} wanted the sanitizers in the process; start it with {given}")
+    return bool(wanted)
 
 
 def _at(address: int, n_bytes: int) -> Bytes:

@@ -32,7 +32,7 @@ from tensorgraph.errors import KernelError, UnsupportedError
 
 HERE = Path(__file__).parent
 HEADER = HERE / "host.hpp"
-RUNTIME = (HERE / "host_runtime.cpp", HERE / "host_operations.hpp", HERE / "host_fibers.hpp")
+RUNTIME = tuple(HERE / f"host_{name}" for name in ("runtime.cpp", "operations.hpp", "signals.hpp", "fibers.hpp"))
 # Wrapping integers and accesses through any type are what a device does; products are fused in fmaf alone. A library's own
 # functions come first, since other kernels have functions of the same names.
 FLAGS = (
@@ -44,6 +44,8 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-o
 AT_ONCE = 2  # processes of g++
 TOGETHER = 12  # kernels of one process at most: the static shared memory of all is filled before a block of any
 KEPT_S = 60 * DAY_S
+LIMIT_S = 120
+"""Processor time of a launch after which it is taken not to end."""
 MISSING = "[cuda-host] wanted g++ on Linux, which builds kernels for the processor; found none; `apt-get install g++` installs it"
 _MACRO = re.compile(r"^[ \t]*#[ \t]*define[ \t]+(\w+)", re.MULTILINE)
 _running = threading.Lock()  # the runtime holds the state of one launch
@@ -73,7 +75,8 @@ class HostCompiler:
         self.runtime = self._load_runtime()
         self._launch = ctypes.CDLL(str(self.runtime)).tg_launch
         self._launch.restype = ctypes.c_char_p
-        self._launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_uint] * 6, ctypes.c_ulong, ctypes.c_ulong]
+        numbers = [*[ctypes.c_uint] * 6, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_uint]
+        self._launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *numbers]
         self._addresses: dict[str, int] = {}
 
     def load(self, sources: Mapping[str, str], prelude: str = "") -> dict[str, int]:
@@ -112,14 +115,16 @@ class HostCompiler:
         block: tuple[int, int, int],
         shared_bytes: int,
         schedule: int = 0,
+        seconds: int = LIMIT_S,
     ) -> None:
         """Run a kernel of `load` to its end, its threads in the order of `schedule`: 0 forward, 1 backward, others random.
 
-        Raises: KernelError, with what a GPU would leave undefined and which thread of which block did it.
+        Raises: KernelError, with what a GPU would leave undefined and which thread of which block did it, or that it has taken
+            so many seconds of processor time.
         """
         packed = np.asarray(args, np.int64).tobytes()  # an array's address takes longer to ask for
         with _running:
-            text = self._launch(address, packed, *grid, *block, shared_bytes, schedule)
+            text = self._launch(address, packed, *grid, *block, shared_bytes, schedule, seconds)
         if text is not None:
             raise KernelError(text.decode())
 

@@ -11,6 +11,9 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
 
 #include "host_fibers.hpp"
 
@@ -173,40 +176,7 @@ void say(bool of_thread, const char* format, ...) {
     leave();
 }
 
-#ifndef __SANITIZE_ADDRESS__  // which reports these itself
-constexpr int SIGNALS[] = {SIGSEGV, SIGFPE};
-struct sigaction before[2];
-stack_t stack_before;
-sigjmp_buf escape;
-pthread_t caller;
-alignas(16) char signal_stack[64 << 10];  // a fiber's may be full
-
-void on_signal(int signal, siginfo_t* info, void*) {
-    if (current == nullptr || !pthread_equal(pthread_self(), caller)) {  // no kernel's: as if this had never been here
-        for (int i = 0; i < 2; i++) sigaction(SIGNALS[i], &before[i], nullptr);
-        return;
-    }
-    if (signal == SIGFPE) say(true, "a divisor other than 0; got 0");
-    else if (stacks.contains(info->si_addr)) say(true, "variables within 60 KiB of stack; got more");
-    else say(true, "addresses within buffers; got %p", info->si_addr);
-    siglongjmp(escape, 1);
-}
-
-void catch_signals() {
-    stack_t stack = {};
-    stack.ss_sp = signal_stack, stack.ss_size = sizeof signal_stack;
-    sigaltstack(&stack, &stack_before);
-    struct sigaction action = {};
-    action.sa_sigaction = on_signal, action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-    caller = pthread_self();
-    for (int i = 0; i < 2; i++) sigaction(SIGNALS[i], &action, &before[i]);
-}
-
-void release_signals() {
-    for (int i = 0; i < 2; i++) sigaction(SIGNALS[i], &before[i], nullptr);
-    sigaltstack(&stack_before, nullptr);
-}
-#endif
+#include "host_signals.hpp"
 
 // --- meeting ---------------------------------------------------------------------------------------------------------------
 
@@ -365,9 +335,11 @@ bool prepare_launch(size_t shared_bytes) {
 
 extern "C" void tg_host_register(const char* module, char* shared, char* end) { modules.push_back({module, shared, end}); }
 
-// Null, or what went wrong, which lasts until the next launch. `entry` calls the kernel with its parameters.
+// Null, or what went wrong, which lasts until the next launch; a launch that takes more seconds of processor time goes wrong.
+// `kernel` calls the kernel with its parameters.
 extern "C" const char* tg_launch(void (*kernel)(const long long*), const long long* args, unsigned gx, unsigned gy, unsigned gz,
-                                 unsigned bx, unsigned by, unsigned bz, unsigned long shared_bytes, unsigned long order) {
+                                 unsigned bx, unsigned by, unsigned bz, unsigned long shared_bytes, unsigned long order,
+                                 unsigned seconds) {
     entry = kernel, entry_args = args, schedule = order;
     gridDim = {gx, gy, gz}, blockDim = {bx, by, bz};
     u64 count = (u64)bx * by * bz, blocks = (u64)gx * gy * gz;
@@ -382,7 +354,7 @@ extern "C" const char* tg_launch(void (*kernel)(const long long*), const long lo
 #ifdef __SANITIZE_ADDRESS__
     run_grid(blocks, shared_bytes);
 #else
-    catch_signals();
+    catch_signals(seconds);
     if (sigsetjmp(escape, 0) == 0) run_grid(blocks, shared_bytes);
     current = nullptr;
     release_signals();

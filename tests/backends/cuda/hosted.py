@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorgraph.backends.cuda.host_compiler import HostCompiler
+from tensorgraph.backends.cuda.host_compiler import LIMIT_S, HostCompiler
 
 
 def source(params: str, body: str, name: str = "k") -> str:
@@ -27,8 +27,9 @@ def run(
     block: tuple[int, int, int] = (32, 1, 1),
     shared_bytes: int = 0,
     schedule: int = 0,
+    seconds: int = LIMIT_S,
 ) -> None:
     """Build a kernel of these parameters and run it; line 2 of its source is the first of the body."""
     address = compiler.load({"k": source(params, body)})["k"]
     packed = [each if isinstance(each, int) else each.ctypes.data for each in args]
-    compiler.launch(address, packed, grid, block, shared_bytes, schedule)
+    compiler.launch(address, packed, grid, block, shared_bytes, schedule, seconds)

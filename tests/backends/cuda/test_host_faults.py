@@ -87,6 +87,15 @@ def test_a_fault_is_said_and_the_next_launch_runs(compiler: HostCompiler, fault:
     assert x.tolist() == [5] * 32 + [37] * 32
 
 
+@pytest.mark.parametrize("body", ["for (;;) __syncthreads();", "while (((volatile int*)x)[0] == 0);"])
+def test_a_kernel_that_does_not_end(compiler: HostCompiler, body: str) -> None:
+    x = np.zeros(64, np.int32)
+    with pytest.raises(KernelError, match=r"\[k\] wanted an end within 1 s of processor time; got none; in thread \("):
+        run(compiler, "int* x", body, x, block=(64, 1, 1), seconds=1)
+    run(compiler, "int* x", "x[threadIdx.x] = threadIdx.x; __syncthreads();", x, block=(64, 1, 1), seconds=1)
+    assert x.tolist() == list(range(64))
+
+
 @pytest.mark.parametrize(
     "grid, block, shared_bytes, message",
     [
