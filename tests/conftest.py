@@ -1,4 +1,4 @@
-"""Hypothesis profiles, Ctrl-C, which of the tests marked `deep` run, and which files need packages that are not there."""
+"""Hypothesis profiles, Ctrl-C, which of the tests marked `deep` run, files that need packages that are not there, and tables."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from hypothesis import settings
 
 from tensorgraph.models.text.packaged import is_installed
+from tests import tables
 
 OPTIONAL = {"models/test_gemma3_270m.py": "gemma3-270m"}
 """Files with tests of models whose packages `make test-deep` installs, and `make test` does not."""
@@ -67,6 +68,9 @@ def pytest_report_header(config: pytest.Config) -> str:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for file in collect_ignore:
         terminalreporter.write_line(f"tests/{file} did not run: {OPTIONAL[file]} is not installed; make test-deep installs it")
+    reports = [*terminalreporter.stats.get("passed", ()), *terminalreporter.stats.get("failed", ())]
+    for line in tables.lines(report for report in reports if report.when == "call"):
+        terminalreporter.write_line(line)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,10 +57,13 @@ class HostCompiler:
 
     Attributes:
         compiled: how many kernels g++ was run for.
+        launched: the addresses of kernels that ran in this process, whoever built them.
         runtime: the library that runs them.
 
     Raises: UnsupportedError without g++; KernelError where it cannot build the runtime.
     """
+
+    launched: ClassVar[set[int]] = set()
 
     def __init__(self, sanitize: bool = False) -> None:
         found = shutil.which("g++")
@@ -122,6 +126,7 @@ class HostCompiler:
         Raises: KernelError, with what a GPU would leave undefined and which thread of which block did it, or that it has taken
             so many seconds of processor time.
         """
+        self.launched.add(address)
         packed = np.asarray(args, np.int64).tobytes()  # an array's address takes longer to ask for
         with _running:
             text = self._launch(address, packed, *grid, *block, shared_bytes, schedule, seconds)

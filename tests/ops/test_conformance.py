@@ -15,6 +15,7 @@ import pytest
 import tensorgraph.ops  # noqa: F401  (importing registers)
 from tensorgraph import registry
 from tensorgraph.backends.cpu import target as cpu_targets
+from tensorgraph.backends.cuda.host_compiler import HostCompiler
 from tensorgraph.errors import GraphError, InputError, UnknownNameError
 from tensorgraph.op import Op
 from tensorgraph.tools.conformance import check, coverage
@@ -24,6 +25,7 @@ from tensorgraph.tools.conformance.check import Report, run_drawn
 from tensorgraph.tools.conformance.criterion import judge
 from tensorgraph.tools.conformance.draw import draw_case
 from tensorgraph.tools.conformance.here import others
+from tests import tables
 from tests.core.devices import StrictDevice
 from tests.ops import kernel_devices as planted
 from tests.ops.kernel_devices import Float32Device, KernelDevice, registered
@@ -38,17 +40,25 @@ TARGETS = [f"cpu:{name}" for name, target in cpu_targets.TARGETS.items() if cpu_
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("op", OPS)
-def test_op(op: str, backend: str) -> None:
-    report = check(op, backend, examples=3 if backend == "cuda-host" else 8)  # whose kernels are compiled for each case
+def test_op(op: str, backend: str, request: pytest.FixtureRequest) -> None:
+    report = checked(op, backend, 3 if backend == "cuda-host" else 8, request)  # whose kernels are compiled for each case
     assert report.ok, str(report)
 
 
 @pytest.mark.deep
 @pytest.mark.parametrize("backend", [*BACKENDS, *TARGETS])
 @pytest.mark.parametrize("op", OPS)
-def test_op_deeply(op: str, backend: str) -> None:
-    report = check(op, backend, examples=60 if backend in (*TARGETS, "cuda-host") else 150)
+def test_op_deeply(op: str, backend: str, request: pytest.FixtureRequest) -> None:
+    report = checked(op, backend, 60 if backend in (*TARGETS, "cuda-host") else 150, request)
     assert report.ok, str(report)
+
+
+def checked(op: str, backend: str, examples: int, request: pytest.FixtureRequest) -> Report:
+    HostCompiler.launched.clear()
+    report = check(op, backend, examples=examples)
+    if backend == "cuda-host":
+        tables.note(request, tables.EXECUTED, op, kernels=len(HostCompiler.launched), cases=report.cases)
+    return report
 
 
 @pytest.mark.parametrize("op", OPS)
