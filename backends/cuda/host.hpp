@@ -65,6 +65,9 @@ void tg_host_ldmatrix(tg_matrix_mode mode, unsigned* r, const void* row, int lin
 void tg_host_copy16(void* shared, const void* global, int line);
 void tg_host_copy_commit();
 void tg_host_copy_wait(int groups);
+void tg_host_stored(void* to, unsigned size_bytes);
+void tg_host_fence();
+void tg_host_atomic();
 }
 
 #ifndef TG_RUNTIME
@@ -228,6 +231,7 @@ template <class T> struct tg_host_same { using type = T; };  // lets a value con
     template <class T> static inline T name(T* address, typename tg_host_same<T>::type value) {   \
         T old = *address;                                                                     \
         *address = result;                                                                    \
+        tg_host_atomic();                                                                     \
         return old;                                                                           \
     }
 TG_ATOMIC(atomicAdd, old + value)
@@ -245,14 +249,21 @@ template <class T>
 static inline T atomicCAS(T* address, typename tg_host_same<T>::type expected, typename tg_host_same<T>::type value) {
     T old = *address;
     *address = old == expected ? value : old;
+    tg_host_atomic();
     return old;
 }
-static inline void __threadfence() { asm volatile("" ::: "memory"); }
+static inline void __threadfence() {
+    asm volatile("" ::: "memory");
+    tg_host_fence();
+}
 static inline void __threadfence_block() { asm volatile("" ::: "memory"); }
 template <class T> static inline T __ldg(const T* address) { return *address; }
 template <class T> static inline T __ldcg(const T* address) { return *address; }
 template <class T> static inline T __ldcs(const T* address) { return *address; }
-template <class T> static inline void __stcg(T* address, typename tg_host_same<T>::type value) { *address = value; }
+template <class T> static inline void __stcg(T* address, typename tg_host_same<T>::type value) {
+    *address = value;
+    tg_host_stored(address, sizeof value);
+}
 template <class T> static inline void __stcs(T* address, typename tg_host_same<T>::type value) { *address = value; }
 
 // --- threads that meet -----------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 // What threads that meet do: barriers, votes, shuffles, products of matrices; and copies that happen at the wait for them.
-// The end of host_runtime.cpp.
+// And stores that other blocks see only if they are told of them. The end of host_runtime.cpp.
 #pragma once
 
 namespace {
@@ -191,3 +191,42 @@ void tg_host_copy_wait(int groups) {
     }
     copies.erase(copies.begin(), copies.begin() + done);
 }
+
+namespace {
+
+// What a thread stored past its multiprocessor's cache. The blocks that run later in the launch see poison instead, unless the
+// thread fenced and its block did an atomic operation after that, by which they may know that it is there.
+struct Stored {
+    unsigned char *to, content[16];
+    unsigned size_bytes;
+};
+std::vector<Stored> stored[MAX_THREADS], fenced, hidden;  // of threads since their last fence; of the block; of the launch
+
+void hide(std::vector<Stored>& some) {
+    for (Stored& one : some) memcpy(one.content, one.to, one.size_bytes);
+    hidden.insert(hidden.end(), some.begin(), some.end());
+    some.clear();
+}
+
+void hide_stored() {
+    hide(fenced);
+    for (unsigned i = 0; i < thread_count; i++) hide(stored[i]);
+    for (const Stored& one : hidden) memset(one.to, poison(), one.size_bytes);
+}
+
+void show_stored() {
+    for (const Stored& one : hidden) memcpy(one.to, one.content, one.size_bytes);
+    hidden.clear();
+}
+
+}  // namespace
+
+void tg_host_stored(void* to, unsigned size_bytes) { stored[current - threads].push_back({(unsigned char*)to, {}, size_bytes}); }
+
+void tg_host_fence() {
+    std::vector<Stored>& mine = stored[current - threads];
+    fenced.insert(fenced.end(), mine.begin(), mine.end());
+    mine.clear();
+}
+
+void tg_host_atomic() { fenced.clear(); }

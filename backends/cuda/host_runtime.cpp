@@ -64,6 +64,8 @@ const long long* entry_args;
 u64 schedule, random_state;
 char error[2400];
 
+void hide_stored(), show_stored();
+
 // Of the block that runs. Lanes are bits of one number for each warp.
 Thread threads[MAX_THREADS];
 Thread* current;  // null outside of kernels
@@ -278,6 +280,7 @@ void run_block(const Module* module, size_t shared_bytes) {
     }
     resume(scheduler, *take_ready());
     current = nullptr;
+    hide_stored();
 #ifndef __SANITIZE_ADDRESS__
     if (error[0] == 0 && shared_bytes != 0 && !(intact(shared - MARGIN_BYTES) && intact(shared + shared_bytes))) {
         say(false, "writes within %zu bytes of dynamic shared memory; got some beyond", shared_bytes);
@@ -359,6 +362,7 @@ extern "C" const char* tg_launch(void (*kernel)(const long long*), const long lo
     current = nullptr;
     release_signals();
 #endif
+    show_stored();
     return error[0] ? error : nullptr;
 }
 

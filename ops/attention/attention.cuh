@@ -72,7 +72,7 @@ template <typename First, typename Next> struct Chain {
     First segment;
     Next next;
 };
-__device__ __forceinline__ End chain(Rules<>) { return {}; }
+template <typename... Counters> __device__ __forceinline__ End chain(Rules<>, Counters...) { return {}; }
 template <typename R, typename... Rs, typename K, typename V, typename Pos, typename Seq, typename Ids, typename Count,
           typename Mask, typename... Rest>
 __device__ __forceinline__ auto chain(Rules<R, Rs...>, const K k, const V v, const Pos pos, const Seq seq, const Ids ids,

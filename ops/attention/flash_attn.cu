@@ -1,4 +1,5 @@
 #include "tensorgraph.ops.attention:attention.cuh"
+#include "tensorgraph.ops.attention:attention_last.cuh"
 // flash_attn of anything the op allows, all of it in f32: any types, widths and strides. It is what is exact, and what the
 // tiles of tensor cores (flash_attn_tiles.cu) do not take; it need not be fast, but is cut into splits as they are.
 //
@@ -133,7 +134,8 @@ __device__ __forceinline__ void attend(const Chain<First, Next>& chain, const Q&
     attend<N, L, C, CHANNELS>(chain.next, queries, p, shared, sums, tops, totals, before + n, channel, d_v);
 }
 
-// y [T, H, Dv], or parts of it in `partial` where there are splits.
+// y [T, H, Dv], or parts of it in `partial` where there are splits; where counters are given too, the last block of a tile's
+// puts them together.
 template <int TOKENS, int HEADS, int SLOTS, int CHANNELS, typename L, typename R, typename Q, typename Sinks, typename Pos,
           typename Seq, typename Partial, typename... Given>
 __device__ __forceinline__ void flash_attn(const Q q, const Sinks sinks, const Pos pos, const Seq seq,
@@ -164,7 +166,7 @@ __device__ __forceinline__ void flash_attn(const Q q, const Sinks sinks, const P
             bool there = t < p.n_tokens && h < p.n_heads;
             if (p.divided) {
                 float* to = floats(partial) + p.tops + 2 * (p.partial + r);
-                if (there && lane == 0 && channel == 0) to[0] = tops[j], to[1] = totals[j];
+                if (there && lane == 0 && channel == 0) __stcg(to, tops[j]), __stcg(to + 1, totals[j]);
             } else {
                 float factor = 1.0f;
                 if constexpr (is_here<Sinks>) {
@@ -184,9 +186,14 @@ __device__ __forceinline__ void flash_attn(const Q q, const Sinks sinks, const P
             for (int e = 0; e < Sums<CHANNELS>::EACH; ++e) {
                 i64 own = channel + at + e * THREADS;
                 if (t >= p.n_tokens || h >= p.n_heads || own >= d_v) continue;
-                if (p.divided) floats(partial)[(p.partial + r) * d_v + own] = sums.of[j][e];
+                if (p.divided) __stcg(floats(partial) + (p.partial + r) * d_v + own, sums.of[j][e]);
                 else *y.at(p.token + t, p.head + h, own) = sums.of[j][e] * shared.factors[r];
             }
+        }
+        if constexpr ((is_counters<Given> || ...)) {
+            unsigned part = item / chunks % cut.parts, tile = (unsigned)p.token / TOKENS;
+            if (p.divided && is_last(counters_of(given...) + tile * cut.parts + part, cut.splits * chunks))
+                put_together<THREADS / 32, 1, false>(cut, p, part, (int)d_v, floats(partial), sinks, y);
         }
     }
 }

@@ -1,6 +1,7 @@
 """flash_attn on CUDA: tiles of tensor cores where types and widths allow it, one kernel in f32 for everything else.
 
-Either way what few tokens see is divided among blocks, whose parts another launch puts together. Streams are read where they lie.
+Either way what few tokens see is divided among blocks. The last block of a tile's puts their parts together, where that is little
+for one block to read; else another launch does. Streams are read where they lie.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ FEW = 8
 BLOCKS = 528, 264
 """Blocks to divide rows among, of few tokens and of more: four and two for each multiprocessor of an H100."""
 MOST_SLOTS = 64
+MOST_READ = 512 << 10
+"""Bytes of parts of one token, at most, that its last block reads: some 4 us. A latent's are 4 MB, which take many blocks."""
 MOST_BYTES = 99 << 10
 """Shared memory of a block that every GPU since Ampere can give."""
 MATHS = {"f16": "HalfMath", "bf16": "BrainMath", "f32": "FloatMath"}
@@ -57,6 +60,10 @@ class Tiles:
         """With tokens and heads for so many queries; each token by itself where it has a list of its own."""
         heads = rows if group is None else max(1, min(group, rows))
         return replace(self, heads=heads, tokens=1 if listed or group is None else rows // heads)
+
+    def combines(self, d_v: int) -> bool:
+        """Whether the last block puts together what the others left; not in tiles of many tokens."""
+        return self.rows == 16 and self.heads * d_v * 4 * self.slots <= MOST_READ
 
     def split(self, blocks: int, n_kv: int, group: int) -> Tiles:
         parts = max(n_kv * -(-group // self.heads), 1)
@@ -238,6 +245,8 @@ def _attending(
     own = {**operands, "y": y, "partial": partial, "n_kv": Ref(n_kv), **segments}
     tiles = (n_tokens + (t.tokens - 1)) // t.tokens
     cut = f"{t.tokens}, {t.heads}, {t.slots}"
+    combines = t.slots > 1 and t.combines(maximum(d_v))
+    counters = t.slots // 2 * maximum(parts) if combines else 0  # more tiles than half the slots are not divided
     if t.math:
         widths = _widths(node)
         assert widths is not None
@@ -246,15 +255,16 @@ def _attending(
         resident = 4 if t.wm == 1 and max(widths.d_k, widths.d_v) <= 256 else 2
         if widths.d_v > 256 and not _plain(node):
             resident = 1
-        template = Template(f"{HERE}:flash_attn_tiles.cu", f"flash_attn_tiles<{shape}, {cut}, {logits}>", resident=resident)
+        function = f"flash_attn_tiles<{shape}, {cut}, {logits}>"
+        template = Template(f"{HERE}:flash_attn_tiles.cu", function, resident=resident, counters=counters)
         items, threads, shared_bytes = product((tiles, parts)), 32 * t.wm * t.wn, widths.shared_bytes(t)[0]
     else:
         channels = next((n for n in (64, 128, 256) if n >= maximum(d_v)), 512)
-        template = Template(f"{HERE}:flash_attn.cu", f"flash_attn<{cut}, {channels}, {logits}>", resident=2)
+        template = Template(f"{HERE}:flash_attn.cu", f"flash_attn<{cut}, {channels}, {logits}>", resident=2, counters=counters)
         items, threads, shared_bytes = product((tiles, parts, -(-maximum(d_v) // channels))), 128, 0
     attend = Launch(template, own, items=items * t.slots, threads=threads, shared_bytes=shared_bytes, guard=guard, nodes=(node,))
     divided = (n_tokens <= t.tokens * (t.slots // 2)) & guard
-    if t.slots == 1 or divided is False:
+    if counters or t.slots == 1 or divided is False:
         return [attend]
     divided = guard if divided is True else divided
     combine = Template(

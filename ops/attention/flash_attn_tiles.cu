@@ -1,4 +1,5 @@
 #include "tensorgraph.ops.attention:attention_products.cuh"
+#include "tensorgraph.ops.attention:attention_last.cuh"
 // flash_attn by tensor cores: keys and values of f16 or bf16 as they are, of f32 rounded to tf32; queries and weights rounded to
 // the same, sums in f32. f16 has no room for large queries, so each is brought to 1..2 first by a power of two.
 //
@@ -218,7 +219,8 @@ template <typename S> __device__ __forceinline__ bool finish(float* exchanged, S
     return rest == 0.0f;
 }
 
-// y [T, H, Dv], or parts of it in `partial` where there are splits, of logits that are those of powers of two.
+// y [T, H, Dv], or parts of it in `partial` where there are splits, of logits that are those of powers of two; where counters
+// are given too, the last block of a tile's puts them together.
 template <typename S, int TOKENS, int HEADS, int SLOTS, typename L, typename R, typename Q, typename Sinks, typename Pos,
           typename Seq, typename Partial, typename... Given>
 __device__ __forceinline__ void flash_attn_tiles(const Q q, const Sinks sinks, const Pos pos, const Seq seq,
@@ -268,7 +270,7 @@ __device__ __forceinline__ void flash_attn_tiles(const Q q, const Sinks sinks, c
                 float* row;
                 if (p.divided) {
                     float* tops = floats(partial) + p.tops + 2 * (p.partial + r);
-                    if (wn == 0 && lane % 4 == 0) tops[0] = state.tops[half], tops[1] = total;
+                    if (wn == 0 && lane % 4 == 0) __stcg(tops, state.tops[half]), __stcg(tops + 1, total);
                     if (total == 0.0f) continue;  // of what saw nothing no more is read
                     row = floats(partial) + (p.partial + r) * S::D_V;
                 } else {
@@ -286,9 +288,16 @@ __device__ __forceinline__ void flash_attn_tiles(const Q q, const Sinks sinks, c
 #pragma unroll
                     for (int j = 0; j < 2; ++j) {
                         int channel = (wn * S::SUMS + n) * 8 + lane % 4 * 2 + j;
-                        if (channel < S::D_V) row[channel] = state.sums[n][half * 2 + j] * factor;
+                        if (channel < S::D_V) __stcg(row + channel, state.sums[n][half * 2 + j] * factor);
                     }
             }
+        }
+        if constexpr ((is_counters<Given> || ...)) {
+            const C cut(small.n_tokens, q.shape[1], n_kv);
+            unsigned part = item % cut.parts, tile = (unsigned)p.token / TOKENS;
+            constexpr int N = S::D_V % 4 == 0 && S::D_V > 64 ? 4 : S::D_V % 2 == 0 && S::D_V > 32 ? 2 : 1;
+            if (p.divided && is_last(counters_of(given...) + tile * cut.parts + part, cut.splits))
+                put_together<S::THREADS / 32, N, true>(cut, p, part, S::D_V, floats(partial), sinks, y);
         }
     }
 }

@@ -205,6 +205,13 @@ def test_what_a_step_of_v4_moves() -> None:
     assert more == {"index_top_k": 21 * added // 4 * (128 * 2 + 8), "flash_attn": 20 * added // 128 * (512 * 2 + 8)}
 
 
+@pytest.mark.parametrize(("name", "most"), [("smollm2", 160), ("deepseek-v4-flash", 1200)])
+def test_kernels_of_a_token_on_cuda(name: str, most: int) -> None:
+    """Of attention of few heads one: no other puts together what its blocks leave."""
+    found = as_json("plan", name, "--backend", "cuda")
+    assert found["steps"][-1]["tokens"] == 1 and found["steps"][-1]["kernels"] <= most
+
+
 def ops_of(step: dict[str, Any]) -> set[str]:
     return {one["op"] for one in step["ops"]}
 

@@ -1,8 +1,9 @@
-"""The kernels of the backend: those of every small model's steps, and of every op for a few cases, by what they are made from."""
+"""The kernels of the backend: those of real models' and small models' steps, and of each op for a few cases."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import hypothesis
@@ -17,12 +18,18 @@ from tensorgraph.session import Session
 from tensorgraph.tools.conformance.check import run_drawn
 from tensorgraph.tools.conformance.draw import draw_case
 from tensorgraph.tools.conformance.evaluate import evaluate, node_of
+from tests.backends.cuda import full_width
 from tests.backends.cuda.bare import BareRuntime
 from tests.models import tiny
 
 FEW = ("llama", "gemma3", "deepseek_v32", "deepseek_v4")
 """Architectures that have most kinds of kernels among them."""
 QUANTISED = (("llama", "q4_0"), ("llama", "f16"), ("deepseek_v4", "mxfp4"))
+
+NUMBERS = re.compile(r"({norm}), [^,]+, \d+,")
+"""In a joined product's call: eps, and how much of a row is held at once."""
+PARTS = re.compile(r"(part<[^>]*>\([^)]*\)(, )?)+")
+NUMBER = re.compile(r"\b\d+(u|ll)?\b")
 
 
 class Noting(CudaDevice):
@@ -64,3 +71,29 @@ def of_ops(examples: int) -> dict[str, Written]:
 
         run_drawn(hypothesis, one, examples, 5)
     return device.written
+
+
+def by_label(kernels: Iterable[Written]) -> dict[str, Written]:
+    """One of those that differ in numbers of a norm alone."""
+    found: dict[str, Written] = {}
+    for kernel in kernels:
+        found.setdefault(NUMBERS.sub(r"\1", kernel.label), kernel)
+    return found
+
+
+def family(label: str) -> str:
+    """Kernels of one function and the same types, whatever its numbers and how many products it joins."""
+    function, _, operands = label.rpartition(" (")
+    types = {operand.rpartition(" ")[2] for operand in operands.rstrip(")").split(", ")}
+    return f"{NUMBER.sub('N', PARTS.sub('parts', function))} {sorted(types)}"
+
+
+def of_all_kinds() -> dict[str, Written]:
+    """Those of real models at their widths, and of small models one of each family that those lack, by label."""
+    found = by_label(full_width.kernels().values())
+    seen = {family(label) for label in found}
+    for label, kernel in sorted(by_label(of_models(FEW).values()).items()):
+        if family(label) not in seen:
+            seen.add(family(label))
+            found[label] = kernel
+    return found

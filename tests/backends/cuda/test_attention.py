@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 import tensorgraph.ops  # noqa: F401  (importing registers)
 from tensorgraph import registry
 from tensorgraph.backends.cuda.host import HostDevice
+from tensorgraph.backends.cuda.launches import Template
+from tensorgraph.backends.cuda.program import Program
 from tensorgraph.compiler import CompileOptions, compile
 from tensorgraph.dims import Dim, Extent
 from tensorgraph.dtypes import as_dtype
@@ -74,7 +76,7 @@ class Case:
     def node(self) -> Node:
         tokens, segments = Dim("T", 70), []
         for i, part in enumerate(self.parts):
-            n = Dim(f"S{i}", 200)
+            n = Dim(f"S{i}", 2200)
 
             def of(name: str, shape: Sequence[Extent], dtype: str, wanted: bool, i: int = i) -> Node | None:
                 return input(f"{name}{i}", tuple(shape), dtype) if wanted else None
@@ -314,13 +316,46 @@ def test_ids_out_of_range(exact: bool) -> None:
 
 
 def test_what_selects_rows_lists_none_twice() -> None:
-    """Then nothing puts lists in order: a step of one token takes two launches, one of a prompt that fills a GPU one."""
+    """Then nothing puts lists in order; and what many heads read is put together by a launch of its own, what few read is not."""
     tokens, n = Dim("T", 600), Dim("S", 500)
     ids = top_k(input("scores", (tokens, n)), k=20)
     k = input("k", (n, 1, 80), "f16")
     run = executable(Graph(y=flash_attn(input("q", (tokens, 20, 80)), Segment(k, ids=ids), scale=0.1, d_v=64)), False)
     assert launched(run, T=1, S=9)[-2:] == ["flash_attn_tiles", "combine"] and "listed_rows" not in launched(run, T=1, S=9)
     assert launched(run, T=600, S=9)[-1] == "flash_attn_tiles"
-    assert launched(executables(CASES["lists"])[False], T=1, S0=9) == ["listed_rows", "flash_attn_tiles", "combine"]
-    assert launched(executables(CASES["heads alone"])[False], T=1, S0=9) == ["flash_attn_tiles", "combine"]
-    assert launched(executables(CASES["heads alone"])[True], T=1, S0=9) == ["flash_attn", "combine"]
+    assert launched(executables(CASES["lists"])[False], T=1, S0=9) == ["listed_rows", "flash_attn_tiles"]
+    for n_tokens in (1, 4, flash_attn_cuda.FEW):
+        assert launched(executables(CASES["heads alone"])[False], T=n_tokens, S0=9) == ["flash_attn_tiles"]
+        assert launched(executables(CASES["heads alone"])[True], T=n_tokens, S0=9) == ["flash_attn"]
+    assert launched(executables(CASES["heads alone"])[False], T=9, S0=9) == ["flash_attn_tiles", "combine"]
+    assert launched(executables(WIDE["latents"])[False], T=1, S0=9) == ["flash_attn_tiles", "combine"]
+
+
+MANY_SPLITS = {
+    "groups": Case(6, 2, 64, 64, "f16", sinks=True),
+    "wide heads": Case(2, 1, 128, 128, "bf16", (Part(causal=False),), softcap=5.0),
+    "odd widths": Case(3, 3, 33, 17, "f16", (Part(window=700),)),
+    "lists": Case(6, 1, 80, 64, "f16", (Part(own=False, n_ids=1500),)),
+}
+
+
+@pytest.mark.parametrize("name", MANY_SPLITS)
+def test_the_last_block_puts_all_splits_together(name: str) -> None:
+    """Of one token and of a few, whichever block is last; counters are left as they were."""
+    case = MANY_SPLITS[name]
+    for n_tokens in (1, 4):
+        slots = case.slots(np.random.default_rng(n_tokens), n_tokens, [2100])
+        check(case, slots, schedules=(0, 1, 2, 3, 4))
+    for run in executables(case).values():
+        assert "combine" not in launched(run, T=4, S0=2100)
+        for program in programs(run):
+            at = program.mirror.memory.address + program._at["counters"]
+            most = max(call.emit.counters for call in program.calls if isinstance(call.emit, Template))
+            (counters,) = device().runtime.read([(at, 4 * most)])
+            assert most and not counters.any()
+
+
+def programs(run: Executable) -> list[Program]:
+    """Of a step that has run."""
+    found = [compute for made in run._programs.values() for _, compute, *_ in made]
+    return [program for program in found if isinstance(program, Program)]

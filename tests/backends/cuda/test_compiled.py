@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -17,8 +17,7 @@ from tests.models import tiny
 
 ARCHS = ("sm_80", "sm_90", "sm_120")
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
-NUMBERS = re.compile(r"({norm}), [^,]+, \d+,")
-"""In a joined product's call: eps, and how much of a row is held at once."""
+ENTRY = 'extern "C" __global__'
 VERSION = "13.0"
 """Of the compiler that the golden tables are of."""
 
@@ -31,21 +30,20 @@ def there() -> None:
         pytest.skip(str(error))
 
 
-@cache
-def of_models(architectures: tuple[str, ...]) -> dict[str, Written]:
-    return by_label(catalogue.of_models(architectures).values())
+catalogued = cache(catalogue.of_all_kinds)
 
 
-def by_label(kernels: Iterable[Written]) -> dict[str, Written]:
-    """One of those that differ in numbers alone."""
-    found: dict[str, Written] = {}
-    for kernel in kernels:
-        found.setdefault(NUMBERS.sub(r"\1", kernel.label), kernel)
+def usages(kernels: Mapping[str, Written], arch: str) -> dict[str, nvrtc.Usage]:
+    """What each takes; those of one file are compiled together, so that it is read once."""
+    together: dict[str, dict[str, Written]] = defaultdict(dict)
+    for label, kernel in kernels.items():
+        together[kernel.source.partition(ENTRY)[0]][label] = kernel
+    found = {}
+    for head, group in together.items():
+        source = "".join([prelude(), head, *(kernel.source[len(head) :] for kernel in group.values())])
+        used = nvrtc.compile_source(source, arch).usage
+        found |= {label: used[kernel.name] for label, kernel in group.items()}
     return found
-
-
-def usage(kernel: Written, arch: str) -> nvrtc.Usage:
-    return nvrtc.compile_source(prelude() + kernel.source, arch).usage[kernel.name]
 
 
 def assert_in_registers(found: dict[str, nvrtc.Usage]) -> None:
@@ -55,8 +53,8 @@ def assert_in_registers(found: dict[str, nvrtc.Usage]) -> None:
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_kernels_of_models(arch: str, request: pytest.FixtureRequest) -> None:
-    """Those of small models' steps, with the registers and the shared memory that each takes."""
-    found = {label: usage(kernel, arch) for label, kernel in of_models(catalogue.FEW).items()}
+    """Those of models' steps, with the registers and the shared memory that each takes."""
+    found = usages(catalogued(), arch)
     assert_in_registers(found)
     lines = [f"{used.registers:4} {used.shared_bytes:6}  {label}" for label, used in sorted(found.items())]
     head = f"registers, bytes of shared memory, kernel ({arch}, {len(lines)} kernels, no stack, no spills)"
@@ -71,16 +69,16 @@ def test_kernels_of_models(arch: str, request: pytest.FixtureRequest) -> None:
 @pytest.mark.deep
 @pytest.mark.parametrize("arch", ARCHS)
 def test_kernels_of_all_models(arch: str) -> None:
-    found = {label: usage(kernel, arch) for label, kernel in of_models(tiny.ARCHITECTURES).items()}
-    assert_in_registers(found)
+    """Those that differ in numbers alone too."""
+    assert_in_registers(usages(catalogue.by_label(catalogue.of_models(tiny.ARCHITECTURES).values()), arch))
 
 
 @pytest.mark.parametrize("arch", ["sm_90", *(pytest.param(arch, marks=pytest.mark.deep) for arch in ("sm_80", "sm_120"))])
 def test_kernels_of_ops(arch: str) -> None:
     """Those of a few cases of each op."""
-    kernels = by_label(catalogue.of_ops(2 if arch == "sm_90" else 6).values())
+    kernels = catalogue.by_label(catalogue.of_ops(2 if arch == "sm_90" else 6).values())
     assert len(kernels) > 100
-    assert_in_registers({label: usage(kernel, arch) for label, kernel in kernels.items()})
+    assert_in_registers(usages(kernels, arch))
 
 
 def test_usage_is_read_from_what_the_compiler_says() -> None:

@@ -1,4 +1,4 @@
-"""A barrier that is left out is found by running a kernel on the host, under one of a few schedules of its threads."""
+"""A barrier or a fence that is left out is found by running a kernel on the host, under one of a few schedules of its threads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tensorgraph.tools.conformance.evaluate import evaluate, node_of
 
 Array = np.ndarray[Any, Any]
 SCHEDULES = (0, 1, 2, 3)
-BARRIER = re.compile(r"__sync(threads|warp)\(\);")
+BARRIER = re.compile(r"__(sync(threads|warp)|threadfence)\(\);")
 
 
 class Without(HostRuntime):
@@ -58,13 +58,17 @@ def wide(op: str, **attrs: Any) -> tuple[str, dict[str, Array], dict[str, Any]]:
 
 
 ATTENTION = {"q": numbers(5, 4, 64), "k0": numbers(70, 2, 64, seed=1), "v0": numbers(70, 2, 64, seed=2)}
+MANY_ROWS = {"q": numbers(8, 2, 32), "k0": numbers(2048, 1, 32, seed=1)}  # in each split, so that none is left empty
+SPLIT = ("flash_attn", MANY_ROWS, {"scale": 0.2, "segments": ((1, None, False),)})
 CASES: dict[str, tuple[tuple[str, dict[str, Array], dict[str, Any]], str, int]] = {
     "a sum over a block, before it is read": (wide("rms_norm", eps=1e-5), "__global__", 0),
     "a sum over a block, before the next": (wide("norm", eps=1e-5), "__global__", 1),
     "a maximum over a block": (wide("soft_max"), "__global__", 0),
     "what other lanes wrote": (wide("cumsum"), "__global__", 0),
     "a tile in shared memory": (("mul_mat", {"a": numbers(70, 100), "b": numbers(40, 100, seed=1)}, {}), "tg_fma_tile(", 1),
-    "rows of keys": (("flash_attn", ATTENTION, {"scale": 0.2, "segments": ((1, None, True),)}), "//", 0),
+    "rows of keys": (("flash_attn", ATTENTION, {"scale": 0.2, "segments": ((1, None, True),)}), "attend(", 1),
+    "parts, before their block is counted": (SPLIT, "is_last(", 1),
+    "parts, without a fence": (SPLIT, "is_last(", 0),
 }
 """An op and its inputs; where in its kernel's source barriers are counted from, and which is left out."""
 
