@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from tensorgraph.backends.cuda.pages import DevicePages
 from tensorgraph.backends.cuda.program import Program
 from tensorgraph.backends.cuda.runtime import Memory, Runtime
 from tensorgraph.backends.cuda.spread import TARGET
-from tensorgraph.backends.cuda.weights import LAYOUT, codes_of, pack, planes_of, tile_readers, unpack
+from tensorgraph.backends.cuda.weights import LAYOUT, Planes, codes_of, pack, planes_of, tile_readers, unpack
 from tensorgraph.device import Device, Part, Run, Values
 from tensorgraph.dtypes import DType
 from tensorgraph.graph import STRUCTURAL, Graph, Node
@@ -49,6 +50,7 @@ class CudaDevice(Device):
         self.name, self._make = name, make
         self.arena = self.scratch = Memory(0, 0, None)
         self.version = 0  # how often memory has moved
+        self.draw: Callable[[np.ndarray, DType, str], Held] | None = None  # makes constants that come without data of their own
 
     @cached_property
     def runtime(self) -> Runtime:
@@ -82,7 +84,17 @@ class CudaDevice(Device):
         held = codes_of(constant.dtype) is not None and able and all(LAYOUT in each for each in able)
         return LAYOUT if held else "dense"
 
+    def constant_bytes(self, constant: Node, graph: Graph) -> int:
+        """What a constant takes here, as it is held."""
+        shape = tuple(n for n in constant.shape if isinstance(n, int))
+        codes = codes_of(constant.dtype) if self.constant_layout(constant, graph) == LAYOUT else None
+        if codes is not None:
+            return Planes(codes, prod(shape[:-1]), shape[-1]).size_bytes
+        return prod(shape) * (4 if constant.dtype.is_block else constant.dtype.block_bytes)
+
     def upload(self, array: np.ndarray, dtype: DType, *, constant: bool = False, layout: str = "dense") -> Any:
+        if constant and self.draw is not None and array.ndim and not any(array.strides):
+            return self.draw(array, dtype, layout)
         if layout == LAYOUT:
             return self._in_planes(array, dtype)
         value = np.ascontiguousarray(_in_dtype(array, dtype))

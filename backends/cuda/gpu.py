@@ -95,7 +95,8 @@ class CupyRuntime(Runtime):
     def _memory(self) -> tuple[int, int]:
         with self.cupy.cuda.Device(self.index):
             free, total = self.cupy.cuda.runtime.memGetInfo()
-        return int(free), int(total)
+            kept = self.cupy.get_default_memory_pool().free_bytes()  # what was given back here is kept for the next
+        return int(free) + int(kept), int(total)
 
     def _pinned(self, size_bytes: int) -> Bytes:
         """Memory of the host's that the device copies from and to by itself."""
@@ -142,6 +143,22 @@ class CupyRuntime(Runtime):
             if each.shared_bytes > 48 << 10:
                 kernel.max_dynamic_shared_size_bytes = each.shared_bytes
             kernel((each.blocks,), (each.threads,), tuple(each.args.tolist()), shared_mem=each.shared_bytes)
+
+    def seconds(self, run: Callable[[], Any], times: int) -> float:
+        events = self.cupy.cuda
+        with events.Device(self.index):
+            first, last = events.Event(), events.Event()
+            first.record(self.stream)
+            for _ in range(times):
+                run()
+            last.record(self.stream)
+            last.synchronize()
+        return float(events.get_elapsed_time(first, last)) / 1e3 / times
+
+    def describe(self) -> dict[str, Any]:
+        runtime = self.cupy.cuda.runtime
+        found = {"name": self.title, "arch": self.arch, "memory_bytes": self.total_bytes, "driver": runtime.driverGetVersion()}
+        return found | {"cuda": runtime.runtimeGetVersion(), "nvrtc": nvrtc.version()}
 
     # Code.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,6 +98,19 @@ class Runtime(ABC):
     @abstractmethod
     def recorded(self, mirror: Mirror, launches: Sequence[LaunchOf]) -> Callable[[], None]:
         """What copies a mirror to its memory, then starts kernels one after another, each when the one before has ended."""
+
+    def seconds(self, run: Callable[[], Any], times: int) -> float:
+        """How long one run takes, of so many that are started one after another, once all before has ended."""
+        self.read([])
+        began = perf_counter()
+        for _ in range(times):
+            run()
+        self.read([])
+        return (perf_counter() - began) / times
+
+    def describe(self) -> dict[str, Any]:
+        """The machine, as JSON takes it: its `name`, and what else figures depend on."""
+        return {"name": self.name}
 
 
 class OutOfMemoryError(TensorGraphError):

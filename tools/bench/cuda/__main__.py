@@ -1,0 +1,5 @@
+"""The program."""
+
+from tensorgraph.tools.bench.cuda.command import main
+
+main()
