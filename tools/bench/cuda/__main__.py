@@ -2,4 +2,5 @@
 
 from tensorgraph.tools.bench.cuda.command import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -82,10 +82,10 @@ class Drawing:
         if planes.size_bytes:
             piece, launch = self._piece(dtype, width), self.kernels.launch
             launches = []
-            for at, end, row_bytes, part in zip(planes.offsets[:-1], planes.offsets[1:], planes.row_bytes, piece.planes, strict=True):
-                address = memory.address + at
+            for n, (row_bytes, part) in enumerate(zip(planes.row_bytes, piece.planes, strict=True)):
+                address, size_bytes = memory.address + planes.offsets[n], planes.offsets[n + 1] - planes.offsets[n]
                 if part is None:
-                    numbers = {"address": address, "n_words": (end - at) // 8, "seed": next(self._seeds)}
+                    numbers = {"address": address, "n_words": size_bytes // 8, "seed": next(self._seeds)}
                     launches.append(launch("fill.cu", "fill_bits", None, **numbers))
                 elif row_bytes:
                     numbers = {"address": address, "n_bytes": planes.rows * row_bytes}

@@ -39,7 +39,7 @@ class Kernels:
         self.runtime.recorded(self._mirror, launches)()
 
     def replay(self, launches: Sequence[LaunchOf]) -> Callable[[], None]:
-        """What starts them as a step that came before is started, after they ran twice: code is there, and a graph is recorded."""
+        """What starts them, after they ran twice: code is there by then, and a graph is recorded."""
         run = self.runtime.recorded(self._mirror, launches)
         for _ in range(2):
             run()

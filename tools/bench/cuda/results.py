@@ -113,7 +113,8 @@ def notes(about: Mapping[str, Any]) -> list[str]:
     lines = [f"device: {device['name']}" + (f" ({more})" if more else "")]
     lines.append(f"host: {about['machine']['processor']}, {about['machine']['cores']} cores")
     lines.append("versions: " + ", ".join(f"{name} {version}" for name, version in about["versions"].items()))
-    lines.append("medians of rounds, after a warm-up; the limit is what takes longest at the ceilings, and its part of the time taken")
+    lines.append("medians of rounds, after a warm-up")
+    lines.append("limit: what takes longest at the ceilings; of it: that time over the measured")
     lines.append("host us: until the call that starts a decode step returns")
     return lines
 
