@@ -17,7 +17,7 @@ from tensorgraph.backends.cpu.code_cache import CodeCache, default_folder
 from tensorgraph.backends.cuda import nvrtc
 from tensorgraph.backends.cuda.launches import prelude
 from tensorgraph.backends.cuda.runtime import Bytes, LaunchOf, Memory, Mirror, OutOfMemoryError, Runtime
-from tensorgraph.errors import UnsupportedError
+from tensorgraph.errors import KernelError, UnsupportedError
 
 INSTALL = "pip install 'cupy-cuda13x[ctk]'"
 OLDEST = (8, 0)
@@ -35,7 +35,7 @@ def _cupy() -> Any:
     try:
         import cupy
     except ImportError as error:
-        raise UnsupportedError(f"[cuda] wanted CuPy; it is not installed ({INSTALL})") from error
+        raise UnsupportedError(f"[cuda] wanted CuPy; it is not installed ({INSTALL}); the backend cpu needs none") from error
     try:
         found = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
@@ -91,6 +91,10 @@ class CupyRuntime(Runtime):
 
     def free_bytes(self) -> int | None:
         return self._memory()[0]
+
+    def held_bytes(self) -> int:
+        with self.cupy.cuda.Device(self.index):
+            return int(self.cupy.get_default_memory_pool().used_bytes())
 
     def _memory(self) -> tuple[int, int]:
         with self.cupy.cuda.Device(self.index):
@@ -185,7 +189,11 @@ class CupyRuntime(Runtime):
         with tempfile.TemporaryDirectory() as folder, self.cupy.cuda.Device(self.index):
             path = Path(folder) / f"{name}.cubin"
             path.write_bytes(content)
-            self._kernels.append(self.cupy.RawModule(path=str(path)).get_function(name))
+            try:
+                self._kernels.append(self.cupy.RawModule(path=str(path)).get_function(name))
+            except self.cupy.cuda.driver.CUDADriverError as error:
+                wanted = f"a driver that loads kernels for {self.arch}, as NVRTC {nvrtc.version()} makes them"
+                raise KernelError(f"[cuda] wanted {wanted}; got {error}; the backend cpu needs none") from error
         self._found[name] = len(self._kernels) - 1
 
 

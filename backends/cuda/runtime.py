@@ -66,6 +66,10 @@ class Runtime(ABC):
         """How much can be taken; None where there is no limit."""
 
     @abstractmethod
+    def held_bytes(self) -> int:
+        """How much is taken at the moment, by this process."""
+
+    @abstractmethod
     def write(self, address: int, content: NDArray[Any]) -> None:
         """Copy an array there, which may be changed afterwards."""
 

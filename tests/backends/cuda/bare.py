@@ -25,6 +25,9 @@ class BareRuntime(Runtime):
     def free_bytes(self) -> int | None:
         return None
 
+    def held_bytes(self) -> int:
+        return self.taken_bytes
+
     def take(self, size_bytes: int) -> Memory:
         held = np.zeros(size_bytes + 1, np.uint8)
         self.taken_bytes += size_bytes

@@ -1,4 +1,4 @@
-"""Which device the tests of CUDA's kernels run on: `cuda-host`, or with TENSORGRAPH_CUDA=cuda, as `make test-cuda` sets it, a GPU.
+"""Which device the tests of CUDA's kernels run on: `cuda-host`, or with TENSORGRAPH_CUDA=cuda a GPU (`make test-cuda`).
 
 As a program it says which that is, or in a sentence what is missing.
 """

@@ -138,7 +138,7 @@ class Work:
             elif self.budget.has("models", case.name, case.estimate_s if not small else 0):
                 with self._kept("models", case.name):
                     self.rows.extend(models.measure(case, bench))
-                yield
+            yield
 
     @property
     def _spent(self) -> str:

@@ -51,7 +51,7 @@ CASES = (
     ),
     ModelCase("Llama-3.1-8B Q4_K_M", "llama-3.1-8b", Q4_K_M, (0, 4096, 32768), target="450-500 at 0 (H100)", estimate_s=60),
     ModelCase(
-        "V3.2, 1 layer of experts", "deepseek-v3.2", ("q8_0", "*exps*=q4_k"), (4096, 32768, 131000), layers="3",
+        "V3.2, 1 layer of experts", "deepseek-v3.2", ("q8_0", "*exps*=q4_k"), (4096, 32768, 131000), layers="3,",
         changes=("vocab_size=4096",), target="attention at most 30 us at 131,000", estimate_s=60,
     ),
     ModelCase(

@@ -135,9 +135,9 @@ def cases() -> Iterator[OpCase]:
     for dtype in TYPES:
         kind = "f16" if dtype == "f16" else "dp4a"
         yield OpCase(f"mul_mat {dtype}, 1 row", partial(product, dtype, 1), kind, partial(product_work, 1))
-    for name, *shape in (("4k", 1, 4096), ("32k", 1, 32768)):
-        about = (*shape, 32, 8)
-        yield OpCase(f"flash_attn of 1 token, {name}", partial(attention, *about), "f16", partial(attention_work, *about))
+    for name, rows in (("4k", 4096), ("32k", 32768)):
+        work = partial(attention_work, 1, rows, 32, 8)
+        yield OpCase(f"flash_attn of 1 token, {name}", partial(attention, 1, rows, 32, 8), "f16", work)
     yield OpCase("latent attention of 1 token, 4k", partial(latent, 1, 4096, 0), "f16")
     yield OpCase("latent attention of 1 token, 2,048 rows of 128k", partial(latent, 1, 131072, 2048), "f16")
     yield OpCase("index_top_k of 1 token, 2,048 of 128k", partial(indexer, 131072), "f16")
@@ -145,8 +145,8 @@ def cases() -> Iterator[OpCase]:
         yield OpCase(f"mul_mat_id {dtype}, 1 row, 8 of 64", partial(experts, dtype, 1), "dp4a")
     for dtype in TYPES:
         yield OpCase(f"mul_mat {dtype}, 512 rows", partial(product, dtype, 512), "f16", partial(product_work, 512))
-    about = (512, 4096, 32, 8)
-    yield OpCase("flash_attn of 512 tokens, 4k", partial(attention, *about), "f16", partial(attention_work, *about))
+    work = partial(attention_work, 512, 4096, 32, 8)
+    yield OpCase("flash_attn of 512 tokens, 4k", partial(attention, 512, 4096, 32, 8), "f16", work)
     yield OpCase("top_k 512 of 131,072", partial(selection, 1, 131072, 512), "f32", partial(selection_work, 1, 131072, 512))
     yield OpCase("top_k 8 of 256, 512 rows", partial(selection, 512, 256, 8), "f32", partial(selection_work, 512, 256, 8))
     for rows in (1, 512):

@@ -57,7 +57,7 @@ def _replayed(
     nodes: Mapping[str, Node], given: Mapping[str, np.ndarray[Any, Any]], device: CudaDevice, noted: Noted
 ) -> tuple[Callable[[], None], int, Executable]:
     """What starts their kernels, how many these are, and what holds the memory that they use."""
-    bound = compile(Graph(**nodes), device, OPTIONS).bind(given)
+    bound = compile(Graph(dict(nodes)), device, OPTIONS).bind(given)
     bound.run({})
     launches = noted.launches
     return Kernels(device.runtime).replay(launches), len(launches), bound

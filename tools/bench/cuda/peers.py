@@ -42,7 +42,8 @@ def peers(work: Work, instances: int) -> Iterator[tuple[str, Callable[[], Second
     if work.kind == "rms_norm" and "triton" in here:
         from tensorgraph.tools.bench.cuda.triton_norm import norms
 
-        yield "triton rms_norm", lambda: _recorded(torch, norms(torch, *work.extents, instances))
+        rows, width = work.extents
+        yield "triton rms_norm", lambda: _recorded(torch, norms(torch, rows, width, instances))
 
 
 def _torch(torch: Any, work: Work, instances: int) -> list[Callable[[], Any]]:
