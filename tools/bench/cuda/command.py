@@ -28,7 +28,7 @@ from tensorgraph.tools.bench.cuda.drawn import Drawing
 from tensorgraph.tools.bench.cuda.kernels import Noted
 from tensorgraph.tools.bench.cuda.model_cases import CASES, ModelCase
 from tensorgraph.tools.bench.cuda.op_cases import OpCase, cases
-from tensorgraph.tools.bench.cuda.peers import installed
+from tensorgraph.tools.bench.cuda.peers import give_back, installed
 from tensorgraph.tools.bench.cuda.results import Budget, Ceilings, Row
 from tensorgraph.tools.bench.cuda.scale import scale_of
 from tensorgraph.tools.bench.measurements import by_lines
@@ -118,7 +118,7 @@ class Work:
             if self.budget.has("ops", case.name, OP_S if scale.full else 0, OPS_SHARE if found_models else 1.0):
                 with self._kept("ops", case.name):
                     self.rows.append(ops.measure(case, self.device, noted, scale, most, self.rounds))
-        yield
+            yield
         yield from self._models(found_models, drawing, noted, most, say, small=not scale.full)
 
     def _models(
@@ -168,6 +168,7 @@ class _Kept:
 
     def __enter__(self) -> None:
         gc.collect()
+        give_back()
 
     def __exit__(self, kind: Any, error: BaseException | None, at: Any) -> bool:
         if isinstance(error, OutOfMemoryError):
