@@ -67,7 +67,7 @@ def test_experts_on_the_second_device(architecture: str) -> None:
         assert tiny.nmse(session.eval([int(stored["input_ids"][20])]), stored["logits"][20]) <= LARGEST
         plan = on.executable(session.extents()).plan
         report = plan.report({"T": 1, "O": 1, "S": 21, **dict.fromkeys(plan.graph.dims, 1)})
-        assert 0 < report.copies <= 3 * len(devices_of(on, session, "top_k")) + 3
+        assert 0 < report.copies <= len(devices_of(on, session, "mul_mat_id"))  # rows, experts and result, of three products
 
 
 def sizes_of(architecture: str) -> offload.Sizes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.util import find_spec
 
 from tensorgraph.backends.cuda.device import CudaDevice
 from tensorgraph.backends.cuda.host import HostDevice
@@ -28,6 +29,9 @@ def device(memory_bytes: int | None = None) -> CudaDevice:
 
 def main() -> int:
     """The exit code."""
+    if missing := [name for name in ("pytest", "xdist", "hypothesis", "gguf") if find_spec(name) is None]:
+        print(f"test-cuda: wanted {', '.join(missing)} (pip install 'tensorgraph-runtime[test]')", file=sys.stderr)
+        return 1
     try:
         about = device().runtime.describe()
     except TensorGraphError as error:
