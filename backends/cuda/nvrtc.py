@@ -79,7 +79,8 @@ def compile_source(source: str, arch: str, options: Sequence[str] = ()) -> Compi
         failed = nvrtc.nvrtcCompileProgram(program, len(given), (ctypes.c_char_p * len(given))(*given))
         log = _text(nvrtc, program, "ProgramLog").decode(errors="replace").rstrip("\0")
         if failed:
-            raise KernelError(f"[cuda] a kernel does not compile for {arch}:\n{log[:4000]}")
+            help = "the backend cpu needs none; a report with what follows helps"
+            raise KernelError(f"[cuda] a kernel does not compile for {arch}; {help}:\n{log[:4000]}")
         return Compiled(_text(nvrtc, program, "CUBIN"), _usage(log))
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))

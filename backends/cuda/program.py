@@ -251,6 +251,11 @@ class Program(Places):
 
     # Building.
 
+    def output(self, node: Node) -> Output:
+        """How a node's value is seen after a run: of a constant, which other devices may want, a copy that is made here."""
+        found, held = super().output(node), self.part.constants.get(root(node, self.part.taken))
+        return found if held is None else found._replace(buffer=self.device.download(held, node.base.dtype))
+
     def _describe(self, call: Call) -> None:
         given = self._given[call] = {}
         keys = tuple(None if ref is None else self._operand(name, ref, given) for name, ref in call.operands.items())

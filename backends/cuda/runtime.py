@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,6 +68,10 @@ class Runtime(ABC):
         """How much can be taken; None where there is no limit."""
 
     @abstractmethod
+    def held_bytes(self) -> int:
+        """How much is taken at the moment, by this process."""
+
+    @abstractmethod
     def write(self, address: int, content: NDArray[Any]) -> None:
         """Copy an array there, which may be changed afterwards."""
 
@@ -102,6 +107,19 @@ class Runtime(ABC):
 
         Where there are places, they are read as `read` does, into arrays that are the same each time; without any, nobody waits.
         """
+
+    def seconds(self, run: Callable[[], Any], times: int) -> float:
+        """How long one run takes, of so many that are started one after another, once all before has ended."""
+        self.read([])
+        began = perf_counter()
+        for _ in range(times):
+            run()
+        self.read([])
+        return (perf_counter() - began) / times
+
+    def describe(self) -> dict[str, Any]:
+        """The machine, as JSON takes it: its `name`, and what else figures depend on."""
+        return {"name": self.name}
 
 
 class OutOfMemoryError(TensorGraphError):

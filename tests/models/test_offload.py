@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from tensorgraph.backends.cpu.device import CpuDevice
-from tensorgraph.backends.cuda.host import HostDevice
 from tensorgraph.compiler import CompileOptions, PlanCache
 from tensorgraph.device import Device
 from tensorgraph.dtypes import as_dtype
@@ -20,17 +19,19 @@ from tensorgraph.models.text import offload
 from tensorgraph.models.text.model import load
 from tensorgraph.models.text.offload import Parts, place
 from tensorgraph.session import Session
-from tests.backends.cuda.conftest import compiler  # noqa: F401  (a fixture)
+from tests.backends.cuda import where as cuda
+from tests.backends.cuda.conftest import compiler, machine  # noqa: F401  (fixtures)
 from tests.models import tiny
 from tests.reference import reference_path
 from tests.tools.commands import tg
 
-pytestmark = pytest.mark.usefixtures("compiler")
+pytestmark = pytest.mark.usefixtures("machine")
 LARGEST = 1e-9
+with_any_memory = pytest.mark.skipif(not cuda.ON_HOST, reason="a GPU has the memory that it has")
 
 
 def devices(memory_bytes: int | None = None) -> tuple[Device, ...]:
-    return HostDevice("cuda-host", memory_bytes), CpuDevice("cpu")
+    return cuda.device(memory_bytes), CpuDevice("cpu")
 
 
 def engine(architecture: str, parts: Parts, given: Sequence[Device]) -> Engine:
@@ -45,7 +46,7 @@ def devices_of(engine: Engine, session: Session, op: str) -> list[str]:
     return [split.device for split in plan.scheduled.splits for node in split.nodes if node.op == op]
 
 
-@pytest.mark.parametrize(("layers", "where"), [(0, ["cpu", "cpu"]), (1, ["cpu", "cuda-host"]), (2, ["cuda-host", "cuda-host"])])
+@pytest.mark.parametrize(("layers", "where"), [(0, ["cpu", "cpu"]), (1, ["cpu", cuda.NAME]), (2, [cuda.NAME, cuda.NAME])])
 def test_the_last_layers_run_on_the_first_device(layers: int, where: list[str]) -> None:
     stored, on = tiny.reference("llama"), engine("llama", Parts(layers), devices())
     with Session(on) as session:
@@ -61,13 +62,13 @@ def test_experts_on_the_second_device(architecture: str) -> None:
     stored, on = tiny.reference(architecture), engine(architecture, Parts(cpu_experts=True), devices())
     with Session(on) as session:
         assert set(devices_of(on, session, "mul_mat_id")) == {"cpu"}
-        assert set(devices_of(on, session, "flash_attn")) == {"cuda-host"}
+        assert set(devices_of(on, session, "flash_attn")) == {cuda.NAME}
         logits = session.eval(stored["input_ids"][:20], all_logits=True)
         assert tiny.nmse(logits, stored["logits"][:20]) <= LARGEST
         assert tiny.nmse(session.eval([int(stored["input_ids"][20])]), stored["logits"][20]) <= LARGEST
         plan = on.executable(session.extents()).plan
         report = plan.report({"T": 1, "O": 1, "S": 21, **dict.fromkeys(plan.graph.dims, 1)})
-        assert 0 < report.copies <= 3 * len(devices_of(on, session, "top_k")) + 3
+        assert 0 < report.copies <= len(devices_of(on, session, "mul_mat_id"))  # rows, experts and result, of three products
 
 
 def sizes_of(architecture: str) -> offload.Sizes:
@@ -95,6 +96,7 @@ def test_sizes_are_those_of_the_file() -> None:
 LLAMA = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
 
 
+@with_any_memory
 @pytest.mark.parametrize("n", [0, 1, 2])
 def test_as_many_layers_as_fit(n: int) -> None:
     """By the numbers of the plan: with a byte less than n layers take, one fewer."""
@@ -102,7 +104,7 @@ def test_as_many_layers_as_fit(n: int) -> None:
     for spare, fitting in ((0, n), (-1, max(n - 1, 0))):
         on = engine("llama", Parts(), devices(wanted + spare))
         with Session(on) as session:
-            assert devices_of(on, session, "flash_attn").count("cuda-host") == fitting
+            assert devices_of(on, session, "flash_attn").count(cuda.NAME) == fitting
 
 
 def test_what_cannot_be() -> None:
@@ -112,6 +114,7 @@ def test_what_cannot_be() -> None:
         load(reference_path("llama/llama-f32.gguf"), backend="cpu", gpu_layers=1)
 
 
+@with_any_memory
 def test_a_device_without_room_says_so() -> None:
     from tensorgraph.backends.cuda.runtime import OutOfMemoryError
 
@@ -126,7 +129,7 @@ def test_a_device_without_room_says_so() -> None:
 def test_the_command_takes_both(tmp_path: Any) -> None:
     file = reference_path("llama/llama-f32.gguf")
     (tmp_path / "ids.json").write_text("[1, 5, 9, 13]")
-    given = ("--ids", tmp_path / "ids.json", "--exact", "--kv-type", "f32", "--backend", "cuda-host,cpu", "--gpu-layers", 1)
+    given = ("--ids", tmp_path / "ids.json", "--exact", "--kv-type", "f32", "--backend", f"{cuda.NAME},cpu", "--gpu-layers", 1)
     ran = tg("logits", file, *given, "--out", tmp_path / "two.npz")
     assert ran.exit_code == 0, ran.stderr
     assert tg("logits", file, *given[:5], "--out", tmp_path / "one.npz").exit_code == 0

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorgraph.backends.cuda.runtime import Bytes, LaunchOf, Memory, Mirror, Runtime
+from tensorgraph.backends.cuda.runtime import Bytes, LaunchOf, Memory, Mirror, Reads, Runtime
 
 
 class BareRuntime(Runtime):
@@ -24,6 +24,9 @@ class BareRuntime(Runtime):
 
     def free_bytes(self) -> int | None:
         return None
+
+    def held_bytes(self) -> int:
+        return self.taken_bytes
 
     def take(self, size_bytes: int) -> Memory:
         held = np.zeros(size_bytes + 1, np.uint8)

@@ -21,8 +21,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import tensorgraph.ops  # noqa: F401  (importing registers)
-from tensorgraph import registry
-from tensorgraph.backends.cuda.host import HostDevice
+from tensorgraph.backends.cuda.device import CudaDevice
 from tensorgraph.backends.cuda.launches import Template
 from tensorgraph.backends.cuda.program import Program
 from tensorgraph.compiler import CompileOptions, compile
@@ -34,9 +33,10 @@ from tensorgraph.ops.attention import Segment, flash_attn, flash_attn_cuda
 from tensorgraph.ops.attention.visibility import visible
 from tensorgraph.ops.select import top_k
 from tensorgraph.plan import Executable
+from tests.backends.cuda import where
 
 Array = NDArray[Any]
-pytestmark = pytest.mark.usefixtures("compiler")
+pytestmark = pytest.mark.usefixtures("machine")
 UNIT = {"f16": 2.0**-11, "f32": 2.0**-11, "bf16": 2.0**-9}
 EXACT = 1e-5
 TOKENS = (0, 1, 2, 5, 9, 17, 40)
@@ -130,10 +130,8 @@ def rounded(x: Array, dtype: str) -> Array:
 
 
 @cache
-def device() -> HostDevice:
-    found = registry.backends.get("cuda-host")("cuda-host")
-    assert isinstance(found, HostDevice)
-    return found
+def device() -> CudaDevice:
+    return where.device()
 
 
 def executable(graph: Graph, exact: bool) -> Executable:

@@ -18,9 +18,10 @@ from tensorgraph.state_store import StateStore
 from tests.backends.cpu import attention_streams
 from tests.backends.cpu.attention_streams import Attention, History, Stream
 from tests.backends.cpu.test_attention_streams import CASES as STREAMS
+from tests.backends.cuda import where
 from tests.backends.cuda.test_attention import EXACT, UNIT, device, executable, rounded
 
-pytestmark = pytest.mark.usefixtures("compiler")
+pytestmark = pytest.mark.usefixtures("machine")
 
 
 class Steps(History):
@@ -58,7 +59,7 @@ def of_streams(attention: Attention, exact: bool) -> Executable:
 def test_streams(name: str) -> None:
     attention = STREAMS[name] if name != "groups" else Attention((Stream("kv", window=20),), d_k=64, d_v=64, heads=6)
     device().set_threads(1)
-    Steps(attention, "cuda-host", np.random.default_rng(4)).go(7)
+    Steps(attention, where.NAME, np.random.default_rng(4)).go(7)
 
 
 def test_rows_are_read_in_place() -> None:
@@ -77,7 +78,7 @@ def test_rows_of_all_sequences(kept: bool) -> None:
     y = flash_attn(q, Segment(*rows, mask=mask), Segment(*rows, ids=input("ids", (tokens, 5), "i32")), scale=0.1)
     graph, rng = Graph(y=y, **({"k": rows[0]} if kept else {})), np.random.default_rng(0)
     device().set_threads(0)
-    history = Steps(attention, "cuda-host", rng)
+    history = Steps(attention, where.NAME, rng)
     history.seqs += [history.store.new() for _ in range(3)]
     runs = [executable(graph, exact) for exact in (False, True)]
     wanted = compile(graph, "reference", CompileOptions(fuse=False)).bind()
@@ -98,7 +99,7 @@ def test_rows_of_all_sequences(kept: bool) -> None:
 @pytest.mark.parametrize("name", ["segments", "latent"])
 def test_a_sequence_that_is_not_in_the_batch_sees_nothing(name: str) -> None:
     attention = STREAMS[name]
-    history = Steps(attention, "cuda-host", np.random.default_rng(1))
+    history = Steps(attention, where.NAME, np.random.default_rng(1))
     with history.store.begin([(seq, 20) for seq in history.seqs]) as step:
         inputs, dims = attention.inputs(step, history.rng)
         inputs["seqs"] = inputs["seqs"].copy()

@@ -15,14 +15,13 @@ from tensorgraph.backends.cuda.device import CudaDevice
 from tensorgraph.backends.cuda.host import HostDevice
 from tensorgraph.backends.cuda.host_compiler import HostCompiler
 from tensorgraph.backends.cuda.runtime import OutOfMemoryError
-from tensorgraph.device import get_devices
 from tensorgraph.engine import Engine
 from tensorgraph.errors import UnsupportedError
 from tensorgraph.session import Session
-from tests.backends.cuda.fake_cupy import CUDARuntimeError, FakeGpu
+from tests.backends.cuda.fake_cupy import FakeGpu
 from tests.models import tiny
 
-PROMPT, TOKENS = list(range(5, 19)), [int(i) for i in np.random.default_rng(2).integers(3, 200, 24)]
+PROMPT, TOKENS = list(range(5, 19)), [int(i) for i in np.random.default_rng(2).integers(3, 200, 20)]
 
 
 @pytest.fixture
@@ -96,26 +95,7 @@ def test_out_of_memory_and_on(compiler: HostCompiler, monkeypatch: pytest.Monkey
     assert device.free_bytes() == 400_000 - gpu.taken["device"]
 
 
-def test_what_is_missing_is_said(compiler: HostCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cupy", None)
-    with pytest.raises(UnsupportedError, match="wanted CuPy; it is not installed"):
-        gpus.CupyRuntime()
-    old = installed(FakeGpu(compiler, capability=(7, 5)), monkeypatch)
+def test_a_gpu_that_is_too_old(compiler: HostCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(FakeGpu(compiler, capability=(7, 5)), monkeypatch)
     with pytest.raises(UnsupportedError, match=r"wanted a GPU of compute capability 8.0 or newer; Fake GPU has 7.5"):
         gpus.CupyRuntime()
-
-    def refused(said: str) -> Any:
-        def count() -> int:
-            raise CUDARuntimeError(said)
-
-        return count
-
-    old.module.cuda.runtime.getDeviceCount = refused("cudaErrorInsufficientDriver: CUDA driver version is insufficient")
-    with pytest.raises(UnsupportedError, match=r"wanted a driver of NVIDIA's for CUDA 13 .*; the backend cpu"):
-        gpus.CupyRuntime()
-    old.module.cuda.runtime.getDeviceCount = refused("cudaErrorNoDevice: no CUDA-capable device is detected")
-    with pytest.raises(UnsupportedError, match="wanted a GPU; got .*no CUDA-capable device"):
-        gpus.CupyRuntime()
-    installed(FakeGpu(compiler), monkeypatch)
-    with pytest.raises(UnsupportedError, match="wanted GPU 3; there are 1, from 0 on"):
-        get_devices("cuda:3")[0].runtime  # type: ignore[attr-defined]  # noqa: B018

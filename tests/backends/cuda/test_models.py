@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tensorgraph.backends.cuda.host import HostDevice
 from tensorgraph.compiler import CompileOptions
 from tensorgraph.engine import Engine
 from tensorgraph.session import Session
+from tests.backends.cuda import where
 from tests.models import tiny
 from tests.reference import reference_path
 from tests.tools.commands import ok
 
-pytestmark = pytest.mark.usefixtures("compiler")
+pytestmark = pytest.mark.usefixtures("machine")
 LARGEST = 1e-9
 MAIN = ("llama", "deepseek_v32", "deepseek_v4")
 OTHERS = tuple(a for a in tiny.ARCHITECTURES if a not in MAIN)
@@ -30,7 +30,7 @@ def check(got: tiny.Array, want: tiny.Array) -> None:
 
 
 def engine(architecture: str, kind: str = "f32", *, exact: bool = True, schedule: int = 0, fuse: bool = True) -> Engine:
-    device = HostDevice("cuda-host")
+    device = where.device()
     device.set_threads(schedule)
     options = CompileOptions(exact=exact, fuse=fuse)
     return Engine(tiny.model(architecture, kind), device, kv_dtype="f32", options=options)
@@ -43,7 +43,7 @@ def test_logits_of_the_command(architecture: str, tmp_path: Path) -> None:
     (tmp_path / "ids.json").write_text(json.dumps(stored["input_ids"][:n].tolist()))
     file = reference_path(f"{architecture}/{architecture}-f32.gguf")
     given = ["--ids", tmp_path / "ids.json", "--prefill", 38, "--chunk", 19, "--out", tmp_path / "out.npz"]
-    ok("logits", file, *given, "--backend", "cuda-host", "--exact", "--kv-type", "f32")
+    ok("logits", file, *given, "--backend", where.NAME, "--exact", "--kv-type", "f32")
     with np.load(tmp_path / "out.npz") as found:
         check(found["logits"], stored["logits"][:n])
 

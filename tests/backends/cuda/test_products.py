@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tensorgraph.backends.cuda.host import HostDevice
 from tensorgraph.backends.cuda.weights import codes_of
 from tensorgraph.compiler import CompileOptions, compile
 from tensorgraph.dims import Dim
@@ -25,11 +24,12 @@ from tensorgraph.ops import get_rows, mul_mat, mul_mat_id
 from tensorgraph.ops.formats import decode
 from tensorgraph.plan import Executable
 from tests.backends.cpu.products import EXACT_TO, TYPES, activations, quantised, weights
+from tests.backends.cuda import where
 from tests.ops.formats.extreme_blocks import special_scales
 
 Array = np.ndarray[Any, Any]
 T = Dim("T", max=300)
-BACKEND = "cuda-host"
+BACKEND = where.NAME
 PLANES = [name for name in TYPES if codes_of(as_dtype(name)) is not None]
 FEW, HEIGHT, WIDTH = 8, 37, 512
 ROWS = (1, 2, 3, 8, 9, 70)
@@ -241,7 +241,7 @@ def test_the_order_of_threads_changes_nothing(name: str) -> None:
     raw, _ = weights(name, 3, HEIGHT, WIDTH)
     a = constant("a", shape=(3, HEIGHT, WIDTH), dtype=name)
     b, ids = input("b", (T, 3, WIDTH)), input("ids", (T, 3), "i32")
-    device = HostDevice(BACKEND)
+    device = where.device()
     step = bind({"y": mul_mat(a, b.permute(1, 0, 2)), "z": mul_mat_id(a, b, ids)}, False, {"a": raw}, device)
     for n in (1, 12, 40, 260):
         rng = np.random.default_rng(n)

@@ -10,21 +10,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tensorgraph.backends.cpu.row_programs import emit_row_program
-from tensorgraph.backends.cuda.host import HostDevice
 from tensorgraph.compiler import CompileOptions, compile
 from tensorgraph.dims import Dim
 from tensorgraph.graph import Graph, constant, input
 from tensorgraph.models.experts import route, weigh
 from tensorgraph.ops import sigmoid, soft_max
 from tests.backends.cpu.test_row_programs import grown, numbers, run
+from tests.backends.cuda import where
 
-pytestmark = pytest.mark.usefixtures("compiler")
+pytestmark = pytest.mark.usefixtures("machine")
 T = Dim("T", 300)
 
 
 def programs(graph: Graph) -> list[list[str]]:
     """The ops of each row program."""
-    plan = compile(graph, HostDevice("cuda-host"))
+    plan = compile(graph, where.device())
     calls = [call for split in plan.groups for group in split for call in getattr(group, "calls", ())]
     return [[node.op for node in call.nodes] for call in calls if call.emit is emit_row_program]
 
@@ -35,7 +35,7 @@ def test_any_graph_of_rows(data: st.DataObject) -> None:
     graph, arrays = grown(data.draw)
     exact = run(graph, arrays, "reference")
     for fuse in (True, False):
-        for name, value in run(graph, arrays, "cuda-host", fuse=fuse).items():
+        for name, value in run(graph, arrays, where.NAME, fuse=fuse).items():
             scale = max(1.0, float(np.abs(exact[name]).max(initial=0)))
             np.testing.assert_allclose(value, exact[name], rtol=0, atol=2e-5 * scale)
 
@@ -60,6 +60,6 @@ def test_a_router_is_one_program(n: int, n_group: int, each: int, k: int, scorin
     assert found.count("top_k") == (3 if n_group > 1 else 1)
     weights = {"bias": numbers(experts, seed=1)}
     arrays = {"logits": np.round(numbers(n, experts), 1)}
-    got, exact = (compile(graph, b, CompileOptions()).bind(weights.__getitem__).run(arrays) for b in ("cuda-host", "reference"))
+    got, exact = (compile(graph, b, CompileOptions()).bind(weights.__getitem__).run(arrays) for b in (where.NAME, "reference"))
     np.testing.assert_array_equal(got["ids"], exact["ids"])
     np.testing.assert_allclose(got["w"], exact["w"], rtol=1e-5)

@@ -11,8 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 import tensorgraph.ops  # noqa: F401  (importing registers)
-from tensorgraph import registry
-from tensorgraph.backends.cuda.host import HostDevice
+from tensorgraph.backends.cuda.device import CudaDevice
 from tensorgraph.compiler import CompileOptions, compile
 from tensorgraph.dims import Dim, Extent
 from tensorgraph.dtypes import as_dtype, f16
@@ -23,19 +22,18 @@ from tensorgraph.ops.select import argsort, top_k
 from tensorgraph.plan import Executable
 from tensorgraph.state_store import StateStore
 from tests.backends.cpu.test_index_streams import Index
+from tests.backends.cuda import where
 
 Array = NDArray[Any]
-pytestmark = pytest.mark.usefixtures("compiler")
+pytestmark = pytest.mark.usefixtures("machine")
 T, S = Dim("T", 80), Dim("S", 70001)
 SPECIAL = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-310, -1e-42, 1e-5, -1e38]
 SCHEDULES = (0, 1, 7)
 
 
 @cache
-def device() -> HostDevice:
-    found = registry.backends.get("cuda-host")("cuda-host")
-    assert isinstance(found, HostDevice)
-    return found
+def device() -> CudaDevice:
+    return where.device()
 
 
 def executable(graph: Graph, *, exact: bool = False) -> Executable:

@@ -1,0 +1,6 @@
+"""The program."""
+
+from tensorgraph.tools.bench.cuda.command import main
+
+if __name__ == "__main__":
+    main()
