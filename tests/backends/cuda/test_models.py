@@ -87,12 +87,19 @@ def test_weights_in_their_own_bits(architecture: str, kind: str) -> None:
     stored, ids = tiny.reference(architecture, "quant_refs"), tiny.tokens(architecture)
     want = stored[f"{architecture}-{kind}/deq"]
     known = [int(i) for i in stored["pos"] if i < 40]
+    rows, chosen = np.arange(len(known)), []
     for exact, largest in ((True, LARGEST), (False, 2e-3)):
         with Session(engine(architecture, kind, exact=exact)) as session:
-            logits = session.eval(ids[:38], all_logits=True)
-            logits = np.concatenate([logits, [session.eval([int(i)]) for i in ids[38:40]]])
-        found = tiny.nmse(logits[known], want[: len(known)])
-        assert found <= largest, f"NMSE {found:.1e}"
+            names = [n.name for n in session.engine.graph(session.extents()) if n.op in ("top_k", "index_top_k") and n.name]
+            found = session.eval(ids[:38], outputs=["logits", *names], all_logits=True)
+            chosen.append([np.sort(found[name], axis=-1) for name in names])
+            logits = np.concatenate([found["logits"], [session.eval([int(i)]) for i in ids[38:40]]])
+        if not exact:  # rounding may turn a choice of experts: what follows of it is no measure of rounding
+            turned = {int(t) for a, b in zip(*chosen, strict=True) for t in np.nonzero((a != b).any(axis=-1))[0]}
+            rows = np.array([j for j, t in enumerate(known) if t not in turned])
+        assert len(rows) >= 0.8 * len(known)
+        error = tiny.nmse(logits[known][rows], want[rows])
+        assert error <= largest, f"NMSE {error:.1e}"
 
 
 def test_trim_and_restore() -> None:
