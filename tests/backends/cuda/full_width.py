@@ -60,7 +60,7 @@ WINDOWED = r"flash_attn.*Rule<1, [1-9]"
 WIDTHS = (
     Width("llama-3.1-8b", "1", MIXED, steps=(1, 4, 512)),
     Width("deepseek-v3.2", "0,3", (MIXED[0], *MIXED[2:])),
-    Width("deepseek-v4-flash", "0,2,3,4", ("q8_0", *EXPERTS), changes=FEWER, steps=(1, 4, 512)),
+    Width("deepseek-v4-flash", "0,2,3,4", ("q8_0", *EXPERTS), changes=FEWER),
     Width("deepseek-v4-flash", "4,", ("q8_0", "*_exps*=mxfp4"), changes=FEWER),
     Width("gemma3-1b", "6", ("f16",), only=WINDOWED),
     Width("gpt-oss-20b", "2", ("f16",), only=WINDOWED),
@@ -107,6 +107,7 @@ def programs(plan: Plan, device: Unread, choice: tuple[int, ...]) -> Iterator[Pr
         yield Program(device, Part(nodes, frozenset(), taken, made, plan.memory[device.name], constants, plan.options))
 
 
-def kernels() -> dict[str, Written]:
-    """By name."""
-    return {name: kernel for width in WIDTHS for name, kernel in kernels_of(width).items()}
+def kernels(steps: tuple[int, ...] = ()) -> dict[str, Written]:
+    """By name; of other steps than the usual ones where they are given."""
+    widths = [replace(width, steps=steps or width.steps) for width in WIDTHS]
+    return {name: kernel for width in widths for name, kernel in kernels_of(width).items()}
