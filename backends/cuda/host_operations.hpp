@@ -209,14 +209,17 @@ void hide(std::vector<Stored>& some) {
 }
 
 void hide_stored() {
+    size_t first = hidden.size();
     hide(fenced);
     for (unsigned i = 0; i < thread_count; i++) hide(stored[i]);
-    for (const Stored& one : hidden) memset(one.to, poison(), one.size_bytes);
+    for (; first < hidden.size(); first++) memset(hidden[first].to, poison(), hidden[first].size_bytes);
 }
 
-void show_stored() {
+void show_stored() {  // when a launch is over, however it ended
     for (const Stored& one : hidden) memcpy(one.to, one.content, one.size_bytes);
     hidden.clear();
+    fenced.clear();
+    for (unsigned i = 0; i < thread_count; i++) stored[i].clear();
 }
 
 }  // namespace

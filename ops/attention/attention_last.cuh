@@ -44,7 +44,7 @@ template <int WARPS, int N, bool TWOS, typename C, typename Sinks>
 __device__ __forceinline__ void put_together(const C& cut, const Piece& p, unsigned part, int d_v, const float* partial,
                                              const Sinks& sinks, const Tensor<float, 3>& y) {
     static_assert(C::SLOTS <= 64, "a lane has the weights of two splits");
-    constexpr int AHEAD = 8;
+    constexpr int AHEAD = 16;  // what a part takes is the time of reads one after another
     int lane = threadIdx.x % 32;
     i64 apart = (i64)cut.parts * C::ROWS;
 #pragma unroll 1

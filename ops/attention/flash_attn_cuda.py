@@ -22,8 +22,8 @@ FEW = 8
 BLOCKS = 528, 264
 """Blocks to divide rows among, of few tokens and of more: four and two for each multiprocessor of an H100."""
 MOST_SLOTS = 64
-MOST_READ = 512 << 10
-"""Bytes of parts of one token, at most, that its last block reads: some 4 us. A latent's are 4 MB, which take many blocks."""
+MOST_READ = 256 << 10
+"""Bytes of parts of a token, at most, that a last block reads, some 32 KB at once. A latent's 4 MB take many blocks."""
 MOST_BYTES = 99 << 10
 """Shared memory of a block that every GPU since Ampere can give."""
 MATHS = {"f16": "HalfMath", "bf16": "BrainMath", "f32": "FloatMath"}

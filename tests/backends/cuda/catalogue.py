@@ -26,8 +26,8 @@ FEW = ("llama", "gemma3", "deepseek_v32", "deepseek_v4")
 """Architectures that have most kinds of kernels among them."""
 QUANTISED = (("llama", "q4_0"), ("llama", "f16"), ("deepseek_v4", "mxfp4"))
 
-NUMBERS = re.compile(r"({norm}), [^,]+, \d+,")
-"""In a joined product's call: eps, and how much of a row is held at once."""
+NUMBERS = re.compile(r"({norm}), [^,]+, \d+,|(?<=Logits<)\d+u|(?<=, )[1-9]\d*ll")
+"""In a joined product's call: eps, and how much of a row is held at once; in attention's, the scale and a window."""
 PARTS = re.compile(r"(part<[^>]*>\([^)]*\)(, )?)+")
 NUMBER = re.compile(r"\b\d+(u|ll)?\b")
 
@@ -74,10 +74,10 @@ def of_ops(examples: int) -> dict[str, Written]:
 
 
 def by_label(kernels: Iterable[Written]) -> dict[str, Written]:
-    """One of those that differ in numbers of a norm alone."""
+    """One of those that differ in such numbers alone."""
     found: dict[str, Written] = {}
     for kernel in kernels:
-        found.setdefault(NUMBERS.sub(r"\1", kernel.label), kernel)
+        found.setdefault(NUMBERS.sub(lambda match: match[1] or "N", kernel.label), kernel)
     return found
 
 

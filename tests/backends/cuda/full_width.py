@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,7 +32,7 @@ class Width:
     """A published configuration: which of its layers, one of each kind, and the types of its matrices.
 
     Attributes:
-        only: what the labels of its kernels contain.
+        only: a pattern of what the labels of its kernels contain.
         changes: of what makes a kernel longer, and no different.
     """
 
@@ -41,7 +42,7 @@ class Width:
     exact: bool = False
     only: str = ""
     changes: tuple[str, ...] = ()
-    steps: tuple[int, ...] = (1, 4, 512)
+    steps: tuple[int, ...] = (1, 512)
 
     def model(self) -> Model:
         with described_model(self.name) as described:
@@ -51,17 +52,20 @@ class Width:
 
 EXPERTS = ("*ffn_gate_exps*=iq2_xxs", "*ffn_up_exps*=iq2_xxs", "*ffn_down_exps*=q2_k")
 MIXED = ("q4_k/q8_0", "*attn_v.*=q6_k", "*ffn_down*=q6_k/q8_0", "output*=q6_k")
-FEWER = ("hc_sinkhorn_iters=3",)
+FEWER = ("hc_sinkhorn_iters=6",)
 """As many times the same instructions follow each other."""
+EXACT = "flash_attn|combine|index_|_exact"
+"""What differs where a step is exact."""
+WINDOWED = r"flash_attn.*Rule<1, [1-9]"
 WIDTHS = (
-    Width("llama-3.1-8b", "1", MIXED),
+    Width("llama-3.1-8b", "1", MIXED, steps=(1, 4, 512)),
     Width("deepseek-v3.2", "0,3", (MIXED[0], *MIXED[2:])),
     Width("deepseek-v4-flash", "0,2,3,4", ("q8_0", *EXPERTS), changes=FEWER),
     Width("deepseek-v4-flash", "4,", ("q8_0", "*_exps*=mxfp4"), changes=FEWER),
-    Width("gemma3-1b", "6", ("f16",), only="flash_attn"),
-    Width("gpt-oss-20b", "2", ("f16",), only="flash_attn"),
-    Width("llama-3.1-8b", "1", ("f16",), exact=True, steps=(1, 512)),
-    Width("deepseek-v3.2", "0,", ("f16",), exact=True, steps=(1, 512)),
+    Width("gemma3-1b", "6", ("f16",), only=WINDOWED),
+    Width("gpt-oss-20b", "2", ("f16",), only=WINDOWED),
+    Width("llama-3.1-8b", "1", ("f16",), exact=True, only=EXACT),
+    Width("deepseek-v3.2", "0,", ("f16",), exact=True, only=EXACT),
 )
 
 
@@ -86,7 +90,7 @@ def kernels_of(width: Width) -> dict[str, Written]:
         for program in programs(plan, device, plan.choose(dims)):
             for call in program.made_calls(dims):
                 written = program._write(call)
-                if width.only in written.label:
+                if re.search(width.only, written.label):
                     found[written.name] = written
     return found
 
@@ -103,5 +107,7 @@ def programs(plan: Plan, device: Unread, choice: tuple[int, ...]) -> Iterator[Pr
         yield Program(device, Part(nodes, frozenset(), taken, made, plan.memory[device.name], constants, plan.options))
 
 
-def kernels() -> dict[str, Written]:
-    return {name: kernel for width in WIDTHS for name, kernel in kernels_of(width).items()}
+def kernels(steps: tuple[int, ...] = ()) -> dict[str, Written]:
+    """By name; of other steps than the usual ones where they are given."""
+    widths = [replace(width, steps=steps or width.steps) for width in WIDTHS]
+    return {name: kernel for width in widths for name, kernel in kernels_of(width).items()}

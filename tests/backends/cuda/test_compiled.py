@@ -12,7 +12,7 @@ import pytest
 from tensorgraph.backends.cuda import nvrtc
 from tensorgraph.backends.cuda.launches import Written, prelude
 from tensorgraph.errors import KernelError, UnsupportedError
-from tests.backends.cuda import catalogue
+from tests.backends.cuda import catalogue, full_width
 from tests.models import tiny
 
 ARCHS = ("sm_80", "sm_90", "sm_120")
@@ -69,8 +69,9 @@ def test_kernels_of_models(arch: str, request: pytest.FixtureRequest) -> None:
 @pytest.mark.deep
 @pytest.mark.parametrize("arch", ARCHS)
 def test_kernels_of_all_models(arch: str) -> None:
-    """Those that differ in numbers alone too."""
-    assert_in_registers(usages(catalogue.by_label(catalogue.of_models(tiny.ARCHITECTURES).values()), arch))
+    """Those that differ in numbers alone too, and of steps of a few tokens at full width."""
+    kernels = catalogue.of_models(tiny.ARCHITECTURES) | full_width.kernels((4,))
+    assert_in_registers(usages(catalogue.by_label(kernels.values()), arch))
 
 
 @pytest.mark.parametrize("arch", ["sm_90", *(pytest.param(arch, marks=pytest.mark.deep) for arch in ("sm_80", "sm_120"))])
