@@ -38,7 +38,8 @@ class Template:
 
     Attributes:
         file: as `package:name`.
-        function: with its template arguments; with "{name}" in it, the whole call, in which these stand for operands.
+        function: with its template arguments; with "{name}" in it, the whole call, in which these stand for operands: it has
+            no numbers, messages or counters beside.
         before: what its file is to find declared.
         counters: of how many unsigned numbers, zeros before a launch and after it, it is given the address behind its operands.
         resident: blocks that a multiprocessor is to hold at least, for which the compiler saves registers.
@@ -222,6 +223,7 @@ def _from_template(recipe: Recipe, name: str) -> tuple[str, tuple[Param, ...]]:
     if refusing:
         refusing.insert(0, f"(u64*){param('status', 'status')}")
     if "{" in template.function:
+        assert not (template.numbers or template.messages or template.counters)
         body = template.function.format(**named) + ";"
     else:
         body = f"{template.function}({', '.join([*given, *template.numbers, *refusing])});"

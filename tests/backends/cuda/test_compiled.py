@@ -12,6 +12,7 @@ import pytest
 from tensorgraph.backends.cuda import nvrtc
 from tensorgraph.backends.cuda.launches import Written, prelude
 from tensorgraph.errors import KernelError, UnsupportedError
+from tests import tables
 from tests.backends.cuda import catalogue, full_width
 from tests.models import tiny
 
@@ -46,6 +47,14 @@ def usages(kernels: Mapping[str, Written], arch: str) -> dict[str, nvrtc.Usage]:
     return found
 
 
+def note(request: pytest.FixtureRequest, of: str, found: dict[str, nvrtc.Usage]) -> None:
+    """A row of the table of compiled kernels."""
+    spilled = sum(used.spill_bytes > 0 for used in found.values())
+    on_stack = sum(used.stack_bytes > 0 for used in found.values())
+    most = {"most_registers": max(u.registers for u in found.values()), "most_shared": max(u.shared_bytes for u in found.values())}
+    tables.note(request, tables.COMPILED, of, kernels=len(found), that_spill=spilled, with_a_stack=on_stack, **most)
+
+
 def assert_in_registers(found: dict[str, nvrtc.Usage]) -> None:
     spilled = [label for label, used in found.items() if used.stack_bytes or used.spill_bytes]
     assert spilled == []
@@ -55,6 +64,7 @@ def assert_in_registers(found: dict[str, nvrtc.Usage]) -> None:
 def test_kernels_of_models(arch: str, request: pytest.FixtureRequest) -> None:
     """Those of models' steps, with the registers and the shared memory that each takes."""
     found = usages(catalogued(), arch)
+    note(request, f"models' steps, {arch}", found)
     assert_in_registers(found)
     lines = [f"{used.registers:4} {used.shared_bytes:6}  {label}" for label, used in sorted(found.items())]
     head = f"registers, bytes of shared memory, kernel ({arch}, {len(lines)} kernels, no stack, no spills)"
@@ -68,18 +78,22 @@ def test_kernels_of_models(arch: str, request: pytest.FixtureRequest) -> None:
 
 @pytest.mark.deep
 @pytest.mark.parametrize("arch", ARCHS)
-def test_kernels_of_all_models(arch: str) -> None:
+def test_kernels_of_all_models(arch: str, request: pytest.FixtureRequest) -> None:
     """Those that differ in numbers alone too, and of steps of a few tokens at full width."""
     kernels = catalogue.of_models(tiny.ARCHITECTURES) | full_width.kernels((4,))
-    assert_in_registers(usages(catalogue.by_label(kernels.values()), arch))
+    found = usages(catalogue.by_label(kernels.values()), arch)
+    note(request, f"all models' steps, {arch}", found)
+    assert_in_registers(found)
 
 
 @pytest.mark.parametrize("arch", ["sm_90", *(pytest.param(arch, marks=pytest.mark.deep) for arch in ("sm_80", "sm_120"))])
-def test_kernels_of_ops(arch: str) -> None:
+def test_kernels_of_ops(arch: str, request: pytest.FixtureRequest) -> None:
     """Those of a few cases of each op."""
     kernels = catalogue.by_label(catalogue.of_ops(2 if arch == "sm_90" else 6).values())
     assert len(kernels) > 100
-    assert_in_registers(usages(kernels, arch))
+    found = usages(kernels, arch)
+    note(request, f"ops, {arch}", found)
+    assert_in_registers(found)
 
 
 def test_usage_is_read_from_what_the_compiler_says() -> None:
