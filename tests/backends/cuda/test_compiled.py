@@ -51,7 +51,8 @@ def note(request: pytest.FixtureRequest, of: str, found: dict[str, nvrtc.Usage])
     """A row of the table of compiled kernels."""
     spilled = sum(used.spill_bytes > 0 for used in found.values())
     on_stack = sum(used.stack_bytes > 0 for used in found.values())
-    most = {"most_registers": max(u.registers for u in found.values()), "most_shared": max(u.shared_bytes for u in found.values())}
+    registers, shared = (max(getattr(used, name) for used in found.values()) for name in ("registers", "shared_bytes"))
+    most = {"most_registers": registers, "most_shared_bytes": shared}
     tables.note(request, tables.COMPILED, of, kernels=len(found), that_spill=spilled, with_a_stack=on_stack, **most)
 
 
