@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 
 from tensorgraph.backends.cpu.code_cache import CodeCache, default_folder
 from tensorgraph.backends.cuda import nvrtc
-from tensorgraph.backends.cuda.launches import prelude
+from tensorgraph.backends.cuda.launches import SHARED_BYTES, prelude
 from tensorgraph.backends.cuda.runtime import Bytes, LaunchOf, Memory, Mirror, OutOfMemoryError, Reads, Runtime
 from tensorgraph.errors import KernelError, UnsupportedError
 
@@ -74,12 +76,13 @@ class CupyRuntime(Runtime):
         folder = default_folder("cuda")
         self._disk = CodeCache(folder) if folder is not None else None
         self._kernels: list[Any] = []
-        self._allowed: dict[int, int] = {}  # dynamic shared memory of kernels that ask for more than others may
+        self._allowed: list[int] = []  # dynamic shared memory that each may ask for
+        self._lock = threading.RLock()
         self._found: dict[str, int] = {}
 
     def take(self, size_bytes: int) -> Memory:
         try:
-            with self.cupy.cuda.Device(self.index):
+            with self.using():
                 held = self.cupy.cuda.alloc(max(size_bytes, 1))
         except self.cupy.cuda.memory.OutOfMemoryError as error:
             free, total = self._memory()
@@ -108,28 +111,46 @@ class CupyRuntime(Runtime):
         held = self.cupy.cuda.alloc_pinned_memory(max(size_bytes, 1))
         return np.frombuffer(held, np.uint8, max(size_bytes, 1))[:size_bytes]
 
+    @contextmanager
+    def using(self) -> Iterator[None]:
+        """This GPU and this thread alone: another's copies would be recorded along with the launches of a step.
+
+        Raises: KernelError: the GPU, or its driver, refuses what is done within.
+        """
+        cuda = self.cupy.cuda
+        with self._lock, cuda.Device(self.index):
+            try:
+                yield
+            except (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError) as error:
+                wanted = f"{self.title} to go on; got {error}; after some errors this process has to start anew"
+                raise KernelError(f"[cuda] wanted {wanted}; the backend cpu needs no GPU") from error
+
     def write(self, address: int, content: NDArray[Any]) -> None:
         flat = np.ascontiguousarray(content)
-        copy = self.cupy.cuda.runtime.memcpyAsync
-        copy(address, flat.ctypes.data, flat.nbytes, TO_DEVICE, self.stream.ptr)
-        if flat.nbytes > 1 << 16:  # what is smaller has been copied aside when the call returns, as memory that is not pinned is
-            self.stream.synchronize()
+        if flat.nbytes:
+            with self.using():
+                self.cupy.cuda.runtime.memcpyAsync(address, flat.ctypes.data, flat.nbytes, TO_DEVICE, self.stream.ptr)
+                self.stream.synchronize()  # the array may be changed once this returns
 
     def copy(self, to: int, source: int, n_bytes: int) -> None:
         if n_bytes:
-            self.cupy.cuda.runtime.memcpyAsync(to, source, n_bytes, ON_DEVICE, self.stream.ptr)
+            with self.using():
+                self.cupy.cuda.runtime.memcpyAsync(to, source, n_bytes, ON_DEVICE, self.stream.ptr)
 
     def clear(self, address: int, n_bytes: int) -> None:
         if n_bytes:
-            self.cupy.cuda.runtime.memsetAsync(address, 0, n_bytes, self.stream.ptr)
+            with self.using():
+                self.cupy.cuda.runtime.memsetAsync(address, 0, n_bytes, self.stream.ptr)
 
     def read(self, places: Reads) -> list[Bytes]:
         found = self.room_for(places)
-        self.fetch(places, found)
-        self.stream.synchronize()
+        with self.using():
+            self.fetch(places, found)
+            self.stream.synchronize()
         return found
 
     def room_for(self, places: Reads) -> list[Bytes]:
+        """Where `fetch` puts what lies at some places."""
         return [self._pinned(n_bytes) for _, n_bytes in places]
 
     def fetch(self, places: Reads, found: Sequence[Bytes]) -> None:
@@ -152,7 +173,7 @@ class CupyRuntime(Runtime):
         copy(mirror.memory.address, mirror.host.ctypes.data, size_bytes, TO_DEVICE, self.stream.ptr)
         for each in launches:
             kernel = self._kernels[each.kernel]
-            if each.shared_bytes > max(48 << 10, self._allowed.get(each.kernel, 0)):
+            if each.shared_bytes > self._allowed[each.kernel]:
                 kernel.max_dynamic_shared_size_bytes = self._allowed[each.kernel] = each.shared_bytes
             kernel((each.blocks,), (each.threads,), tuple(each.args.tolist()), shared_mem=each.shared_bytes)
 
@@ -194,14 +215,17 @@ class CupyRuntime(Runtime):
         return hashlib.sha256(said.encode()).hexdigest()
 
     def _load(self, name: str, content: bytes) -> None:
-        with tempfile.TemporaryDirectory() as folder, self.cupy.cuda.Device(self.index):
+        with tempfile.TemporaryDirectory() as folder, self._lock, self.cupy.cuda.Device(self.index):
             path = Path(folder) / f"{name}.cubin"
             path.write_bytes(content)
             try:
-                self._kernels.append(self.cupy.RawModule(path=str(path)).get_function(name))
+                kernel = self.cupy.RawModule(path=str(path)).get_function(name)
+                allowed = SHARED_BYTES - int(kernel.shared_size_bytes)  # more of both kinds together has to be asked for
             except self.cupy.cuda.driver.CUDADriverError as error:
                 wanted = f"a driver that loads kernels for {self.arch}, as NVRTC {nvrtc.version()} makes them"
                 raise KernelError(f"[cuda] wanted {wanted}; got {error}; the backend cpu needs none") from error
+        self._kernels.append(kernel)
+        self._allowed.append(allowed)
         self._found[name] = len(self._kernels) - 1
 
 
@@ -211,26 +235,33 @@ class _Recorded:
     def __init__(self, runtime: CupyRuntime, mirror: Mirror, launches: Sequence[LaunchOf], places: Reads) -> None:
         self.runtime, self.mirror, self.launches, self.places = runtime, mirror, launches, places
         self._found = runtime.room_for(places)
-        self._runs = 0
+        self._has_run = False
         self._graph: Any = None
 
     def __call__(self) -> list[Bytes]:
-        runtime, self._runs = self.runtime, self._runs + 1
-        with runtime.cupy.cuda.Device(runtime.index), runtime.stream:
-            if self._runs == 2:
-                runtime.stream.begin_capture()
-                try:
-                    self._start()
-                finally:
-                    graph = runtime.stream.end_capture()
-                self._graph = graph
+        runtime = self.runtime
+        with runtime.using(), runtime.stream:
+            if self._graph is None and self._has_run:
+                self._graph = self._record()
             if self._graph is None:
                 self._start()
             else:
                 self._graph.launch(runtime.stream)
             if self.places:
                 runtime.stream.synchronize()
+            self._has_run = True
         return self._found
+
+    def _record(self) -> Any:
+        stream = self.runtime.stream
+        stream.begin_capture()
+        try:
+            self._start()
+        except BaseException:
+            with suppress(self.runtime.cupy.cuda.runtime.CUDARuntimeError):
+                stream.end_capture()
+            raise
+        return stream.end_capture()
 
     def _start(self) -> None:
         self.runtime.start(self.mirror, self.launches)

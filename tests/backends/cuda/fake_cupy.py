@@ -1,8 +1,8 @@
 """What stands for CuPy where there is no GPU: as much of it as `gpu.py` calls, with streams that record, and kernels of g++.
 
 Names and arguments are those of CuPy 14, and it refuses what CUDA refuses: other work than copies and kernels while a stream
-records, copies from memory that is not pinned among them, another size of shared memory than was allowed, and copies whose kind
-does not say where from and where to.
+records, copies from memory that is not pinned among them, more shared memory than was allowed (static and dynamic together), and
+copies whose kind does not say where from and where to.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ from tensorgraph.backends.cuda.nvrtc import Compiled
 
 class CUDARuntimeError(RuntimeError):
     """As `cupy.cuda.runtime.CUDARuntimeError`."""
+
+
+class CUDADriverError(RuntimeError):
+    """As `cupy.cuda.driver.CUDADriverError`."""
 
 
 class OutOfMemoryError(MemoryError):
@@ -94,15 +98,16 @@ class Graph:
 
 
 class Function:
-    """A kernel."""
+    """A kernel, with as much static shared memory as `FakeGpu` says of all."""
 
     def __init__(self, gpu: FakeGpu, address: int) -> None:
         self.gpu, self._address = gpu, address
-        self.max_dynamic_shared_size_bytes = 48 << 10
+        self.shared_size_bytes = gpu.static_bytes
+        self.max_dynamic_shared_size_bytes = (48 << 10) - gpu.static_bytes
 
     def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[int, ...], *, shared_mem: int = 0) -> None:
         if shared_mem > self.max_dynamic_shared_size_bytes or not all(type(arg) is int for arg in args):
-            raise wrong(f"{shared_mem} bytes of shared memory, or {args}")
+            raise CUDADriverError(f"CUDA_ERROR_INVALID_VALUE: {shared_mem} bytes of shared memory, or {args}")
         sizes = [tuple([*given, 1, 1][:3]) for given in (grid, block)]
         packed, host = np.array(args, np.int64), self.gpu.compiler
         self.gpu.current[-1].do(lambda: host.launch(self._address, packed, sizes[0], sizes[1], shared_mem))  # type: ignore[arg-type]
@@ -112,9 +117,12 @@ class FakeGpu:
     """One GPU with so much memory; `module` is what `import cupy` is to give.
 
     Attributes:
+        static_bytes: static shared memory of every kernel.
         taken: bytes held, by kind of memory.
         counts: pieces of work done, graphs launched, waits.
     """
+
+    static_bytes = 4096
 
     def __init__(self, compiler: HostCompiler, memory_bytes: int = 1 << 40, capability: tuple[int, int] = (9, 0)) -> None:
         self.compiler, self.memory_bytes, self.capability = compiler, memory_bytes, capability
@@ -132,6 +140,7 @@ class FakeGpu:
         )
         cuda = types.SimpleNamespace(
             runtime=runtime,
+            driver=types.SimpleNamespace(CUDADriverError=CUDADriverError),
             memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
             Device=self._device,
             Stream=lambda non_blocking: Stream(self, non_blocking),
