@@ -251,7 +251,9 @@ class Executable:
         """Several steps prepared at once, of one plan with one output; `replay(i, x)` is the output's only row in the i-th, x
         being the only element of the input `varying`, or None where something else ran in between. None where no device can."""
         choices = {self.plan.choose(dims) for _, dims, _ in runs}
-        programs = self._program(choices.pop()) if len(choices) == 1 else []
+        with ExitStack() as held:
+            list(map(held.enter_context, self._locks))
+            programs = self._program(choices.pop()) if len(choices) == 1 else []
         if len(programs) != 1 or len(self._outputs) != 1 or not hasattr(programs[0][1], "replay"):
             return None
         _, program, fixed, needs = programs[0]

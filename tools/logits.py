@@ -69,7 +69,8 @@ def logits(
         raise InputError(f"[logits] wanted --out as a file in a folder that is there; got {str(out)!r}")
     with options.working("loading"):
         chosen = CompileOptions(exact=exact, lowerings=tuple(lowering or ()))
-        how = options.placed(backend, gpu_layers, cpu_experts, None)
+        longest = max(map(len, sequences), default=1)
+        how = options.placed(backend, gpu_layers, cpu_experts, longest, chunk or longest)
         loaded = load(model, kv_type=kv_type, options=chosen, threads=count, packed_cache=packed_cache, **how)
     with checked(loaded):
         results = evaluate(loaded, sequences, prefill, chunk, ("logits", *(dump or [])))

@@ -66,7 +66,9 @@ def thread_count(text: str) -> int | Literal["auto"]:
     return int(text)
 
 
-def placed(backend: str, gpu_layers: str, cpu_experts: bool, context: int | None = None) -> dict[str, Any]:
+def placed(
+    backend: str, gpu_layers: str, cpu_experts: bool, context: int | None = None, step_tokens: int = 512
+) -> dict[str, Any]:
     """What `load` is told of `--backend`, `--gpu-layers` and `--cpu-experts`; a GPU alone has the CPU for what has no room there.
 
     Raises: InputError: `--gpu-layers` is neither a number of layers nor `auto`.
@@ -76,7 +78,8 @@ def placed(backend: str, gpu_layers: str, cpu_experts: bool, context: int | None
     alone = backend.partition(":")[0] == "cuda" and "," not in backend
     n_layers = None if gpu_layers == AUTO else int(gpu_layers)
     devices = f"{backend},cpu" if alone else backend
-    return {"backend": devices, "gpu_layers": n_layers, "cpu_experts": cpu_experts, "context": context}
+    room = {"context": context, "step_tokens": step_tokens}
+    return {"backend": devices, "gpu_layers": n_layers, "cpu_experts": cpu_experts, **room}
 
 
 def limit_threads(count: int | Literal["auto"] | None) -> None:

@@ -85,7 +85,7 @@ def run(
     before = [{"role": "system", "content": system}] if system is not None else []
     with options.working("loading"):
         chosen = CompileOptions(exact=exact, lowerings=tuple(lowering or ()))
-        how = options.placed(backend, gpu_layers, cpu_experts, ctx)
+        how = options.placed(backend, gpu_layers, cpu_experts, ctx, batch)
         loaded = load(model, kv_type=kv_type, options=chosen, threads=count, packed_cache=packed_cache, **how)
     with checked(loaded):
         if check is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from tensorgraph.backends.cpu.places import Output, Place, Places, root
 from tensorgraph.backends.cuda import launches
 from tensorgraph.backends.cuda.launches import Launch, OperandKey, Part, Recipe, Template, Written, write
 from tensorgraph.backends.cuda.replay import Given, Prepared, Replay, prepare
-from tensorgraph.backends.cuda.runtime import Bytes, LaunchOf, Memory, Reads
+from tensorgraph.backends.cuda.runtime import Bytes, LaunchOf, Reads
 from tensorgraph.backends.cuda.spread import WARP
 from tensorgraph.backends.cuda.tables import DeviceTable
 from tensorgraph.device import Part as PlanPart
@@ -55,29 +56,34 @@ class Program(Places):
         self.evaluate: Callable[[Mapping[str, int]], tuple[int, ...]] = compiled(list(self._numbers))
         items = [items for items, _ in self._blocks.values()]
         self.widest = {d.name: d.max for e in (*self._numbers, *items) if isinstance(e, Symbol) for d in e.dims()}
-        self.large: dict[Node, Memory] = {}
-        self.tables: dict[str, DeviceTable] = {}
-        self._room = MOST_SEQUENCES
-        self._lay_out()
         self._runs: dict[tuple[tuple[bool, ...], tuple[int, ...], tuple[tuple[int, int], ...]], Recorded] = {}
         self.seen: Any = None  # the state of memory in which recorded runs hold
         self.owner: Replay | None = None  # whose numbers stand in the mirror, if they are not those of a run
-        self._store: Any = None
+        self._store: Callable[[], Any] = lambda: None  # whose pages are read; it may be gone before this is
+        self._moved = self._bound = 0  # how often its pages had moved, and how often others have come in their place
+        self._pages: dict[str, int] = {}  # the address of each stream's
+        self._class_of_stream: dict[str, str] = {}
+        self._lay_out({}, MOST_SEQUENCES)
 
-    def _lay_out(self) -> None:
-        """Where what is written before a run lies."""
+    def _lay_out(self, tables: dict[str, DeviceTable], room: int) -> None:
+        """Where what is written before a run lies, with tables for so many sequences.
+
+        Raises: OutOfMemoryError: all is as it was.
+        """
         counters = max((call.emit.counters for call in self.calls if isinstance(call.emit, Template)), default=0)
         rooms = {"status": STATUS_BYTES, "counters": 4 * counters, "extents": 8 * len(self._numbers)}
-        rooms |= {f"table {name}": 8 * (8 + 8 * self._room) for name in self.tables}
+        rooms |= {f"table {name}": 8 * (8 + 8 * room) for name in tables}
         small = [node for node, buffer in self.external.items() if buffer.nbytes <= MOST_MIRRORED]
         rooms |= {f"input {i}": self.external[node].nbytes for i, node in enumerate(small)}
-        self.large = {n: self.device.runtime.take(b.nbytes) for n, b in self.external.items() if b.nbytes > MOST_MIRRORED}
         at, size_bytes = lay_out(rooms)
-        self.mirror = self.device.runtime.mirror(size_bytes)
-        host = self.mirror.host
+        large = {n: self.device.runtime.take(b.nbytes) for n, b in self.external.items() if b.nbytes > MOST_MIRRORED}
+        mirror = self.device.runtime.mirror(size_bytes)
+        self._runs.clear()
+        self.owner, self.large, self.mirror, self.tables, self._room = None, large, mirror, tables, room
         self._at = at | {node: at[f"input {i}"] for i, node in enumerate(small)}
+        host = mirror.host
         self.extents = host[at["extents"] : at["extents"] + rooms["extents"]].view(np.int64)
-        self.table_rows = {n: host[at[f"table {n}"] : at[f"table {n}"] + rooms[f"table {n}"]].view(np.int64) for n in self.tables}
+        self.table_rows = {n: host[at[f"table {n}"] : at[f"table {n}"] + rooms[f"table {n}"]].view(np.int64) for n in tables}
         for node in small:
             buffer = self.external[node]
             self.external[node] = host[self._at[node] : self._at[node] + buffer.nbytes].view(buffer.dtype)
@@ -103,16 +109,16 @@ class Program(Places):
     def recorded(self, holds: tuple[bool, ...], dims: Mapping[str, int], places: Reads = ()) -> Recorded:
         """What makes a run of these extents once the mirror is written, and reads places."""
         device, wide = self.device, self._class_of(dims)
-        if self.seen != (device.version, self._store):
+        if self.seen != (device.version, self._bound):
             self._runs.clear()
-            self.seen = device.version, self._store
+            self.seen = device.version, self._bound
         key = holds, tuple(wide.values()), tuple(places)
         if key not in self._runs:
             made = self._launches(holds, wide)
             if device.version != self.seen[0]:  # making them has moved memory, of which the others do not know
                 self._runs.clear()
             self._runs[key] = device.runtime.recorded(self.mirror, made, places)
-            self.seen = device.version, self._store
+            self.seen = device.version, self._bound
         return self._runs[key]
 
     def replay(self, runs: Sequence[Given], varying: Node) -> Prepared | None:
@@ -172,8 +178,8 @@ class Program(Places):
         made = []
         for call, each in zip(calls, written, strict=True):
             (items, of_block), recipe = self._blocks[call], self._recipes[call]
-            blocks = min(-(-evaluate(items, dims) // of_block), self.device.runtime.most_blocks)
-            if blocks > 0:
+            if items != 0:  # one block at least: an extent that falls as others grow may be more than at their largest
+                blocks = max(1, min(-(-evaluate(items, dims) // of_block), self.device.runtime.most_blocks))
                 args = [self._argument(call, param.kind, param.name, param.part) for param in each.params]
                 shared_bytes = self._shared_bytes(call)
                 made.append(LaunchOf(kernels[each.name], blocks, recipe.threads, shared_bytes, np.array(args, np.int64)))
@@ -204,13 +210,13 @@ class Program(Places):
         if kind == "extent":
             return given + self._at["extents"] + 8 * int(found)
         if kind == "table":
-            return given + self._at[f"table {self._store[0].specs[found.of].stream_class.name}"]
+            return given + self._at[f"table {self._class_of_stream[found.of]}"]
         place: Place = self._given[call][name, "place"]
         if place.kind == "external":
             large = self.large.get(place.of)
             return int(found) + (large.address if large is not None else given + self._at[place.of])
         if place.kind == "stream":
-            return int(found) + int(self._store[0].pages(place.of).memory.address)
+            return int(found) + self._pages[place.of]
         return int(found) + (self.device.arena.address if place.kind == "arena" else int(place.of))
 
     def _scratch_bytes(self, call: Call) -> int:
@@ -228,26 +234,27 @@ class Program(Places):
         if step is None:
             name = next(iter(self.streams))
             raise StateError(f"[run] the plan uses the stream {name!r}; wanted the step of a state store; got none")
-        store, runtime = step.store, self.device.runtime
-        if self._store != (store, store.moved):
-            for name, wanted in self.streams.items():
-                if store.layouts[name] != wanted or store.page_rows != 16:
-                    got = f"{store.page_rows}, {store.layouts[name]}"
-                    raise StateError(f"[run] wanted pages of 16 rows held as {wanted} for {name!r}; got {got}")
-            self._store = store, store.moved
-            classes = {cls.name: cls for cls in (store.specs[name].stream_class for name in self.streams)}
-            if self.tables.keys() != classes.keys():
-                self.tables = {name: DeviceTable(cls, runtime) for name, cls in classes.items()}
-                self._lay_out()
-                self._runs.clear()
+        store = step.store
+        if self._moved != store.moved or self._store() is not store:
+            self._bind_pages(store)
         n = len(next(iter(step.classes.values())).tables)
         if n > self._room:
-            self._room = 2 * n
-            self._lay_out()
-            self._runs.clear()
+            self._lay_out(self.tables, 2 * n)
         for name, table in self.tables.items():
             numbers = table.numbers(step.classes[table.stream_class])
             self.table_rows[name][: len(numbers)] = numbers
+
+    def _bind_pages(self, store: Any) -> None:
+        for name, wanted in self.streams.items():
+            if store.layouts[name] != wanted or store.page_rows != 16:
+                got = f"{store.page_rows}, {store.layouts[name]}"
+                raise StateError(f"[run] wanted pages of 16 rows held as {wanted} for {name!r}; got {got}")
+        classes = {cls.name: cls for cls in (store.specs[name].stream_class for name in self.streams)}
+        if self.tables.keys() != classes.keys():
+            self._lay_out({name: DeviceTable(cls, self.device.runtime) for name, cls in classes.items()}, self._room)
+        self._class_of_stream = {name: store.specs[name].stream_class.name for name in self.streams}
+        self._pages = {name: int(store.pages(name).memory.address) for name in self.streams}
+        self._store, self._moved, self._bound = weakref.ref(store), store.moved, self._bound + 1
 
     # Building.
 

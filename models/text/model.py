@@ -51,6 +51,7 @@ def load(
     gpu_layers: GpuLayers | None = None,
     cpu_experts: bool = False,
     context: int | None = None,
+    step_tokens: int = 512,
 ) -> TextModel:
     """Open a model: a GGUF file (of a split one, any part), a folder as published on a model hub (config.json, safetensors,
     tokenizer.json or tokenizer.model), or the name of one in installed packages (`packaged.PACKAGED`: `smollm2`, `minilm`,
@@ -64,7 +65,8 @@ def load(
     takes about as much room as the file; whoever wants it back removes the folder.
 
     Of two devices, such as "cuda,cpu", the first has the last `gpu_layers` layers: as many as it has room for where None or
-    "auto", beside the state of `context` tokens (4096 where None). With `cpu_experts`, the second has the weights of experts.
+    "auto", beside the state of `context` tokens (4096 where None) and steps of `step_tokens`. With `cpu_experts`, the second has
+    the weights of experts.
 
     Raises:
         InputError: there is no such file, no such number of threads or layers, or packed weights are wanted of a folder.
@@ -84,7 +86,7 @@ def load(
             from tensorgraph.models.text.offload import Parts, place
 
             cache, taken = cache or PlanCache(), options or CompileOptions()
-            parts = Parts("auto" if gpu_layers is None else gpu_layers, cpu_experts, context or 4096)
+            parts = Parts("auto" if gpu_layers is None else gpu_layers, cpu_experts, context or 4096, step_tokens)
             options = place(model, devices, taken, as_dtype(kv_type), cache, parts)
         loaded = TextModel(model, Engine(model, devices, kv_dtype=kv_type, options=options, cache=cache))
         if packed_cache:

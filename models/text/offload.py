@@ -23,6 +23,8 @@ EXPERTS = "blk.*.ffn_*_exps.*"
 """Weights of experts that only some tokens need."""
 SPARE_BYTES = 256 << 20
 """Left free: code, recorded steps, and what the driver needs."""
+GROWTH = 2
+"""A store that has no room left for pages takes twice as many as it has, stream by stream."""
 _LAYER = re.compile(r"blk\.(\d+)\.")
 
 
@@ -33,7 +35,7 @@ class Sizes:
     layers: Sequence[int]
     experts: Sequence[int]
     states: Sequence[int]
-    rest: int  # weights of no layer
+    rest: int  # weights of no layer, and what is there for a moment as pages of state move
     arena: int
 
     def taken(self, n_layers: int, cpu_experts: bool) -> int:
@@ -53,11 +55,13 @@ class Parts:
         gpu_layers: how many layers run on the first device, the last ones; "auto": as many as fit, by the plan's own numbers.
         cpu_experts: whether experts lie on the second.
         context: tokens of state for which there is to be room.
+        step_tokens: of the largest step.
     """
 
     gpu_layers: GpuLayers = "auto"
     cpu_experts: bool = False
     context: int = 4096
+    step_tokens: int = 512
 
 
 def place(
@@ -71,7 +75,7 @@ def place(
         given = ", ".join(device.name for device in devices)
         raise UnsupportedError(f"[place] --gpu-layers and --cpu-experts want two devices, such as cuda,cpu; got {given}")
     first, second = devices
-    extents = Extents(512, min(parts.context, model.context), 1)
+    extents = Extents(parts.step_tokens, min(parts.context, model.context), 1)
     graph = model.graph(extents, kv_dtype)
     total = 1 + max((layer for node in graph.constants.values() if (layer := layer_of(node.name)) is not None), default=-1)
     n_layers = total
@@ -103,10 +107,13 @@ def sizes(model: Model, graph: Graph, plan: Plan, extents: Extents, kv_dtype: DT
             rest += size_bytes
         else:
             (experts if "_exps." in name else layers)[layer] += size_bytes
+    largest = 0
     for name, spec in model.states().items():
         (row, dtype), layer = spec.held_row(kv_dtype), layer_of(name)
-        states[layer or 0] += spec.stream_class.n_rows(extents.context) * prod(row) * dtype.itemsize
-    return Sizes(layers, experts, states, rest, plan.memory[device.name].peak_bytes)
+        size_bytes = spec.stream_class.n_rows(extents.context) * prod(row) * dtype.itemsize
+        states[layer or 0] += GROWTH * size_bytes
+        largest = max(largest, size_bytes)
+    return Sizes(layers, experts, states, rest + largest, plan.memory[device.name].peak_bytes)
 
 
 def layer_of(name: str) -> int | None:

@@ -21,6 +21,11 @@ __device__ __forceinline__ auto matrix_of(const A& a, const B& b, unsigned numbe
 
 constexpr int MUL_MAT_PIECE = 64;  // units of a row that a block makes ready
 
+// Bytes of the rows of one entry of a batch that are made ready: the next entry's begin at a multiple of 16, too.
+template <typename X> __device__ __forceinline__ i64 ready_bytes(int n_units) {
+    return ((i64)(X::tokens * X::unit_bytes) * n_units + 15) / 16 * 16;
+}
+
 template <typename X, bool SINGLE, typename T, int N>
 __device__ __forceinline__ void mul_mat_x(const Tensor<T, N> b, const Tensor<u8, 1> to) {
     const Batch<SINGLE, T, N> batch(b);
@@ -29,7 +34,7 @@ __device__ __forceinline__ void mul_mat_x(const Tensor<T, N> b, const Tensor<u8,
     for (i64 item = blockIdx.x; item < batch.count * tokens * pieces; item += gridDim.x) {
         const unsigned row = (unsigned)item / pieces, number = row / tokens;
         const int first = (int)((unsigned)item - row * pieces) * MUL_MAT_PIECE;
-        const X x(to.data + (i64)number * (X::tokens * X::unit_bytes) * n_units, n_units);
+        const X x(to.data + number * ready_bytes<X>(n_units), n_units);
         x.from((int)(row - number * tokens), first).fill(RowsFrom<T, N>{b, row}, 1, first, min(MUL_MAT_PIECE, n_units - first));
     }
 }
@@ -61,7 +66,7 @@ __device__ __forceinline__ void mul_mat_few(const A a, const Tensor<T, N> b, con
                 held = wanted;
             });
         } else {
-            const X x(ready.data + (i64)number * (X::tokens * X::unit_bytes) * n_units, n_units);
+            const X x(ready.data + number * ready_bytes<X>(n_units), n_units);
             tg_mat_vec<LANES, DEPTH>(sums, matrix, first_row, height, x, n_units, n_units, [](int, int) {});
         }
         float* to = y.data + (i64)number * tokens * height;

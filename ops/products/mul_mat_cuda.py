@@ -46,7 +46,7 @@ def calls(node: Node, context: Context) -> Sequence[Call]:
         function = f"mul_mat_few<{plan.lanes}, {plan.depth}, {plan.rows}, {plan.x}, {literal(single)}>"
         items, ready = batch * up(a.shape[-2], plan.per_block), None
         if not plan.fits:
-            ready = Ref(Buffer(batch * (plan.units * plan.unit_bytes), "x"))
+            ready = Ref(Buffer(batch * (-(-plan.units * plan.unit_bytes // 16) * 16), "x"))
             template = Template(FILE, f"mul_mat_x<{plan.x}, {literal(single)}>")
             pieces = batch * n_rows * up(plan.units, PIECE)
             found += guarded(Launch(template, {"b": operands["b"], "to": ready}, items=pieces, threads=THREADS), guard, node)

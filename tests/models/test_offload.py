@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from tensorgraph.device import Device
 from tensorgraph.dtypes import as_dtype
 from tensorgraph.engine import Engine
 from tensorgraph.errors import InputError, UnsupportedError
+from tensorgraph.extents import Extents
 from tensorgraph.models.text import offload
-from tensorgraph.models.text.model import load
+from tensorgraph.models.text.model import TextModel, load
 from tensorgraph.models.text.offload import Parts, place
 from tensorgraph.session import Session
 from tests.backends.cuda import where as cuda
@@ -72,8 +74,6 @@ def test_experts_on_the_second_device(architecture: str) -> None:
 
 
 def sizes_of(architecture: str) -> offload.Sizes:
-    from tensorgraph.extents import Extents
-
     model, given = tiny.model(architecture), devices()
     extents = Extents(512, min(4096, model.context), 1)
     graph = model.graph(extents, as_dtype("f32"))
@@ -82,15 +82,15 @@ def sizes_of(architecture: str) -> offload.Sizes:
 
 
 def test_sizes_are_those_of_the_file() -> None:
-    """Of weights: each tensor once; of state: two streams of f32 rows."""
+    """Of weights: each tensor once; of state: two streams of f32 rows, twice as many as there are tokens as pages are taken."""
     found, model = sizes_of("llama"), tiny.model("llama")
     assert model.file is not None
     tensors = {name: model.weight(name).nbytes for name in ("token_embd.weight", "output.weight", "output_norm.weight")}
     of_layers = [sum(model.weight(f"blk.{i}.{name}.weight").nbytes for name in LLAMA) for i in range(2)]
     assert list(found.layers) == of_layers and list(found.experts) == [0, 0]
-    assert found.rest == sum(tensors.values())
-    rows = model.states()["blk.0.k"].row_shape
-    assert list(found.states) == [2 * min(4096, model.context) * int(np.prod(rows)) * 4] * 2
+    stream = min(4096, model.context) * int(np.prod(model.states()["blk.0.k"].row_shape)) * 4
+    assert found.rest == sum(tensors.values()) + stream
+    assert list(found.states) == [2 * 2 * stream] * 2
 
 
 LLAMA = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
@@ -105,6 +105,24 @@ def test_as_many_layers_as_fit(n: int) -> None:
         on = engine("llama", Parts(), devices(wanted + spare))
         with Session(on) as session:
             assert devices_of(on, session, "flash_attn").count(cuda.NAME) == fitting
+
+
+@pytest.mark.parametrize("step_tokens", [16, 512])
+def test_what_is_counted_is_enough(step_tokens: int) -> None:
+    """For all tokens of a long context, in steps that were told of; 2 MiB beside it are for numbers of runs and the like."""
+    small = tiny.model("llama")
+    model = replace(small, config=replace(small.config, max_position_embeddings=40_000))
+    given, parts = devices(), Parts(2, context=40_000, step_tokens=step_tokens)
+    extents, options = Extents(step_tokens, parts.context, 1), CompileOptions()
+    graph = model.graph(extents, as_dtype("f32"))
+    plan = PlanCache().get(graph, given[0], options)
+    taken = offload.sizes(model, graph, plan, extents, as_dtype("f32"), 2).taken(2, False)
+    assert taken > 40 << 20
+    on = Engine(model, devices(taken + (2 << 20))[0], kv_dtype="f32", options=options)
+    with TextModel(model, on).session(step_tokens=step_tokens) as session:
+        for n in (33_000, 6_900):  # beyond a doubling
+            session.fill([1] * n, lambda stream, spec, n: np.zeros((n, *spec.row_shape), np.float32))
+        session.eval([2] * min(step_tokens, 100))
 
 
 def test_what_cannot_be() -> None:
@@ -148,7 +166,9 @@ def test_sizes_are_what_weights_take(tmp_path: Path) -> None:
         plan = loaded.engine.executable(session.extents()).plan
         found = offload.sizes(loaded.model, plan.graph, plan, session.extents(), as_dtype("f16"), 2)
         held = [one.memory.size_bytes for one in loaded.engine._uploaded.values()]
-        assert sum(found.layers) + found.rest == sum(held)
+        spec = loaded.model.states()["blk.0.k"]
+        moving = loaded.model.context * int(np.prod(spec.row_shape)) * 2
+        assert sum(found.layers) + found.rest == sum(held) + moving
         up = found.layers[0] - sum(loaded.model.weight(f"blk.0.{name}.weight").nbytes for name in LLAMA if name != "ffn_up")
         n_rows, row_bytes = loaded.model.weight("blk.0.ffn_up.weight").shape
         assert up >= 4 * n_rows * row_bytes // 36 * 64 and loaded.model.file.tensors["blk.0.ffn_up.weight"].dtype.name == "nvfp4"
