@@ -15,7 +15,7 @@ from tensorgraph.backends.cuda.runtime import Memory, Runtime
 class DevicePages:
     """An array on a device whose first axis can be indexed: by a number, a slice from the beginning, or several numbers.
 
-    What is read comes as a NumPy array, what is written may be one, a number, or another of these (whose rows are copied there).
+    What is read comes as a NumPy array, what is written may be one, 0, or another of these (whose rows are copied there).
     """
 
     def __init__(self, runtime: Runtime, memory: Memory, shape: tuple[int, ...], dtype: Any) -> None:
@@ -64,6 +64,7 @@ class DevicePages:
         if isinstance(value, DevicePages):
             self.runtime.copy(self[key].memory.address, value.memory.address, value.nbytes)
             return
+        assert not isinstance(value, int) or value == 0
         rows = None if isinstance(value, int) else np.ascontiguousarray(value, self.dtype)
         done = 0
         for at, n in _runs(np.atleast_1d(np.asarray(key))):

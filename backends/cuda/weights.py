@@ -26,7 +26,7 @@ from tensorgraph.graph import Node
 if TYPE_CHECKING:
     from tensorgraph.backends.cpu.device import CpuDevice
 
-__all__ = ["LAYOUT", "Planes", "codes_of", "elements", "pack", "planes_of", "reads_planes", "same_tiles", "traits", "unpack"]
+__all__ = ["LAYOUT", "Planes", "codes_of", "elements", "pack", "planes_of", "reads_planes", "traits", "unpack"]
 
 LAYOUT = "planes"
 ALIGNMENT = 256

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from tensorgraph.backends.cuda.launches import SHARED_BYTES, c_name
+from tensorgraph.backends.cuda.launches import SHARED_BYTES
 from tensorgraph.backends.cuda.weights import codes_of
 from tensorgraph.dims import Extent, maximum
 from tensorgraph.dtypes import DType
@@ -92,4 +92,4 @@ def narrow(plan: VecPlan) -> VecPlan:
     return replace(plan, lanes=min(plan.lanes, 32))
 
 
-__all__ = ["FEW", "THREADS", "VecPlan", "c_name", "narrow", "plan_vec", "unit_of"]
+__all__ = ["FEW", "THREADS", "VecPlan", "narrow", "plan_vec", "unit_of"]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -200,9 +202,13 @@ def test_others_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row.peer_seconds == {"fake": [1.0] * 3} and row.more["failed"] == ["broken: RuntimeError: no such device"]
 
 
-def test_without_torch_nothing_stands_beside() -> None:
-    if "torch" not in peers.installed():
-        assert list(peers.peers(peers.Work("mm", (1, 2, 3)), 2)) == []
+def test_without_torch_nothing_stands_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor with one that finds no GPU."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert "torch" not in peers.installed() and list(peers.peers(peers.Work("mm", (1, 2, 3)), 2)) == []
+    blind = SimpleNamespace(__version__="2.9", cuda=SimpleNamespace(is_available=lambda: False))
+    monkeypatch.setitem(sys.modules, "torch", blind)
+    assert peers.installed()["torch"] == "2.9" and list(peers.peers(peers.Work("mm", (1, 2, 3)), 2)) == []
 
 
 def test_an_op_without_room_is_listed_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,11 @@ from tensorgraph.backends.cuda.runtime import Bytes, LaunchOf, Memory, Mirror, R
 
 
 class BareRuntime(Runtime):
+    """Attributes:
+    dynamic_bytes: by kernel, the most dynamic shared memory that any such runtime was to start it with.
+    """
+
+    dynamic_bytes: ClassVar[dict[str, int]] = {}
     name = "bare"
     most_blocks = 1000
 
@@ -21,6 +26,7 @@ class BareRuntime(Runtime):
         self.taken_bytes = 0
         self.sources: dict[str, str] = {}
         self.launches: list[LaunchOf] = []
+        self._names: list[str] = []
 
     def free_bytes(self) -> int | None:
         return None
@@ -55,8 +61,16 @@ class BareRuntime(Runtime):
 
     def kernels(self, sources: Mapping[str, str]) -> dict[str, int]:
         self.sources |= sources
-        return dict.fromkeys(sources, 0)
+        self._names += [name for name in sources if name not in self._names]
+        return {name: self._names.index(name) for name in sources}
 
     def recorded(self, mirror: Mirror, launches: Sequence[LaunchOf], places: Reads = ()) -> Callable[[], list[Bytes]]:
         self.launches = list(launches)
+        for each in launches:
+            self.starts(self._names[each.kernel], each.shared_bytes)
         return lambda: [np.zeros(n_bytes, np.uint8) for _, n_bytes in places]
+
+    @classmethod
+    def starts(cls, name: str, shared_bytes: int) -> None:
+        """Note that a kernel is started so."""
+        cls.dynamic_bytes[name] = max(shared_bytes, cls.dynamic_bytes.get(name, 0))

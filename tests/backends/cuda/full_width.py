@@ -92,6 +92,7 @@ def kernels_of(width: Width) -> dict[str, Written]:
                 written = program._write(call)
                 if re.search(width.only, written.label):
                     found[written.name] = written
+                    BareRuntime.starts(written.name, program._shared_bytes(call))
     return found
 
 

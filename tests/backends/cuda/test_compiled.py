@@ -14,11 +14,14 @@ from tensorgraph.backends.cuda.launches import Written, prelude
 from tensorgraph.errors import KernelError, UnsupportedError
 from tests import tables
 from tests.backends.cuda import catalogue, full_width
+from tests.backends.cuda.bare import BareRuntime
 from tests.models import tiny
 
 ARCHS = ("sm_80", "sm_90", "sm_120")
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 ENTRY = 'extern "C" __global__'
+MOST_SHARED = 99 << 10
+"""Bytes of shared memory of a block, static and dynamic, that every GPU since Ampere can give."""
 VERSION = "13.0"
 """Of the compiler that the golden tables are of."""
 
@@ -44,6 +47,9 @@ def usages(kernels: Mapping[str, Written], arch: str) -> dict[str, nvrtc.Usage]:
         source = "".join([prelude(), head, *(kernel.source[len(head) :] for kernel in group.values())])
         used = nvrtc.compile_source(source, arch).usage
         found |= {label: used[kernel.name] for label, kernel in group.items()}
+    dynamic = {label: BareRuntime.dynamic_bytes.get(kernel.name, 0) for label, kernel in kernels.items()}
+    assert [label for label, used in found.items() if used.shared_bytes + dynamic[label] > MOST_SHARED] == []
+    assert any(dynamic.values())  # these are known
     return found
 
 

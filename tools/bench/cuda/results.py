@@ -21,7 +21,7 @@ class Row:
     Attributes:
         seconds: of each round, for what is measured once.
         size_bytes, flops: that it moves and computes at least.
-        limit: which of them, or the starting of kernels, takes longest at the ceilings; `part` is that time over the measured.
+        limit: which of them, or the starting of kernels, takes longest at the ceilings; `of_limit` is that over the measured.
         kernels: that are started for it.
         peer_seconds: by name, of the same rounds, of what others do for it.
         more: figures of one part alone.
