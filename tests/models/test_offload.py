@@ -107,7 +107,7 @@ def test_as_many_layers_as_fit(n: int) -> None:
             assert devices_of(on, session, "flash_attn").count(cuda.NAME) == fitting
 
 
-@pytest.mark.parametrize("step_tokens", [16, 512])
+@pytest.mark.parametrize("step_tokens", [16, pytest.param(512, marks=pytest.mark.deep)])
 def test_what_is_counted_is_enough(step_tokens: int) -> None:
     """For all tokens of a long context, in steps that were told of; 2 MiB beside it are for numbers of runs and the like."""
     small = tiny.model("llama")
