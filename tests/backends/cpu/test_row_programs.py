@@ -150,7 +150,7 @@ def grown(draw: Any) -> tuple[Graph, dict[str, Array]]:
         wide = made.shape[1:]
         values.append(made)
         if len(wide) == 2:
-            values += [made.permute(0, 2, 1), made[:, 1:], made.reshape(T, -1)]
+            values += [made.permute(0, 2, 1), made[:, min(1, wide[0]) :], made.reshape(T, -1)]
         elif wide and isinstance(wide[0], int) and wide[0] % 2 == 0:
             values += [made.reshape(T, 2, -1), made[:, : wide[0] // 2]]
         values = [v for v in values if v.shape[:1] == (T,) and all(isinstance(n, int) and n <= 100 for n in v.shape[1:])]

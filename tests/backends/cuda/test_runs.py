@@ -28,7 +28,7 @@ MEMORY_BYTES = 1 << 30
 """Of a device on the host."""
 SIZES = (1, 3)
 """Tokens of steps, each of a class of its own."""
-N_SESSIONS = 8 if where.ON_HOST else 50
+N_SESSIONS = 4 if where.ON_HOST else 50
 ARCHITECTURES = ("llama", pytest.param("deepseek_v4", marks=pytest.mark.deep))
 on_a_machine = pytest.mark.usefixtures("machine")
 
