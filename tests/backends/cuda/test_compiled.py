@@ -20,6 +20,8 @@ from tests.models import tiny
 ARCHS = ("sm_80", "sm_90", "sm_120")
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 ENTRY = 'extern "C" __global__'
+PARTS = 4
+"""Of what would take minutes: the deep tests of a day are to take about as long as those of another."""
 MOST_SHARED = 99 << 10
 """Bytes of shared memory of a block, static and dynamic, that every GPU since Ampere can give."""
 VERSION = "13.0"
@@ -83,12 +85,18 @@ def test_kernels_of_models(arch: str, request: pytest.FixtureRequest) -> None:
         assert text == path.read_text()
 
 
-@pytest.mark.deep
-@pytest.mark.parametrize("arch", ARCHS)
-def test_kernels_of_all_models(arch: str, request: pytest.FixtureRequest) -> None:
+@cache
+def all_kernels() -> list[tuple[str, Written]]:
     """Those that differ in numbers alone too, and of steps of a few tokens at full width."""
     kernels = catalogue.of_models(tiny.ARCHITECTURES) | full_width.kernels((4,))
-    found = usages(catalogue.by_label(kernels.values()), arch)
+    return sorted(catalogue.by_label(kernels.values()).items())
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("arch", ARCHS)
+def test_kernels_of_all_models(arch: str, part: int, request: pytest.FixtureRequest) -> None:
+    found = usages(dict(all_kernels()[part::PARTS]), arch)
     note(request, f"all models' steps, {arch}", found)
     assert_in_registers(found)
 
