@@ -119,6 +119,21 @@ def test_results_are_the_callers_own(session: Session) -> None:
     assert len({each.ctypes.data for each in (first, *again)}) == 8
 
 
+def test_memory_that_nobody_views_is_used_again(session: Session) -> None:
+    """What a caller has changed of his array, but for its numbers, is his own affair."""
+    places = set()
+    for token in TOKENS[:12]:
+        logits = session.eval([token])
+        places.add(logits.ctypes.data)
+        logits.shape = (2, -1)
+        logits.setflags(write=False)
+        del logits
+    assert session.engine.stats.prepared >= 10 and len(places) <= 3
+    last = session.eval([TOKENS[12]])
+    assert last.shape == (session.engine.vocab_size,) and last.flags.writeable
+    np.testing.assert_array_equal(last, unprepared()[12])
+
+
 def test_the_context_is_not_exceeded() -> None:
     with Session(Engine(tiny.model("llama", "q8_0"), HostDevice("cuda-host")), context=20) as short:
         short.eval(PROMPT)
