@@ -57,7 +57,7 @@ class Program(Places):
         items = [items for items, _ in self._blocks.values()]
         self.widest = {d.name: d.max for e in (*self._numbers, *items) if isinstance(e, Symbol) for d in e.dims()}
         self._runs: dict[tuple[tuple[bool, ...], tuple[int, ...], tuple[tuple[int, int], ...]], Recorded] = {}
-        self.seen: Any = None  # the state of memory in which recorded runs hold
+        self._seen: Any = None  # the state of memory in which recorded runs hold
         self.owner: Replay | None = None  # whose numbers stand in the mirror, if they are not those of a run
         self._store: Callable[[], Any] = lambda: None  # whose pages are read; it may be gone before this is
         self._moved = self._bound = 0  # how often its pages had moved, and how often others have come in their place
@@ -109,16 +109,16 @@ class Program(Places):
     def recorded(self, holds: tuple[bool, ...], dims: Mapping[str, int], places: Reads = ()) -> Recorded:
         """What makes a run of these extents once the mirror is written, and reads places."""
         device, wide = self.device, self._class_of(dims)
-        if self.seen != (device.version, self._bound):
+        if self._seen != (device.version, self._bound):
             self._runs.clear()
-            self.seen = device.version, self._bound
+            self._seen = device.version, self._bound
         key = holds, tuple(wide.values()), tuple(places)
         if key not in self._runs:
             made = self._launches(holds, wide)
-            if device.version != self.seen[0]:  # making them has moved memory, of which the others do not know
+            if device.version != self._seen[0]:  # making them has moved memory, of which the others do not know
                 self._runs.clear()
             self._runs[key] = device.runtime.recorded(self.mirror, made, places)
-            self.seen = device.version, self._bound
+            self._seen = device.version, self._bound
         return self._runs[key]
 
     def replay(self, runs: Sequence[Given], varying: Node) -> Prepared | None:

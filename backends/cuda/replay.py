@@ -61,8 +61,10 @@ class Replay:
 
     def _grows(self, to: np.ndarray, first: np.ndarray, second: np.ndarray, n: int) -> None:
         """Numbers that grow by the same from run to run."""
-        by = second - first
-        self._moves.append((to[: len(first)], (first + np.arange(n)[:, None] * by).astype(to.dtype)))
+        by, to = second - first, to[: len(first)]
+        to[:] = first
+        if by.any():
+            self._moves.append((to, (first + np.arange(n)[:, None] * by).astype(to.dtype)))
 
     def run(self, i: int, x: int) -> np.ndarray | None:
         """Make the i-th, with x as the only element of one input: the row; None where the program has run otherwise since these
