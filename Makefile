@@ -51,7 +51,7 @@ bench-types bench-heads bench-busy bench-sparse bench-sparse-prompt bench-latent
 # With a GPU, by .venv where CuPy is installed in it, or by any interpreter that has the packages: nothing else is wanted then.
 CUDA_PYTHON ?= $(PYTHON)
 CUDA_STAMP := $(if $(filter $(PYTHON),$(CUDA_PYTHON)),$(TEST_STAMP))
-CUDA_TESTS := $(foreach name,runs conformance models attention attention_streams products select row_programs,tests/backends/cuda/test_$(name).py)
+CUDA_TESTS := $(foreach name,runs programs decoding conformance models attention attention_streams products select row_programs,tests/backends/cuda/test_$(name).py)
 CUDA_WORKERS ?= 4
 
 bench-cuda: $(CUDA_STAMP)

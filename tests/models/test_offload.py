@@ -107,6 +107,7 @@ def test_as_many_layers_as_fit(n: int) -> None:
             assert devices_of(on, session, "flash_attn").count(cuda.NAME) == fitting
 
 
+@with_any_memory
 @pytest.mark.parametrize("step_tokens", [16, pytest.param(512, marks=pytest.mark.deep)])
 def test_what_is_counted_is_enough(step_tokens: int) -> None:
     """For all tokens of a long context, in steps that were told of; 2 MiB beside it are for numbers of runs and the like."""
@@ -161,7 +162,7 @@ def test_sizes_are_what_weights_take(tmp_path: Path) -> None:
     """In planes of their own bits, and of NVFP4, which has none, as f32: the device's memory that is taken for them."""
     path = str(tmp_path / "model.gguf")
     tg("quantize", str(reference_path("llama/llama-f32.gguf")), path, "--type", "q8_0", "--type", "*ffn_up*=nvfp4")
-    with load(path, backend="cuda-host") as loaded, loaded.session() as session:
+    with load(path, backend=cuda.NAME) as loaded, loaded.session() as session:
         session.eval([1, 2, 3])
         plan = loaded.engine.executable(session.extents()).plan
         found = offload.sizes(loaded.model, plan.graph, plan, session.extents(), as_dtype("f16"), 2)

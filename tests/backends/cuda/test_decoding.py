@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tensorgraph.backends.cuda.host import HostDevice
 from tensorgraph.engine import Engine
 from tensorgraph.errors import InputError
 from tensorgraph.session import Session
+from tests.backends.cuda import where
 from tests.models import tiny
 
-pytestmark = pytest.mark.usefixtures("compiler")
+pytestmark = pytest.mark.usefixtures("machine")
 Array = np.ndarray[Any, Any]
 KINDS = {"llama": "q8_0", "deepseek_v32": "f32"}
 PROMPT, TOKENS = list(range(5, 19)), [int(i) for i in np.random.default_rng(2).integers(3, 200, 20)]
@@ -23,7 +23,7 @@ PROMPT, TOKENS = list(range(5, 19)), [int(i) for i in np.random.default_rng(2).i
 
 
 def session_of(architecture: str) -> Session:
-    session = Session(Engine(tiny.model(architecture, KINDS[architecture]), HostDevice("cuda-host")), context=256)
+    session = Session(Engine(tiny.model(architecture, KINDS[architecture]), where.device()), context=256)
     session.eval(PROMPT)
     return session
 
@@ -135,7 +135,7 @@ def test_memory_that_nobody_views_is_used_again(session: Session) -> None:
 
 
 def test_the_context_is_not_exceeded() -> None:
-    with Session(Engine(tiny.model("llama", "q8_0"), HostDevice("cuda-host")), context=20) as short:
+    with Session(Engine(tiny.model("llama", "q8_0"), where.device()), context=20) as short:
         short.eval(PROMPT)
         for token in TOKENS[: 20 - len(PROMPT)]:
             short.eval([token])
